@@ -6,10 +6,11 @@
 __all__ = ['CLASSES', 'SELECTION_RULE', 'class_order_hash', 'FerError', 'UsageError', 'GateError', 'ArtifactError',
            'sha256_bytes', 'sha256_file', 'atomic_path', 'write_bytes', 'write_text', 'write_json', 'write_csv',
            'write_npz', 'read_json', 'read_npz', 'Artifact', 'find_artifact', 'load_artifact', 'ClassOrder',
-           'DatasetIndex', 'ManifestValidation', 'LeakageReport', 'HashManifest', 'SyntheticDataset', 'SyntheticVideo',
-           'CacheIndex', 'RunArgs', 'Environment', 'TrainingHistory', 'VectorTemperatureReport', 'Calibration',
-           'Interval', 'ClassMetrics', 'ReliabilityMetrics', 'BackboneGuard', 'AlignmentReport', 'DKDUnitTest',
-           'SmokeTest', 'seal_folder', 'unseal', 'check_seal', 'artifact_models', 'inventory']
+           'DatasetIndex', 'ManifestValidation', 'PartOverlap', 'SourceDisagreement', 'LeakageReport', 'HashManifest',
+           'SyntheticDataset', 'SyntheticVideo', 'CacheIndex', 'RunArgs', 'Environment', 'TrainingHistory',
+           'VectorTemperatureReport', 'Calibration', 'Interval', 'ClassMetrics', 'ReliabilityMetrics', 'BackboneGuard',
+           'AlignmentReport', 'DKDUnitTest', 'SmokeTest', 'seal_folder', 'unseal', 'check_seal', 'artifact_models',
+           'inventory']
 
 # %% ../nbs/00_artifacts.ipynb #00-002
 import hashlib
@@ -250,6 +251,7 @@ class DatasetIndex(Artifact):
     fingerprint: str  # the whole sha256 behind dataset_index_id
     seed: int
     val_fraction: float
+    max_hamming: int | None = None  # near-identical pictures were kept in one split up to this Hamming distance
 
 
 class ManifestValidation(Artifact):
@@ -268,11 +270,55 @@ class ManifestValidation(Artifact):
     passed: bool = Field(alias="pass")
 
 
+class PartOverlap(BaseModel):
+    "Pictures that stand in two parts (source and usage, or split) of a manifest."
+    a: str
+    b: str
+    groups: int
+    rows_a: int
+    rows_b: int
+    label_conflicts: int  # groups in which the two parts do not give one and the same label
+
+
+class SourceDisagreement(BaseModel):
+    "Two sources that hold the same pictures: how far their labels agree."
+    source_a: str
+    source_b: str
+    pictures: int  # groups with a usable label in both sources
+    agree: int
+    disagreement: float | None  # share of pictures with another label; null where there are none
+    matrix: list[list[int]]  # pictures, labels of source_a x labels of source_b, canonical order
+
+
 class LeakageReport(Artifact):
-    "Which pictures stand twice, where, under which labels, and what was excluded for it."
+    "Pictures that stand in a dataset more than once: where, under which labels, and what was done about it."
     filename: ClassVar[str] = "leakage_report.json"
     dataset_index_id: str
-    passed: bool = Field(alias="pass")  # no usable training or validation row shows a test picture
+    rows: int
+    max_hamming: int  # of the 64-bit perceptual hash
+    min_correlation: float  # of the low-frequency coefficients, to confirm a candidate
+    candidate_pairs: int  # pairs of different pictures within max_hamming
+    confirmed_pairs: int
+    identical_groups: int  # groups of pixel-identical rows
+    identical_rows: int
+    identical_groups_by_source: dict[str, int]
+    near_groups: int  # groups that near-identical pictures join, re-encoded ones among them
+    near_rows: int
+    conflicting_identical_groups: int  # pixel-identical rows under several labels
+    conflicting_near_groups: int
+    identical_across_parts: list[PartOverlap]  # parts: source/usage
+    identical_across_splits: list[PartOverlap]
+    near_across_splits: list[PartOverlap]
+    identical_across_sources: list[PartOverlap]
+    near_across_sources: list[PartOverlap]
+    source_disagreement: list[SourceDisagreement]
+    policy: str
+    excluded: dict[str, int]  # reason -> rows
+    test_rows: int  # usable
+    test_rows_with_copy_in_train: int  # before the policy
+    test_rows_with_copy_and_same_label: int  # what a model that only remembers would get right
+    remaining_leaks: int  # usable train or val rows whose group stands in a test split: 0 under the default policy
+    examples: dict[str, list[list[str]]]  # a few groups of each kind, as ids
 
 
 class HashManifest(Artifact):

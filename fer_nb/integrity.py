@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PACKAGES', 'VIEWS', 'SOFTLABEL_FILES', 'TRAINING_FILES', 'package_versions', 'git_state', 'environment',
            'write_provenance', 'Softlabels', 'save_softlabels', 'load_softlabels', 'check_alignment',
-           'require_alignment', 'backbone_guard', 'require_backbone', 'smoke_verdict', 'require_go', 'Line',
-           'Checklist', 'gates']
+           'require_alignment', 'backbone_guard', 'require_backbone', 'smoke_verdict', 'class_order_holds',
+           'require_go', 'Line', 'Checklist', 'gates']
 
 # %% ../nbs/01_integrity_gates.ipynb #01-002
 import json
@@ -247,6 +247,14 @@ def smoke_verdict(
                      backbone_guard_pass=backbone_guard_pass, reasons=reasons, go_no_go="NO-GO" if reasons else "GO")
 
 
+def class_order_holds(
+    *folders,  # each with a class_order.json; empty names are skipped
+) -> bool:
+    "Whether every folder that a run reads from has the one class order."
+    try: return all(ClassOrder.load(f) for f in folders if f)
+    except ArtifactError: return False
+
+
 def require_go(smoke: SmokeTest) -> SmokeTest:
     "Stop a run whose smoke test says NO-GO."
     if smoke.go_no_go != "GO": raise GateError(f"smoke test NO-GO: {'; '.join(smoke.reasons)}")
@@ -318,7 +326,7 @@ def _judge_manifest(j: _Judge):
     "A frozen manifest: valid, in order, and free of leaks among the usable rows."
     j.ask("every image exists, decodes and has a label", "manifest_validation.json", _says(ManifestValidation, "passed"))
     j.ask("class order is the one order", "class_order.json", lambda f: ClassOrder.load(f) and None)
-    j.ask("no test picture among the training rows", "leakage_report.json", _says(LeakageReport, "passed"))
+    j.ask("no test picture among the training rows", "leakage_report.json", _says(LeakageReport, "remaining_leaks", 0))
     j.ask("validated and audited as it was frozen", "dataset_index.json", _same_index)
     j.ask("no file changed since freezing", "hash_manifest.json", lambda f: check_seal(f) and None)
 

@@ -1,0 +1,53 @@
+# make run    the whole chain on the embedded faces, and where its report lies
+# make test   every notebook as a test, the export check, ruff, pytest
+# make help   the rest
+
+PYTHON ?= python3
+BIN    := .venv/bin
+
+.PHONY: run test install notebooks export lint pytest bench lab clean help
+
+run: install
+	$(BIN)/fer-nb run --profile embedded
+
+test: install export lint notebooks pytest
+
+install: .venv/.installed
+
+# opencv-python needs libGL.so.1, which bare servers lack: there the headless build of the same version takes its place.
+.venv/.installed: settings.ini setup.py
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@$(BIN)/python -c 'import cv2' 2>/dev/null || { \
+	  version=$$($(BIN)/python -c 'from importlib.metadata import version; print(version("opencv-python"))'); \
+	  echo "libGL.so.1 is missing: opencv-python-headless $$version takes the place of opencv-python (no windows; all else works)"; \
+	  $(BIN)/python -m pip uninstall --quiet --yes opencv-python && \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check "opencv-python-headless==$$version"; }
+	@touch $@
+
+export:
+	$(BIN)/python -m pytest -q tests/test_export.py
+
+lint:
+	$(BIN)/ruff check fer_nb tests
+
+notebooks:
+	$(BIN)/nbdev_test --n_workers 2 --timing
+
+pytest:
+	$(BIN)/python -m pytest -q --ignore=tests/benchmarks --ignore=tests/test_export.py
+
+bench: install
+	$(BIN)/python -m pytest -q tests/benchmarks
+
+lab: install
+	$(BIN)/jupyter lab nbs
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache
+
+help:
+	@sed -n 's/^# make/make/p' Makefile
+	@echo "make bench  measure the speeds that the README names"
+	@echo "make lab    open the notebooks in JupyterLab"
+	@echo "make clean  remove .venv and build leftovers (runs/ stays)"

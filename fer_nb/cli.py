@@ -1,0 +1,152 @@
+"""The command `fer-nb`: a thin cover over the notebooks' functions. Imports wait until a command needs them."""
+import argparse
+import json
+import os
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+
+from fer_nb.artifacts import FerError, UsageError
+
+EPILOG = """examples:
+  fer-nb run --profile embedded                                    the whole chain on faces that it draws itself
+  fer-nb run --profile fer2013 --data fer2013.zip --data ferplus.zip
+  fer-nb manifest build --source fer2013_folder=fer2013.zip --source ferplus=ferplus.zip --out runs/mine/manifests
+  fer-nb gates runs/embedded                                       the go/no-go checklist, with the file behind each line
+
+exit codes: 0 done, 1 a gate stays shut or a run failed, 2 a wrong argument"""
+
+
+def manifest_build(a):
+    from fer_nb.manifests import build_manifest
+    print(build_manifest(a.source, a.out, name=a.name, seed=a.seed, val_fraction=a.val_fraction))
+
+
+def manifest_validate(a):
+    from fer_nb.manifests import validate_manifest
+    print(validate_manifest(a.dir, sample=a.sample))
+
+
+def manifest_audit(a):
+    from fer_nb.manifests import audit_manifest
+    print(audit_manifest(a.dir, **({} if a.max_hamming is None else {"max_hamming": a.max_hamming})))
+
+
+def gates(a):
+    from fer_nb.integrity import gates
+    checklist = gates(a.run_dir)
+    print(checklist)
+    return 0 if checklist.go else 1
+
+
+def run(a):
+    from fer_nb.runs import run_profile
+    start = time.time()
+    report = run_profile(a.profile, a.data, a.out, a.cores, a.dry_run)
+    if not a.dry_run: print(f"done in {(time.time() - start)/60:.1f} min; report: {_short(report)}")
+
+
+def notebook(a):
+    from fer_nb.runs import run_notebook
+    start, where = time.time(), _short(Path(a.out).parent)
+    print(f"  {a.name:<22} {where}", flush=True)
+    run_notebook(a.name, a.out, _parameters(a))
+    print(f"  {a.name:<22} {where}: done in {time.time() - start:.0f} s", flush=True)
+
+
+def report(a):
+    from fer_nb.report import render
+    print(f"report: {_short(render(a.notebook, a.html))}")
+
+
+def _short(path):
+    "The path as seen from here, if that is shorter."
+    path = Path(path)
+    return min(str(path), os.path.relpath(path), key=len)
+
+
+def _parameters(a):
+    "Parameters from --parameters (JSON) and -p (name value, the value read as JSON where it is JSON)."
+    def value(text):
+        try: return json.loads(text)
+        except ValueError: return text
+    try: given = json.loads(a.parameters)
+    except ValueError as e: raise UsageError(f"--parameters is no JSON object: {e}") from None
+    if not isinstance(given, dict): raise UsageError("--parameters is no JSON object: give {\"name\": value}")
+    return {**given, **{k: value(v) for k, v in a.p}}
+
+
+class Parser(argparse.ArgumentParser):
+    "Usage errors in one line that names the remedy."
+    def error(self, message):
+        print(f"fer-nb: {message} (see '{self.prog} --help')", file=sys.stderr)
+        sys.exit(2)
+
+
+def parser():
+    p = Parser(prog="fer-nb", description="Facial expression recognition that people can trust: from images to evidence.", epilog=EPILOG,
+               formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--version", action="version", version=f"fer-nb {metadata.version('fer_nb')}")
+    p.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    sub = p.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
+
+    def command(where, name, func, about):
+        c = where.add_parser(name, help=about, description=about[0].upper() + about[1:] + ".")
+        c.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+        c.set_defaults(func=func)
+        return c
+
+    m = sub.add_parser("manifest", help="build, validate and audit the table of all images").add_subparsers(metavar="ACTION", required=True)
+    c = command(m, "build", manifest_build, "read datasets into one frozen manifest of seven classes")
+    c.add_argument("--source", action="append", required=True, metavar="KIND=PATH", help="a dataset (folder or zip); may be repeated")
+    c.add_argument("--out", required=True, metavar="DIR", help="folder for the manifest and its reports")
+    c.add_argument("--name", default="dataset", help="first part of the dataset_index_id (default: %(default)s)")
+    c.add_argument("--seed", type=int, default=1337, help="of the validation split (default: %(default)s)")
+    c.add_argument("--val-fraction", type=float, default=0.1, help="share of the training part (default: %(default)s)")
+    c = command(m, "validate", manifest_validate, "check that every image exists, decodes, is unchanged, and has one of the seven labels")
+    c.add_argument("dir", metavar="DIR", help="a manifest folder")
+    c.add_argument("--sample", type=int, metavar="N", help="check N random rows instead of all")
+    c = command(m, "audit", manifest_audit, "find identical and near-identical images across splits, sources and labels")
+    c.add_argument("dir", metavar="DIR", help="a manifest folder")
+    c.add_argument("--max-hamming", type=int, metavar="BITS", help="perceptual hashes that differ in at most so many bits are near")
+
+    c = command(sub, "run", run, "walk the chain of a profile; what is up to date is skipped")
+    c.add_argument("--profile", required=True, help="a name in profiles/, or a YAML file")
+    c.add_argument("--data", action="append", default=[], metavar="PATH", help="a dataset's zip or folder (or KIND=PATH); may be repeated")
+    c.add_argument("--out", default="", metavar="DIR", help="run folder (default: runs/PROFILE)")
+    c.add_argument("--cores", type=int, metavar="N", help="cores to use (default: all)")
+    c.add_argument("--dry-run", action="store_true", help="only say what would run")
+
+    c = command(sub, "gates", gates, "print the go/no-go checklist of a run folder; exits 1 on any NO-GO")
+    c.add_argument("run_dir", metavar="RUN_DIR", help="a run, or a folder of runs")
+
+    c = command(sub, "notebook", notebook, "run one notebook with parameters, and refuse names that it does not have")
+    c.add_argument("name", metavar="NOTEBOOK", help="a stage such as 03_teachers, or a path")
+    c.add_argument("out", metavar="OUT", help="the executed notebook")
+    c.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="one parameter; may be repeated")
+    c.add_argument("--parameters", default="{}", metavar="JSON", help="many parameters, as a JSON object")
+
+    c = command(sub, "report", report, "turn an executed report notebook into one HTML page")
+    c.add_argument("notebook", metavar="NOTEBOOK", help="an executed 09b_report.ipynb")
+    c.add_argument("html", metavar="HTML", help="the page to write")
+    return p
+
+
+def main(argv=None):
+    args = parser().parse_args(argv)
+    try: return args.func(args) or 0
+    except FerError as e:
+        if args.debug: raise
+        print(f"fer-nb: {e}", file=sys.stderr)
+        return e.exit_code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        print("fer-nb: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,16 @@
+"""What several tests need: the real datasets where they are at hand, and a small dataset of embedded faces."""
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    "The folder with fer2013.zip and ferplus.zip; FER_NB_DATA names it, a folder shared/data beside the checkout is the default."
+    folder = Path(os.environ.get("FER_NB_DATA", ROOT.parent / "shared" / "data"))
+    missing = [n for n in ("fer2013.zip", "ferplus.zip") if not (folder / n).is_file()]
+    if missing: pytest.skip(f"real data is not at hand ({', '.join(missing)}): set FER_NB_DATA to its folder")
+    return folder

@@ -1,0 +1,70 @@
+"""What a person sees: help that teaches, one clear line for each wrong input, and the right exit code."""
+import subprocess
+import sys
+from importlib import metadata
+
+import pytest
+
+from tests.conftest import ROOT
+
+
+def fer_nb(*args, cwd=ROOT):
+    done = subprocess.run([sys.executable, "-m", "fer_nb.cli", *map(str, args)], capture_output=True, text=True, cwd=cwd)
+    return done.returncode, done.stdout, done.stderr
+
+
+def refused(code, *args, says=()):
+    rc, out, err = fer_nb(*args)
+    assert rc == code, err
+    lines = [x for x in err.splitlines() if x.strip()]
+    assert len(lines) == 1 and lines[0].startswith("fer-nb: "), err
+    assert "Traceback" not in err
+    for word in says: assert word in lines[0], lines[0]
+
+
+def test_version_and_help():
+    assert fer_nb("--version")[1].strip() == f"fer-nb {metadata.version('fer_nb')}"
+    rc, out, _ = fer_nb("--help")
+    assert rc == 0
+    for word in ("manifest", "run", "gates", "examples:", "exit codes"): assert word in out
+    assert "--source" in fer_nb("manifest", "build", "--help")[1]
+
+
+@pytest.mark.parametrize("args, says", [
+    ((), ["COMMAND"]),
+    (("fly",), ["fly"]),
+    (("manifest", "build", "--out", "x"), ["--source"]),
+    (("manifest", "build", "--source", "fer2013_folder=nowhere/at/all", "--out", "{tmp}"), ["nowhere/at/all"]),
+    (("manifest", "build", "--source", "fer2013_folder={empty}", "--out", "{tmp}"), ["empty"]),
+    (("manifest", "build", "--source", "fer2014={empty}", "--out", "{tmp}"), ["fer2014", "fer2013_folder", "affectnet"]),
+    (("manifest", "build", "--source", "justapath", "--out", "{tmp}"), ["justapath", "="]),
+    (("manifest", "validate", "{empty}"), ["manifest"]),
+    (("run", "--profile", "embeded"), ["embeded", "embedded", "fer2013"]),
+    (("run", "--profile", "fer2013"), ["--data", "fer2013_folder"]),
+    (("run", "--profile", "fer2013", "--data", "missing.zip"), ["missing.zip"]),
+    (("gates", "no/such/folder"), ["no/such/folder"]),
+    (("notebook", "03_teecher", "x.ipynb"), ["03_teecher", "03_teachers"]),
+    (("notebook", "03_teachers", "x.ipynb", "-p", "epoch", "3"), ["epoch", "epochs"]),
+    (("notebook", "03_teachers", "x.ipynb", "--parameters", "{{"), ["JSON"]),
+])
+def test_wrong_arguments_exit_with_2_and_one_line(tmp_path, args, says):
+    (tmp_path / "empty").mkdir()
+    given = [a.format(tmp=tmp_path / "out", empty=tmp_path / "empty") for a in args]
+    expected = 1 if "validate" in args else 2  # a folder without a manifest is a shut gate
+    refused(expected, *given, says=says)
+    assert not (tmp_path / "out" / "manifest.parquet").exists()
+
+
+def test_debug_shows_the_traceback():
+    rc, _, err = fer_nb("--debug", "gates", "no/such/folder")
+    assert rc != 0 and "Traceback" in err
+
+
+def test_empty_folder_is_no_pass(tmp_path):
+    refused(1, "gates", tmp_path, says=["nothing to judge"])
+
+
+def test_start_is_light():
+    "Help must not wait for torch."
+    code = "import sys, fer_nb.cli as c; c.parser(); sys.exit(any(m in sys.modules for m in ('torch', 'fastai', 'timm', 'papermill')))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

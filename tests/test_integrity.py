@@ -1,0 +1,182 @@
+"""Tampering: whatever is changed, cut, swapped or foreign is refused, and the refusal names it."""
+import json
+
+import numpy as np
+import pytest
+
+from fer_nb.artifacts import (
+    CLASSES, AlignmentReport, Artifact, ArtifactError, Calibration, ClassOrder, GateError, artifact_models, atomic_path, class_order_hash,
+    inventory, read_json, seal_folder, write_json,
+)
+from fer_nb.integrity import (
+    VIEWS, Softlabels, backbone_guard, check_alignment, gates, load_softlabels, require_alignment, require_backbone, save_softlabels,
+    smoke_verdict,
+)
+
+N, INDEX = 12, "test-0123456789ab"
+
+
+@pytest.fixture
+def soft():
+    rng = np.random.default_rng(1)
+    return Softlabels(np.array([f"a/{i}.png" for i in range(N)]), np.array([f"{i:064x}" for i in range(N)]),
+                      rng.normal(0, 10, (N, 2, 7)).astype("f4"), VIEWS, 6.5, 30.0, INDEX)
+
+
+@pytest.fixture
+def folder(tmp_path, soft):
+    save_softlabels(tmp_path / "teacher" / "softlabels", soft)
+    return tmp_path / "teacher" / "softlabels"
+
+
+def aligned(folder, soft, ids=None, sha=None, index=INDEX):
+    return check_alignment(folder, soft.ids if ids is None else ids, soft.sha256 if sha is None else sha, index)
+
+
+def test_untouched_softlabels_pass_in_any_row_order(folder, soft):
+    order = np.random.default_rng(0).permutation(N)
+    assert aligned(folder, soft, soft.ids[order], soft.sha256[order]).passed
+    assert load_softlabels(folder).rows(soft.ids[order]).tolist() == order.tolist()
+
+
+def test_swapped_class_order(folder, soft):
+    names = list(CLASSES)
+    names[0], names[1] = names[1], names[0]
+    write_json(folder / "class_order.json", {"classes": names, "class_order_hash": class_order_hash(names)})
+    report = aligned(folder, soft)
+    assert not report.passed and not report.class_order_match
+    with pytest.raises(GateError, match="class order"): require_alignment(report)
+
+
+@pytest.mark.parametrize("name", ["softlabels.npz", "softlabels_index.jsonl", "sample_count.txt"])
+def test_one_changed_byte(folder, soft, name):
+    data = bytearray((folder / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (folder / name).write_bytes(data)
+    report = aligned(folder, soft)
+    assert not report.passed and not report.hash_manifest_match
+    assert name in report.notes[0]
+    with pytest.raises(ArtifactError, match=name): load_softlabels(folder)
+
+
+def test_one_missing_row(folder, soft):
+    report = aligned(folder, soft, [*soft.ids, "a/new.png"], [*soft.sha256, "f" * 64])
+    assert not report.passed and not report.sample_count_match and not report.sample_content_match
+    assert "a/new.png" in " ".join(report.notes)
+
+
+def test_one_row_swapped_for_another_of_the_same_count(folder, soft):
+    report = aligned(folder, soft, [*soft.ids[:-1], "a/new.png"], soft.sha256)
+    assert report.sample_count_match and not report.sample_content_match and not report.passed
+
+
+def test_one_changed_image(folder, soft):
+    report = aligned(folder, soft, sha=np.array([*soft.sha256[:-1], "e" * 64]))
+    assert not report.passed and soft.ids[-1] in report.notes[0]
+
+
+def test_another_dataset(folder, soft):
+    assert "another-0" in aligned(folder, soft, index="another-0").notes[0]
+
+
+def test_truncated_npz_that_was_sealed_again(folder, soft):
+    "Even with a fitting seal, a truncated array file is no softlabels."
+    data = (folder / "softlabels.npz").read_bytes()
+    (folder / "softlabels.npz").write_bytes(data[: len(data) // 2])
+    seal_folder(folder, INDEX)
+    with pytest.raises(ArtifactError, match="truncated"): load_softlabels(folder)
+
+
+def test_softlabels_without_seal_are_unfinished(folder, soft):
+    (folder / "hash_manifest.json").unlink()
+    assert "unfinished" in aligned(folder, soft).notes[0]
+
+
+@pytest.mark.parametrize("spoil", ["nan", "shape", "twice", "temperature"])
+def test_impossible_softlabels_are_never_written(tmp_path, soft, spoil):
+    if spoil == "nan": soft.logits[3, 1, 2] = np.nan
+    if spoil == "shape": soft.logits = soft.logits[:, :1]
+    if spoil == "twice": soft.ids = np.array([soft.ids[0]] * N)
+    if spoil == "temperature": soft.temperature = 0.0
+    with pytest.raises(ArtifactError): save_softlabels(tmp_path, soft)
+    assert not (tmp_path / "hash_manifest.json").exists()
+
+
+def test_foreign_checkpoint():
+    a = {"stem.weight": np.zeros((8, 3, 3, 3)), "head.weight": np.zeros((7, 8))}
+    b = {"stem.weight": np.zeros((16, 3, 3, 3)), "head.weight": np.zeros((7, 8))}
+    guard = backbone_guard(a, b, "mobilenetv3_large_100", "resnet18")
+    assert guard.param_count_match_ratio == pytest.approx(56 / (216 + 56))
+    with pytest.raises(GateError, match="'resnet18' is foreign to 'mobilenetv3_large_100'"): require_backbone(guard)
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.59, 0.61, 1.0])
+def test_guard_counts_parameters_not_layers(kept):
+    expected = {f"w{i}": np.zeros(10) for i in range(100)}
+    found = {k: v for i, (k, v) in enumerate(expected.items()) if i < kept * 100}
+    assert backbone_guard(expected, found, "a", "a").passed == (kept >= 0.60)
+
+
+@pytest.mark.parametrize("model", artifact_models().values(), ids=lambda m: m.__name__)
+def test_json_cut_short_names_the_file(tmp_path, model):
+    path = tmp_path / model.filename
+    path.write_text('{"schema_version": 1, "notes": ["half')
+    with pytest.raises(ArtifactError, match=model.filename): model.load(tmp_path)
+
+
+def test_every_truncation_of_an_artifact_is_refused(tmp_path):
+    text = ClassOrder().save(tmp_path).read_text().rstrip()
+    for n in range(len(text)):
+        (tmp_path / "class_order.json").write_text(text[:n])
+        with pytest.raises(ArtifactError, match=r"class_order\.json"): ClassOrder.load(tmp_path)
+
+
+def test_old_spellings_load(tmp_path):
+    old = {"datasetindexid": "d-1", "classordermatch": True, "classorderhash": class_order_hash(), "samplecountmatch": True,
+           "hashmanifestmatch": True, "teacherdir": "teachers/rn18", "pass": True, "notes": [], "author": "an earlier system"}
+    (tmp_path / "alignmentreport.json").write_text(json.dumps(old))
+    report = AlignmentReport.load(tmp_path)
+    assert report.passed and report.dataset_index_id == "d-1"
+    (tmp_path / "calibration.json").write_text(json.dumps({
+        "modelname": "rn18", "datasetindexid": "d-1", "selectedtemperature": 5.0, "grid": [1.0, 5.0], "atgridbound": True, "seed": 1,
+        "metrics": {"NLL": [1.0, 0.5], "ECE": [0.2, 0.1], "macro_f1": [0.5, 0.5]}, "calibrationdate": "2024-01-01"}))
+    assert Calibration.load(tmp_path).at_grid_bound
+
+
+def test_wrong_type_names_key_and_value(tmp_path):
+    write_json(tmp_path / "alignment_report.json", {"dataset_index_id": "d", "class_order_match": "perhaps"})
+    with pytest.raises(ArtifactError, match=r"alignment_report\.json: key 'class_order_match'.*perhaps"): AlignmentReport.load(tmp_path)
+
+
+def test_misspelt_field_is_an_error_when_writing():
+    with pytest.raises(ValueError, match="clases"): ClassOrder(clases=list(CLASSES))
+
+
+def test_interrupted_write_leaves_the_old_file(tmp_path):
+    write_json(tmp_path / "a.json", {"v": 1})
+    with pytest.raises(ZeroDivisionError), atomic_path(tmp_path / "a.json") as tmp:
+        tmp.write_text('{"v": ')
+        raise ZeroDivisionError
+    assert read_json(tmp_path / "a.json") == {"v": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_every_artifact_model_has_a_file_and_a_schema_version():
+    for model in Artifact.__subclasses__():
+        assert model.filename.endswith(".json") and model.model_fields["schema_version"].default >= 1
+
+
+def test_inventory_tells_whole_from_broken(tmp_path):
+    ClassOrder().save(tmp_path / "a")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "smoke_test.json").write_text("{")
+    assert inventory(tmp_path).set_index("folder")["state"].map(lambda s: s == "whole").to_dict() == {"a": True, "b": False}
+
+
+@pytest.mark.parametrize("losses, go", [([2.0, 1.5, 1.0], True), ([1.0, 1.0, 1.0], False), ([1.0], False), ([2.0, float("inf")], False)])
+def test_smoke_needs_a_falling_finite_loss(losses, go):
+    assert (smoke_verdict(losses, True, True, True, True).go_no_go == "GO") == go
+
+
+def test_gates_of_softlabels_alone_have_nothing_to_judge(folder):
+    with pytest.raises(GateError, match="nothing to judge"): gates(folder.parent)
