@@ -269,7 +269,7 @@ class ManifestValidation(Artifact):
     problems: list[str] = []  # the first few, in words
     passed: bool = Field(alias="pass")
 
-
+# %% ../nbs/00_artifacts.ipynb #00-030
 class PartOverlap(BaseModel):
     "Pictures that stand in two parts (source and usage, or split) of a manifest."
     a: str
@@ -320,14 +320,14 @@ class LeakageReport(Artifact):
     remaining_leaks: int  # usable train or val rows whose group stands in a test split: 0 under the default policy
     examples: dict[str, list[list[str]]]  # a few groups of each kind, as ids
 
-
+# %% ../nbs/00_artifacts.ipynb #00-031
 class HashManifest(Artifact):
     "sha256 of every file of a folder: the seal that is written last."
     filename: ClassVar[str] = "hash_manifest.json"
     dataset_index_id: str
     files: dict[str, str]  # relative path -> hex sha256
 
-# %% ../nbs/00_artifacts.ipynb #00-030
+# %% ../nbs/00_artifacts.ipynb #00-033
 class SyntheticDataset(Artifact):
     "What a folder of synthetic faces was rendered with; written last, so a folder that has it is whole."
     filename: ClassVar[str] = "synthetic.json"
@@ -353,6 +353,7 @@ class SyntheticVideo(Artifact):
     fps: float
     size: list[int]  # width, height in pixels
     seed: int
+    source: str = "studio"
     frames: int
     events: int
     class_order_hash: str
@@ -371,7 +372,7 @@ class CacheIndex(Artifact):
     images_sha256: str  # of images.npy
     images_bytes: int  # size of images.npy
 
-# %% ../nbs/00_artifacts.ipynb #00-032
+# %% ../nbs/00_artifacts.ipynb #00-035
 class RunArgs(Artifact):
     "Every parameter of a run, as it was used."
     filename: ClassVar[str] = "args.json"
@@ -403,7 +404,7 @@ class TrainingHistory(Artifact):
     best_epoch: int
     best_macro_f1: float
 
-# %% ../nbs/00_artifacts.ipynb #00-033
+# %% ../nbs/00_artifacts.ipynb #00-036
 SELECTION_RULE = "min NLL -> min ECE -> max macro-F1"
 
 
@@ -454,7 +455,7 @@ class Calibration(Artifact):
             if len(self.metrics.get(k, ())) != len(self.grid): raise ValueError(f"metrics.{k} needs one value for each T of grid")
         return self
 
-# %% ../nbs/00_artifacts.ipynb #00-034
+# %% ../nbs/00_artifacts.ipynb #00-037
 class Interval(BaseModel):
     "A value with its bootstrap 95% interval."
     value: float
@@ -501,7 +502,7 @@ class ReliabilityMetrics(Artifact):
     resamples: int
     seed: int
 
-# %% ../nbs/00_artifacts.ipynb #00-035
+# %% ../nbs/00_artifacts.ipynb #00-038
 class BackboneGuard(Artifact):
     "Whether a checkpoint belongs to the model that is about to load it."
     filename: ClassVar[str] = "backbone_guard.json"
@@ -548,7 +549,7 @@ class SmokeTest(Artifact):
     reasons: list[str] = []
     go_no_go: str = Field(pattern="^(GO|NO-GO)$")
 
-# %% ../nbs/00_artifacts.ipynb #00-039
+# %% ../nbs/00_artifacts.ipynb #00-042
 def seal_folder(
     folder,  # a folder whose files are complete
     dataset_index_id: str,  # of the dataset behind it
@@ -585,7 +586,7 @@ def check_seal(
                                 expected=f"sha256 {digest[:12]}…")
     return seal
 
-# %% ../nbs/00_artifacts.ipynb #00-042
+# %% ../nbs/00_artifacts.ipynb #00-045
 def artifact_models() -> dict[str, type[Artifact]]:
     "Every artifact model by its file name."
     return {c.filename: c for c in Artifact.__subclasses__() if c.filename}

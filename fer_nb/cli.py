@@ -49,10 +49,10 @@ def run(a):
 
 def notebook(a):
     from fer_nb.runs import run_notebook
-    start, where = time.time(), _short(Path(a.out).parent)
-    print(f"  {a.name:<22} {where}", flush=True)
+    start, out = time.time(), _short(a.out)
+    print(f"  started  {out}", flush=True)
     run_notebook(a.name, a.out, _parameters(a))
-    print(f"  {a.name:<22} {where}: done in {time.time() - start:.0f} s", flush=True)
+    print(f"  done     {out} in {time.time() - start:.0f} s", flush=True)
 
 
 def report(a):

@@ -13,11 +13,13 @@ __all__ = ['MAX_MEMBER_BYTES', 'COLUMNS', 'SPLITS', 'VIEWS', 'MANIFEST_FILE', 'M
            'adapter', 'class_folders', 'fer2013_folder', 'any_folder', 'fer2013_csv', 'ferplus_label', 'ferplus',
            'rafdb_basic', 'rafdb_compound', 'rafml', 'affectnet', 'expw', 'synthetic_faces', 'parse_source',
            'read_source', 'draw_validation', 'exclude_copies', 'assign_splits', 'dataset_fingerprint', 'dataset_index',
-           'freeze_manifest', 'Result', 'BuildResult', 'check_rows', 'validation', 'build_manifest', 'ValidationResult',
-           'validate_manifest', 'source_disagreement', 'leakage_report', 'AuditResult', 'audit_manifest']
+           'freeze_manifest', 'Result', 'BuildResult', 'check_rows', 'validation', 'build_manifest',
+           'collection_paused', 'ValidationResult', 'validate_manifest', 'source_disagreement', 'leakage_report',
+           'AuditResult', 'audit_manifest']
 
 # %% ../nbs/00_manifests.ipynb #00-002
 import csv
+import gc
 import hashlib
 import io
 import itertools
@@ -34,7 +36,7 @@ import zipfile
 import zlib
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -59,10 +61,12 @@ from .artifacts import (CLASSES, ArtifactError, ClassOrder, DatasetIndex, FerErr
 MAX_MEMBER_BYTES = 1 << 28  # 256 MB: no picture is larger, and a zip bomb is
 
 
+_POINTS_OUTSIDE = re.compile(r"(^|[/\\])\.\.([/\\]|$)|^[/\\]|^[A-Za-z]:|\0").search
+
+
 def check_member_name(archive, name: str):
     "Refuse a member name that could point outside of its archive."
-    parts = name.replace("\\", "/").split("/")
-    if name.startswith(("/", "\\")) or ".." in parts or re.match(r"^[A-Za-z]:", name) or "\0" in name:
+    if _POINTS_OUTSIDE(name):
         raise ArtifactError(archive, f"holds the unsafe member name {name!r}: it points outside of the archive; get it from its authors")
 
 # %% ../nbs/00_manifests.ipynb #00-007
@@ -135,9 +139,13 @@ _archives, _archives_lock = {}, threading.Lock()
 _INSIDE = re.compile(r"^(.*?\.(?:zip|csv))!(.+)$", re.IGNORECASE | re.DOTALL)
 
 
-def open_archive(path) -> ZipArchive | PixelCSV:
+def open_archive(
+    path,  # a zip or a CSV file
+    look: bool = True,  # look whether the file has changed since it was opened; False trusts an open one
+) -> ZipArchive | PixelCSV:
     "An archive, opened once a process and again when its file has changed."
     key = str(path)
+    if not look and key in _archives: return _archives[key][1]
     try: stat = os.stat(key)
     except OSError: raise ArtifactError(path, "is missing") from None
     stamp = (stat.st_mtime_ns, stat.st_size, stat.st_ino)
@@ -155,10 +163,11 @@ def split_path(path: str) -> tuple[str, str | None]:
 
 def read_bytes(
     path: str,  # a file, or `archive.zip!member`, or `pixels.csv!row`
+    look: bool = True,  # look whether an archive has changed since the last reading
 ) -> bytes:
     "The bytes of a picture as a manifest names it."
     file, member = split_path(str(path))
-    try: return Path(file).read_bytes() if member is None else open_archive(file).read(member)
+    try: return Path(file).read_bytes() if member is None else open_archive(file, look).read(member)
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError): raise MissingFile(path, "is missing") from None
 
 
@@ -293,10 +302,10 @@ _MAX_SIDE = 512
 
 
 @lru_cache(maxsize=256)
-def _cosines(n: int) -> np.ndarray:
+def _cosines(n: int, dtype=np.float64) -> np.ndarray:
     "Integer cosine basis (n, 9), scaled so that rounding leaves three digits."
     basis = np.cos(np.pi*(np.arange(n)[:, None] + 0.5)*np.arange(COEFFICIENTS)/n)
-    return np.round(basis*512)
+    return np.round(basis*512).astype(dtype)
 
 
 def coefficients(
@@ -304,8 +313,9 @@ def coefficients(
 ) -> np.ndarray:  # (B, 80) float64, from low to high frequency, without the constant one
     "The lowest cosine coefficients of pictures of one size; exact integers over the picture's area."
     b, h, w = images.shape
-    rows = (images.reshape(b*h, w).astype(np.float64) @ _cosines(w)).reshape(b, h, COEFFICIENTS)
-    both = np.ascontiguousarray(rows.transpose(0, 2, 1)).reshape(-1, h) @ _cosines(h)  # (B*9, 9): v, u
+    exact = np.float32 if w <= 128 else np.float64  # 255 * 512 * 128 < 2**24: float32 holds the row sums exactly
+    rows = (images.reshape(b*h, w).astype(exact) @ _cosines(w, exact)).reshape(b, h, COEFFICIENTS)
+    both = rows.transpose(0, 2, 1).astype(np.float64).reshape(-1, h) @ _cosines(h)  # (B*9, 9): v, u
     return both.reshape(b, COEFFICIENTS, COEFFICIENTS).transpose(0, 2, 1).reshape(b, -1)[:, _ORDER]/(h*w)
 
 # %% ../nbs/00_manifests.ipynb #00-025
@@ -334,8 +344,11 @@ def pixel_hash(
 ) -> str:  # 32 hex
     "Hash of the decoded pixels; three equal channels count as one."
     if image.ndim == 3 and (image[..., :1] == image).all(): image = image[..., 0]
-    head = f"{image.shape} {image.dtype}".encode()
-    return hashlib.sha256(head + image.tobytes()).hexdigest()[:32]
+    return hashlib.sha256(_shape_bytes(image.shape, image.dtype) + image.tobytes()).hexdigest()[:32]
+
+
+@lru_cache(maxsize=1024)
+def _shape_bytes(shape: tuple, dtype) -> bytes: return f"{shape} {dtype}".encode()
 
 # %% ../nbs/00_manifests.ipynb #00-030
 class Prints(NamedTuple):
@@ -362,7 +375,7 @@ def crop_box(
 
 def _print_one(path: str, box=None):
     "sha256, pixel hash, face, (height, width) of the picture, problem."
-    try: data = read_bytes(path)
+    try: data = read_bytes(path, look=False)
     except MissingFile: return "", "", None, (0, 0), "missing file"
     except (FerError, OSError): return "", "", None, (0, 0), "broken file"
     digest = hashlib.sha256(data).hexdigest()
@@ -393,13 +406,16 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _one_blas_thread(): threadpool_limits(1)
+def _start_worker():
+    "One thread a worker; and no garbage collection, which would copy the parent's memory page by page."
+    threadpool_limits(1)
+    gc.disable()
 
 
 def _pool(workers: int):
     "Forked workers on Linux, where starting one costs milliseconds; threads elsewhere."
     if sys.platform == "linux":
-        return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork"), initializer=_one_blas_thread)
+        return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork"), initializer=_start_worker)
     return ThreadPoolExecutor(workers)
 
 
@@ -410,26 +426,27 @@ def fingerprint(
     perceptual: bool = True,  # also the perceptual hash and its coefficients
     progress: bool | None = None,  # show a bar; None: only in a terminal
     what: str = "reading",  # the bar's title
-    chunk: int = 256,  # pictures a task
+    chunk: int = 512,  # pictures a task
 ) -> Prints:
     "Read, decode and hash every picture once."
     paths = list(paths)
     todo = list(zip(paths, [None]*len(paths) if boxes is None else boxes))
     tasks = [todo[i:i + chunk] for i in range(0, len(todo), chunk)]
     workers = min(workers or usable_cores(), len(tasks))
-    for archive in {a for p in paths[::chunk] if (a := split_path(p)[0]) != p and Path(a).is_file()}: _try_open(archive)
-    with tqdm(total=len(paths), unit="img", unit_scale=True, desc=what, disable=None if progress is None else not progress) as bar:
+    for archive in {file for file, member in map(split_path, paths) if member}: _try_open(archive)
+    show = bool(paths) and (sys.stderr.isatty() if progress is None else progress)
+    with tqdm(total=len(paths), unit="img", unit_scale=True, desc=what, disable=not show) as bar:
         parts = []
         for part in _map(_print_chunk, tasks, workers, perceptual):
             parts.append(part)
             bar.update(len(part.sha256))
-    if not parts: return _print_nothing()
-    return Prints(*map(np.concatenate, zip(*parts)))
+    return Prints(*map(np.concatenate, zip(*parts))) if parts else _print_nothing()
 
 # %% ../nbs/00_manifests.ipynb #00-033
 def _try_open(archive):
-    "Open an archive before workers fork, so that they share it; a broken one is told of picture by picture."
-    with suppress(ArtifactError): open_archive(archive)
+    "Open an archive anew if it has changed, before workers fork and share it; a broken one is told of picture by picture."
+    try: open_archive(archive)
+    except ArtifactError: _archives.pop(archive, None)
 
 
 def _map(f, tasks, workers, *args):
@@ -453,7 +470,7 @@ _PAIRS_AT_ONCE = 1 << 22
 
 def _pairs_in_runs(keys: np.ndarray):
     "Yield (i, j) index arrays of all pairs with equal keys, some millions at a time."
-    order = np.argsort(keys, kind="stable")
+    order = np.argsort(keys, kind="stable").astype(np.int32)
     run = keys[order]
     start = np.flatnonzero(np.r_[True, run[1:] != run[:-1]]) if len(run) else np.array([], int)
     size = np.diff(np.r_[start, len(run)])
@@ -463,8 +480,8 @@ def _pairs_in_runs(keys: np.ndarray):
     while at < len(run):
         to = max(at + 1, int(np.searchsorted(ends, (ends[at - 1] if at else 0) + _PAIRS_AT_ONCE, side="right")))
         n = right[at:to]
-        i = np.repeat(np.arange(at, to), n)
-        j = i + 1 + np.arange(len(i)) - np.repeat(np.cumsum(n) - n, n)
+        i = np.repeat(np.arange(at, to, dtype=np.int32), n)
+        j = i + 1 + np.arange(len(i), dtype=np.int32) - np.repeat((np.cumsum(n) - n).astype(np.int32), n)
         yield order[i], order[j]
         at = to
 
@@ -481,7 +498,8 @@ def hamming_pairs(
         band = bits[:, b::bands]
         for i, j in _pairs_in_runs(band @ (1 << np.arange(band.shape[1], dtype=np.int64))):
             near = np.bitwise_count(hashes[i] ^ hashes[j]) <= max_hamming
-            found.append(np.unique(np.minimum(i[near], j[near])*len(hashes) + np.maximum(i[near], j[near])))
+            i, j = i[near].astype(np.int64), j[near].astype(np.int64)
+            found.append(np.unique(np.minimum(i, j)*len(hashes) + np.maximum(i, j)))
     keys = np.unique(np.concatenate(found)) if found else np.array([], np.int64)
     return np.stack([keys//max(len(hashes), 1), keys % max(len(hashes), 1)], axis=1)
 
@@ -499,17 +517,25 @@ def find_groups(
     min_correlation: float = MIN_CORRELATION,  # of the 80 coefficients
 ) -> Likeness:
     "Join identical and near-identical pictures into groups."
-    names, first, row_to = np.unique(prints.pixel_hash.astype(str), return_index=True, return_inverse=True)
-    coef = prints.coef[first].astype(np.float64)
-    length = np.linalg.norm(coef, axis=1, keepdims=True)
-    coef = np.divide(coef, length, out=np.zeros_like(coef), where=length > 1e-6)  # a flat picture resembles nothing
+    row_to, names = pd.factorize(prints.pixel_hash, sort=True)
+    first = np.empty(len(names), int)
+    first[row_to[::-1]] = np.arange(len(row_to))[::-1]
+    coef = prints.coef[first]
     i, j = _candidates(prints.perceptual[first], names != "", max_hamming)
-    slices = [slice(a, a + 65536) for a in range(0, len(i), 65536)]
-    alike = np.concatenate([np.einsum("ij,ij->i", coef[i[k]], coef[j[k]]) for k in slices] or [[]])
-    near = alike >= min_correlation
+    near = _correlation(coef, i, j) >= min_correlation
     label = _components(len(names), i[near], j[near])
     smallest = names[np.unique(label, return_index=True)[1]]  # names are sorted: the first of a component is its smallest
-    return Likeness(smallest[label][row_to].astype(object), len(i), int(near.sum()))
+    return Likeness(smallest[label][row_to], len(i), int(near.sum()))
+
+
+def _correlation(coef: np.ndarray, i: np.ndarray, j: np.ndarray) -> np.ndarray:
+    "Correlation of the coefficients of pairs; a flat picture resembles nothing."
+    def dot(a, b): return np.einsum("ij,ij->i", a, b, dtype=np.float64)
+    length = np.sqrt(np.concatenate([dot(c, c) for c in np.array_split(coef, len(coef)//8192 + 1)]))
+    slices = [slice(a, a + 8192) for a in range(0, len(i), 8192)]
+    product = np.concatenate([dot(coef[i[k]], coef[j[k]]) for k in slices] or [np.empty(0)])
+    flat = np.minimum(length[i], length[j]) < 1e-6
+    return np.where(flat, 0, product)/np.where(flat, 1, length[i]*length[j])
 
 # %% ../nbs/00_manifests.ipynb #00-041
 def _candidates(hashes: np.ndarray, usable: np.ndarray, max_hamming: int):
@@ -946,12 +972,11 @@ def read_source(spec: str) -> pd.DataFrame:
     kind, name, path = parse_source(spec)
     rows = ADAPTERS[kind][0](Tree(path))
     if not rows: raise UsageError(f"{path}: no pictures for the kind {kind}; check the path")
-    df = pd.DataFrame.from_records(rows, columns=Row._fields)
-    df["source"] = np.where(df.source == "", name, df.source)
-    df.insert(0, "id", df.source + "/" + df.pop("inside"))
-    twice = df.id[df.id.duplicated()]
-    if len(twice): raise UsageError(f"{path}: {twice.iloc[0]!r} is listed more than once; list each picture once")
-    return df.sort_values("id", kind="stable", ignore_index=True)
+    rows = sorted((f"{r.source or name}/{r.inside}", *r[1:-1], r.source or name) for r in rows)
+    columns = dict(zip(("id", *Row._fields[1:]), zip(*rows)))
+    twice = next((a for a, b in itertools.pairwise(columns["id"]) if a == b), None)
+    if twice: raise UsageError(f"{path}: {twice!r} is listed more than once; list each picture once")
+    return pd.DataFrame({k: list(v) for k, v in columns.items()})
 
 # %% ../nbs/00_manifests.ipynb #00-075
 def _strata(df: pd.DataFrame, group: np.ndarray) -> np.ndarray:
@@ -974,7 +999,7 @@ def draw_validation(
     seed: int,
 ) -> np.ndarray:  # bool, one a row: it becomes validation
     "A stratified draw of whole groups; the same for any order of rows."
-    names, group = np.unique(df.group.to_numpy().astype(str), return_inverse=True)
+    group, names = pd.factorize(df.group.to_numpy(object))
     if not len(names) or fraction == 0: return np.zeros(len(df), bool)
     strata, size = _strata(df, group), np.bincount(group, weights=(df.excluded == "").to_numpy())
     order = sorted(range(len(names)), key=lambda g: _order_key(seed, names[g]))
@@ -1003,10 +1028,12 @@ def exclude_copies(df: pd.DataFrame) -> np.ndarray:
     "The column `excluded` after the policy; earlier reasons stay."
     excluded, split = df.excluded.to_numpy(object).copy(), df.split.to_numpy()
     for (held_out, column), reason in _COPIES.items():
-        names = df[column].to_numpy()
-        held = pd.Index(names[(split == held_out) & (names != "")]).unique()
+        codes, names = pd.factorize(df[column])
+        held = np.zeros(len(names), bool)
+        held[codes[split == held_out]] = True
+        held &= names != ""
         below = np.isin(split, SPLITS[:SPLITS.index(held_out)])
-        excluded[below & (excluded == "") & pd.Index(names).isin(held)] = reason
+        excluded[below & (excluded == "") & held[codes]] = reason
     return excluded
 
 
@@ -1052,9 +1079,18 @@ _SCHEMA = pa.schema([(c, {"width": pa.int32(), "height": pa.int32(), "confidence
                           "box": pa.list_(pa.float64())}.get(c, pa.string())) for c in COLUMNS])
 
 
+def _as_arrow(column: pd.Series, kind) -> pa.Array:
+    "A column as Arrow; missing numbers and lists are null."
+    return pa.array(column.tolist() if pa.types.is_list(kind) else column, from_pandas=True).cast(kind)
+
+
+@lru_cache(maxsize=65536)
+def _numbers_text(values: tuple) -> str: return " ".join(f"{x:g}" for x in values)
+
+
 def _as_text(column) -> pa.Array:
     "Lists as text of numbers parted by blanks, for people."
-    return pa.array([None if v is None else " ".join(f"{x:g}" for x in v) for v in column], pa.string())
+    return pa.array([None if v is None else _numbers_text(tuple(v)) for v in column], pa.string())
 
 
 def freeze_manifest(
@@ -1067,7 +1103,7 @@ def freeze_manifest(
     folder.mkdir(parents=True, exist_ok=True)
     unseal(folder)
     for stale in (ManifestValidation.filename, LeakageReport.filename): (folder/stale).unlink(missing_ok=True)
-    table = pa.table({c: pa.array(df[c].tolist(), _SCHEMA.field(c).type) for c in COLUMNS}, schema=_SCHEMA)
+    table = pa.table({c: _as_arrow(df[c], _SCHEMA.field(c).type) for c in COLUMNS}, schema=_SCHEMA)
     with atomic_path(folder/MANIFEST_FILE) as tmp: pq.write_table(table, tmp)
     for c in ("votes", "box"): table = table.set_column(table.column_names.index(c), c, _as_text(df[c]))
     with atomic_path(folder/MANIFEST_CSV) as tmp: pa_csv.write_csv(table, tmp)
@@ -1160,8 +1196,8 @@ def build_manifest(
     "Build and freeze a manifest from sources; wrong arguments and empty sources are usage errors."
     start = time.perf_counter()
     _check_build(sources, name, val_fraction, max_hamming)
-    parts = [read_source(s) for s in sources]
-    df = _together(parts)
+    with collection_paused():
+        df = _together([read_source(s) for s in sources])
     prints = fingerprint(df.path, df.box, workers, progress=progress)
     df = assign_splits(_with_prints(df, prints, max_hamming), val_fraction, seed)
     if not (df.excluded == "").any():
@@ -1172,6 +1208,16 @@ def build_manifest(
     return BuildResult(manifest, time.perf_counter() - start, validate)
 
 # %% ../nbs/00_manifests.ipynb #00-091
+@contextmanager
+def collection_paused():
+    "No garbage collection inside: while many rows are made, it runs dozens of times and finds nothing."
+    was = gc.isenabled()
+    gc.disable()
+    try: yield
+    finally:
+        if was: gc.enable()
+
+
 def _check_build(sources, name, val_fraction, max_hamming):
     "Refuse wrong arguments before any picture is read."
     if isinstance(sources, str) or not len(sources): raise UsageError("no sources: give at least one kind=path")

@@ -203,7 +203,8 @@ table { border-collapse: collapse; font-size: .85rem; margin: 1rem 0; display: b
 th, td { padding: .25rem .6rem; border-bottom: 1px solid #e2e7ec; text-align: left; font-variant-numeric: tabular-nums; }
 th { border-bottom: 2px solid #90a0b0; } img { max-width: 100%; background: #fff; } blockquote { color: #51606f; margin-left: 0; }
 code, pre { font-size: .82rem; } pre { overflow-x: auto; } nav#TOC { font-size: .9rem; } a { color: #0a5ca8; }
-@media (prefers-color-scheme: dark) { body { color: #dbe2e9; background: #14191f; } a { color: #7ab8f5; } th, td { border-color: #333d47; } }
+@media (prefers-color-scheme: dark) {
+  body { color: #dbe2e9; background: #14191f; } a { color: #7ab8f5; } th, td { border-color: #333d47; } }
 """
 
 

@@ -7,6 +7,8 @@ __all__ = ['PROFILE_KEYS', 'MARKS', 'project_root', 'notebook_path', 'notebook_p
            'load_profile', 'source_of', 'unseal_broken', 'chain_config', 'run_profile']
 
 # %% ../nbs/09a_runs.ipynb #09a-002
+import ast
+import logging
 import os
 import re
 import subprocess
@@ -14,6 +16,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+import nbformat
 import papermill
 import yaml
 
@@ -41,7 +44,9 @@ def notebook_parameters(
     path,  # a notebook
 ) -> dict[str, str]:  # name -> default, as written
     "The names and defaults of a notebook's parameters cell."
-    return {k: v["default"] for k, v in papermill.inspect_notebook(str(path)).items()}
+    cells = [c for c in nbformat.read(path, as_version=4).cells if "parameters" in c.metadata.get("tags", [])]
+    lines = [node for c in cells for node in ast.parse(c.source).body if isinstance(node, ast.Assign)]
+    return {node.targets[0].id: ast.unparse(node.value) for node in lines}
 
 
 def check_parameters(path, parameters: dict):
@@ -61,9 +66,10 @@ def run_notebook(
     path, parameters = notebook_path(name), parameters or {}
     check_parameters(path, parameters)
     Path(out).parent.mkdir(parents=True, exist_ok=True)
+    logging.getLogger("papermill").setLevel(logging.ERROR)  # its own parser of parameters warns of lists; ours has checked them
     try:
-        papermill.execute_notebook(str(path), str(out), parameters=parameters, progress_bar=bar, kernel_name="python3", log_output=False,
-                                   request_save_on_cell_execute=True, autosave_cell_every=5)
+        papermill.execute_notebook(str(path), str(out), parameters=parameters, progress_bar=bar, kernel_name="python3",
+                                   autosave_cell_every=5, extra_arguments=["--IPKernelApp.log_level=50"])
     except papermill.PapermillExecutionError as e:
         kind = e.ename if e.ename in ("UsageError", "GateError", "ArtifactError") else f"unexpected {e.ename}"
         raise GateError(f"{path.stem} stopped: {e.evalue} ({kind}; the executed notebook is {out})") from None

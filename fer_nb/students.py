@@ -6,7 +6,7 @@
 __all__ = ['STUDENT_BACKBONE', 'STAGES', 'make_student', 'kd_loss', 'tckd_nckd', 'dkd_loss', 'dkd_unit_test', 'alpha_at',
            'StudentLoss', 'soft_table', 'start_from']
 
-# %% ../nbs/05_students.ipynb #05-002
+# %% ../nbs/05_students.ipynb #05-003
 import math
 
 import numpy as np
@@ -19,7 +19,7 @@ from .artifacts import CLASSES, DKDUnitTest, GateError, UsageError
 from .integrity import Softlabels, backbone_guard, require_backbone
 from .training import load_checkpoint
 
-# %% ../nbs/05_students.ipynb #05-005
+# %% ../nbs/05_students.ipynb #05-006
 STUDENT_BACKBONE = "mobilenetv3_large_100"
 
 
@@ -30,9 +30,9 @@ def make_student(
     model = timm.create_model(STUDENT_BACKBONE, num_classes=len(CLASSES), drop_rate=drop_rate)
     nn.init.normal_(model.classifier.weight, std=0.01)  # timm's own start gives seven classes a loss of 4 to 6 nats, not ln 7
     nn.init.zeros_(model.classifier.bias)
-    return model
+    return model.to(memory_format=torch.channels_last)  # 1.5 times as fast on a CPU: depthwise convolutions
 
-# %% ../nbs/05_students.ipynb #05-008
+# %% ../nbs/05_students.ipynb #05-009
 def kd_loss(
     student_logits: Tensor,  # (B, K), before softmax
     teacher_logits: Tensor,  # (B, K), calibrated, before softmax
@@ -46,7 +46,7 @@ def kd_loss(
 def _at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
-# %% ../nbs/05_students.ipynb #05-011
+# %% ../nbs/05_students.ipynb #05-012
 def _binary_log_probs(z: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     "log [p_y, 1 - p_y] as (B, 2), and the log-softmax among the K-1 others as (B, K-1)."
     others = z[~F.one_hot(target, z.shape[-1]).bool()].view(len(z), -1)
@@ -79,7 +79,7 @@ def dkd_loss(
     tckd, nckd = tckd_nckd(student_logits, teacher_logits, target, T)
     return T*T*(alpha*tckd + beta*nckd).mean()
 
-# %% ../nbs/05_students.ipynb #05-013
+# %% ../nbs/05_students.ipynb #05-014
 def dkd_unit_test(
     device: str = "cpu",
     T: float = 2.0,
@@ -100,7 +100,7 @@ def dkd_unit_test(
     return DKDUnitTest(identity_max_error=identity, kd_max_error=kd, finite_at_extremes=finite, tolerance=tolerance,
                        passed=finite and max(identity, kd) <= tolerance)
 
-# %% ../nbs/05_students.ipynb #05-018
+# %% ../nbs/05_students.ipynb #05-019
 STAGES = ("CE", "KD")
 
 
@@ -142,7 +142,7 @@ class StudentLoss:
         self.terms |= {"kd": kd.detach(), "alpha": self.alpha}
         return (1 - self.alpha)*ce + self.alpha*kd
 
-# %% ../nbs/05_students.ipynb #05-021
+# %% ../nbs/05_students.ipynb #05-022
 def soft_table(
     soft: Softlabels,
     ids,  # (N,) the student's training rows, in its order
@@ -154,7 +154,7 @@ def soft_table(
     columns = [soft.views.index(v) for v in views]
     return torch.from_numpy(soft.logits[soft.rows(ids)][:, columns]/np.float32(soft.temperature))
 
-# %% ../nbs/05_students.ipynb #05-024
+# %% ../nbs/05_students.ipynb #05-025
 def start_from(
     model: nn.Module,  # the student
     checkpoint: str = "",  # a best.pt; empty: from scratch

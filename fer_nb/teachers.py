@@ -6,7 +6,7 @@
 __all__ = ['BACKBONES', 'backbone_name', 'add_margin', 'ArcFaceHead', 'margin_at', 'effective_number_weights', 'ArcFaceLoss',
            'Teacher', 'export_softlabels']
 
-# %% ../nbs/03_teachers.ipynb #03-002
+# %% ../nbs/03_teachers.ipynb #03-003
 import math
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from .images import PackedFaces, eval_loader
 from .integrity import VIEWS, Softlabels, check_alignment, require_alignment, save_softlabels
 from .training import predict
 
-# %% ../nbs/03_teachers.ipynb #03-005
+# %% ../nbs/03_teachers.ipynb #03-006
 BACKBONES = {"RN18": "resnet18", "RN50": "resnet50", "B3": "tf_efficientnet_b3", "CNXT": "convnext_tiny", "VIT": "vit_small_patch16_224"}
 
 
@@ -33,7 +33,7 @@ def backbone_name(
     if timm.is_model(arch): return arch
     raise UsageError(f"unknown backbone '{arch}': give one of {', '.join(BACKBONES)}, or a timm model name")
 
-# %% ../nbs/03_teachers.ipynb #03-008
+# %% ../nbs/03_teachers.ipynb #03-009
 def add_margin(
     logits: Tensor,  # (B, K), s times cosine
     target: Tensor,  # (B,) int64
@@ -64,7 +64,7 @@ class ArcFaceHead(nn.Module):
             plain = self.s*F.linear(F.normalize(embedding.float()), F.normalize(self.weight.float()))
             return plain if target is None else add_margin(plain, target, self.s, self.m)
 
-# %% ../nbs/03_teachers.ipynb #03-013
+# %% ../nbs/03_teachers.ipynb #03-014
 def margin_at(
     step: int,  # optimiser steps done
     total: int,  # optimiser steps of the run
@@ -75,7 +75,7 @@ def margin_at(
     "The margin at a step: 0, a linear ramp, then m."
     return m*min(1.0, max(0.0, (step/max(1, total) - warmup)/max(1e-9, ramp)))
 
-# %% ../nbs/03_teachers.ipynb #03-016
+# %% ../nbs/03_teachers.ipynb #03-017
 def effective_number_weights(
     counts,  # (K,) training rows of each class
     beta: float = 0.9999,
@@ -86,7 +86,7 @@ def effective_number_weights(
     w = (1 - beta)/(1 - beta**counts)
     return torch.tensor(w/w.mean(), dtype=torch.float32)
 
-# %% ../nbs/03_teachers.ipynb #03-019
+# %% ../nbs/03_teachers.ipynb #03-020
 class ArcFaceLoss:
     "Cross-entropy on margin-adjusted logits, the margin following its schedule."
     def __init__(self, s: float = 30.0, m: float = 0.35, class_weights: Tensor | None = None, warmup: float = 0.1, ramp: float = 0.3):
@@ -119,7 +119,7 @@ class Teacher(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor: return self.head(self.drop(self.backbone(x)))
 
-# %% ../nbs/03_teachers.ipynb #03-022
+# %% ../nbs/03_teachers.ipynb #03-023
 def export_softlabels(
     teacher: nn.Module,  # with its best weights
     data: PackedFaces,  # the rows to be taught

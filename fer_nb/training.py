@@ -8,7 +8,7 @@ __all__ = ['AMP_DTYPES', 'TrainConfig', 'best_device', 'seed_everything', 'Epoch
            'train', 'predict', 'smoke_steps', 'FaceData', 'open_data', 'embedded_data', 'votes_of', 'evaluate_run',
            'test_logits', 'training_environment', 'seal_run', 'plot_history']
 
-# %% ../nbs/02b_training.ipynb #02b-002
+# %% ../nbs/02b_training.ipynb #02b-003
 import copy
 import hashlib
 import json
@@ -40,7 +40,7 @@ from .integrity import environment
 from .manifests import audit_manifest, build_manifest, load_manifest, validate_manifest
 from .synthetic import write_dataset
 
-# %% ../nbs/02b_training.ipynb #02b-005
+# %% ../nbs/02b_training.ipynb #02b-006
 AMP_DTYPES = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -75,7 +75,7 @@ def best_device(wanted: str = "auto") -> str:
     if wanted != "auto": return wanted
     return "cuda" if torch.cuda.is_available() else "cpu"
 
-# %% ../nbs/02b_training.ipynb #02b-008
+# %% ../nbs/02b_training.ipynb #02b-009
 def seed_everything(
     seed: int,
     epoch: int = 0,
@@ -94,7 +94,7 @@ class EpochSeed(Callback):
         seed_everything(self.seed, epoch)
         for dl in self.dls.loaders: dl.set_epoch(epoch)
 
-# %% ../nbs/02b_training.ipynb #02b-011
+# %% ../nbs/02b_training.ipynb #02b-012
 def lr_factor(
     step: int,  # optimiser steps done
     total: int,  # optimiser steps of the whole run
@@ -104,7 +104,7 @@ def lr_factor(
     if step < warmup: return (step + 1)/warmup
     return 0.5*(1 + math.cos(math.pi*min(1.0, (step - warmup)/max(1, total - warmup))))
 
-# %% ../nbs/02b_training.ipynb #02b-014
+# %% ../nbs/02b_training.ipynb #02b-015
 class StepOrder(Callback):
     "Autocast, accumulate, unscale, clip, step and schedule, in that order."
     order = 10
@@ -164,7 +164,7 @@ class StepOrder(Callback):
         self.step += 1
         self._set_lr()
 
-# %% ../nbs/02b_training.ipynb #02b-018
+# %% ../nbs/02b_training.ipynb #02b-019
 def make_optimizer(
     model: nn.Module,
     config: TrainConfig,
@@ -173,7 +173,7 @@ def make_optimizer(
     groups = param_groups_weight_decay(model, config.weight_decay)
     return OptimWrapper(opt=torch.optim.AdamW(groups, lr=config.lr, weight_decay=0.0))
 
-# %% ../nbs/02b_training.ipynb #02b-025
+# %% ../nbs/02b_training.ipynb #02b-026
 class Observe(Callback):
     "Collect validation logits, loss terms, gradient norms, times and memory of each epoch."
     order = 40
@@ -205,7 +205,7 @@ class Observe(Callback):
         self.valid_seconds = time.perf_counter() - self.valid_start
         self.scores = {f"valid_{m.__name__}": m(z, y) for m in (nll, accuracy, macro_f1, ece)}
 
-# %% ../nbs/02b_training.ipynb #02b-026
+# %% ../nbs/02b_training.ipynb #02b-027
 class History(Callback):
     "One row an epoch, written to history.csv and history.json as soon as it is known."
     order = 51
@@ -233,7 +233,7 @@ class History(Callback):
         TrainingHistory(rows=self.rows, epochs_done=len(self.rows), epochs_total=self.total, best_epoch=self.best["epoch"],
                         best_macro_f1=self.best["valid_macro_f1"]).save(self.run_dir)
 
-# %% ../nbs/02b_training.ipynb #02b-028
+# %% ../nbs/02b_training.ipynb #02b-029
 def save_checkpoint(path, **content):
     "torch.save, atomically."
     with atomic_path(path) as tmp: torch.save(content, tmp)
@@ -273,7 +273,7 @@ class Checkpoint(Callback):
         save_checkpoint(self.run_dir/"checkpoint_last.pt", model=state, meta=self.meta, optimizer=self.opt.opt.state_dict(),
                         scaler=s.scaler.state_dict(), step=s.step, rows=h.rows, fingerprint=self.fingerprint)
 
-# %% ../nbs/02b_training.ipynb #02b-031
+# %% ../nbs/02b_training.ipynb #02b-032
 def resume_point(
     run_dir,  # the run's folder
     config: TrainConfig,
@@ -302,7 +302,7 @@ def is_trained(
     last = load_checkpoint(path, ("rows", "fingerprint"))
     return last["fingerprint"] == config.fingerprint(**identity) and len(last["rows"]) == config.epochs
 
-# %% ../nbs/02b_training.ipynb #02b-032
+# %% ../nbs/02b_training.ipynb #02b-033
 def train(
     model: nn.Module,  # (B, 3, S, S) -> (B, 7) logits
     train_loader,  # batches of (x, y, index, view); `set_epoch`, `to`, `len`
@@ -334,7 +334,7 @@ def train(
         History(run_dir, last["rows"], config.epochs, first), Checkpoint(run_dir, meta, fingerprint), *callbacks])
     return TrainingHistory.load(run_dir)
 
-# %% ../nbs/02b_training.ipynb #02b-036
+# %% ../nbs/02b_training.ipynb #02b-037
 @torch.no_grad()
 def predict(
     model: nn.Module,
@@ -352,7 +352,7 @@ def predict(
     model.train(was_training)
     return tuple(torch.cat(parts).numpy() for parts in zip(*out))
 
-# %% ../nbs/02b_training.ipynb #02b-039
+# %% ../nbs/02b_training.ipynb #02b-040
 def smoke_steps(
     model: nn.Module,  # left untouched
     loader,  # batches of (x, y, index, view)
@@ -377,7 +377,7 @@ def smoke_steps(
         opt.step()
     return losses, finite
 
-# %% ../nbs/02b_training.ipynb #02b-042
+# %% ../nbs/02b_training.ipynb #02b-043
 @dataclass
 class FaceData:
     "Three views of one manifest, packed."
@@ -417,7 +417,7 @@ def embedded_data(
     pack_cache(load_manifest(folder/"manifests"), Geometry(size=img_size), folder/"cache", progress=False)
     return folder/"manifests", folder/"cache"
 
-# %% ../nbs/02b_training.ipynb #02b-045
+# %% ../nbs/02b_training.ipynb #02b-046
 def votes_of(
     rows: pd.DataFrame,  # of a manifest
 ) -> np.ndarray | None:  # (N, 7), NaN where a row has none; None where no row has any
@@ -460,7 +460,7 @@ def test_logits(run_dir) -> tuple[np.ndarray, np.ndarray]:  # (N, 7), (N,)
     z = read_npz(Path(run_dir)/"evaluation.npz", ["test_logits", "test_labels"])
     return z["test_logits"], z["test_labels"]
 
-# %% ../nbs/02b_training.ipynb #02b-046
+# %% ../nbs/02b_training.ipynb #02b-047
 def training_environment(device: str) -> Environment:
     "The environment of a run, as torch sees it."
     cuda = device.startswith("cuda")
@@ -476,7 +476,7 @@ def seal_run(
     files = sorted(p.relative_to(run_dir).as_posix() for p in run_dir.rglob("*") if p.is_file())
     return seal_folder(run_dir, dataset_index_id, [f for f in files if not f.endswith(".ipynb") and not Path(f).name.startswith(".")])
 
-# %% ../nbs/02b_training.ipynb #02b-048
+# %% ../nbs/02b_training.ipynb #02b-049
 def plot_history(
     history: TrainingHistory | pd.DataFrame,
     title: str = "",

@@ -1,0 +1,84 @@
+"""Building and validating a manifest against a bare loop that only reads and decodes the same zips.
+
+Run: pytest tests/benchmarks/test_bench_manifest.py --benchmark-only -s
+
+Measured in one run, interleaved round by round, best round of each:
+- loop: `for name in zip: cv2.imdecode(zip.read(name))`, and the same loop split over one process a core;
+- build: one reading of every picture: sha256, pixel hash, perceptual hash, groups, splits, files, manifest_validation.json;
+- validate: `validate_manifest`, a second reading of every picture from scratch.
+The ceiling is for build (decode all, sha256, pixel hash, validated) over the loop.
+"""
+import gc
+import multiprocessing
+import resource
+import sys
+import time
+import zipfile
+
+import cv2
+import numpy as np
+import pytest
+
+from fer_nb import manifests
+from fer_nb.manifests import build_manifest, usable_cores, validate_manifest
+
+CEILING, ROUNDS = 1.5, 5
+
+
+def loop(zips, part=0, of=1):
+    "Read and decode, nothing else."
+    n = 0
+    for path in zips:
+        with zipfile.ZipFile(path) as z:
+            for name in z.namelist()[part::of]:
+                if name.endswith((".jpg", ".png")):
+                    cv2.imdecode(np.frombuffer(z.read(name), np.uint8), cv2.IMREAD_UNCHANGED)
+                    n += 1
+    return n
+
+
+def split_loop(zips):
+    "The same loop, one process a core."
+    cores = usable_cores()
+    with multiprocessing.get_context("fork").Pool(cores) as pool: pool.starmap(loop, [(zips, k, cores) for k in range(cores)])
+
+
+def cpu_seconds():
+    return sum(r.ru_utime + r.ru_stime for r in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
+
+
+def spend(f):
+    "Wall and CPU seconds of a call, CPU over all its processes."
+    manifests._archives.clear()  # nothing stays open from the round before
+    gc.collect()
+    wall, cpu = time.perf_counter(), cpu_seconds()
+    f()
+    return time.perf_counter() - wall, cpu_seconds() - cpu
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux only")
+@pytest.mark.benchmark(group="manifest")
+def test_build_and_validate_over_a_bare_loop(benchmark, real_data, tmp_path):
+    zips = [real_data / "fer2013.zip", real_data / "ferplus.zip"]
+    sources, out = [f"fer2013_folder={zips[0]}", f"ferplus={zips[1]}"], tmp_path / "m"
+    n = loop(zips)
+    runs = {"loop": lambda: loop(zips), "split_loop": lambda: split_loop(zips),
+            "build": lambda: build_manifest(sources, out, progress=False), "validate": lambda: validate_manifest(out, progress=False)}
+    spent = {name: [] for name in runs}
+
+    def one_round():
+        for name, f in runs.items(): spent[name].append(spend(f))
+
+    benchmark.pedantic(one_round, rounds=ROUNDS if benchmark.enabled else 2)
+    wall, cpu = ({name: min(t[k] for t in times) for name, times in spent.items()} for k in (0, 1))
+    both = wall["build"] + wall["validate"]
+    figures = {"images": n, "cores": usable_cores(), **{f"{name}_s": round(t, 2) for name, t in wall.items()},
+               **{f"{name}_cpu_s": round(t, 2) for name, t in cpu.items()},
+               "build_over_loop": round(wall["build"] / wall["loop"], 2),
+               "build_over_split_loop": round(wall["build"] / wall["split_loop"], 2),
+               "build_and_second_reading_over_loop": round(both / wall["loop"], 2),
+               "build_cpu_over_loop_cpu": round(cpu["build"] / cpu["loop"], 2),
+               **{f"{name}_images_per_second": round(n / wall[name]) for name in ("loop", "build", "validate")}}
+    benchmark.extra_info.update(figures)
+    print("\n" + "\n".join(f"{k:36s} {v}" for k, v in figures.items()))
+    assert figures["build_over_loop"] <= CEILING, figures

@@ -1,0 +1,97 @@
+"""The chain end to end, by the command that users type: every artifact, up-to-date runs skipped, lost files noticed, tampering refused."""
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from fer_nb.artifacts import inventory
+from fer_nb.integrity import TRAINING_FILES, gates
+from tests.conftest import ROOT
+
+PROFILE = {"img_size": 48, "teachers": ["RN18"], "stages": ["CE", "KD"], "seeds": [1337], "notebooks": {
+    "00a_synthetic_faces": {"n": 700, "video_seconds": 1, "measure_n": 300}, "03_teachers": {"epochs": 1},
+    "05_students": {"epochs": 3, "batch_size": 16}}}
+
+
+def fer_nb(*args):
+    return subprocess.run([sys.executable, "-m", "fer_nb.cli", *map(str, args)], capture_output=True, text=True, cwd=ROOT)
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("chain")
+    profile = folder / "tiny.yaml"
+    profile.write_text(yaml.safe_dump(PROFILE))
+    command = ["run", "--profile", profile, "--out", folder / "run"]
+    done = fer_nb(*command)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    assert "report: " in done.stdout
+    return folder / "run", command
+
+
+def students(run, stage): return run / "students" / f"mobilenetv3_large_100_img48_seed1337_{stage}"
+
+
+@pytest.mark.timeout(900)
+def test_leaves_every_artifact_and_all_lines_go(chain):
+    run, _ = chain
+    teacher = run / "teachers" / "RN18_seed1337_stageA_img48"
+    for folder in (teacher, students(run, "CE"), students(run, "KD")):
+        assert [f for f in TRAINING_FILES if not (folder / f).is_file()] == []
+        assert list(folder.glob("*.ipynb")), "no executed notebook"
+    assert sorted(p.name for p in (teacher / "softlabels").iterdir()) == [
+        "alignment_report.json", "class_order.json", "hash_manifest.json", "sample_count.txt", "softlabels.npz", "softlabels_index.jsonl"]
+    for f in ("backbone_guard.json", "dkd_unit_test.json", "smoke_test.json", "alignment_report.json"):
+        assert (students(run, "KD") / f).is_file()
+    assert set(inventory(run)["state"]) == {"whole"}
+    assert gates(run).go
+    done = fer_nb("gates", run)
+    assert done.returncode == 0 and done.stdout.rstrip().endswith("lines hold")
+    page = (run / "report" / "report.html").read_text()
+    for word in ("Confusion", "Reliability", "Learning curves", "student KD", "teacher", "data:image/png"): assert word in page
+    history = json.loads((students(run, "KD") / "history.json").read_text())["rows"]
+    assert {"train_ce", "train_kd", "train_alpha", "loader_bound_fraction"} <= set(history[-1])
+    assert history[-1]["loader_bound_fraction"] < 0.05
+
+
+@pytest.mark.timeout(600)
+def test_second_run_does_nothing_and_a_lost_file_is_made_again(chain):
+    run, command = chain
+    again = fer_nb(*command)
+    assert again.returncode == 0 and "05_students" not in again.stdout
+    lost = students(run, "KD") / "reliability_metrics.json"
+    before = (students(run, "KD") / "best.pt").read_bytes()
+    lost.unlink()
+    repaired = fer_nb(*command)
+    assert repaired.returncode == 0, (repaired.stdout + repaired.stderr)[-3000:]
+    assert lost.is_file() and "05_students" in repaired.stdout and "03_teachers" not in repaired.stdout
+    assert (students(run, "KD") / "best.pt").read_bytes() == before, "a trained student was trained again"
+
+
+@pytest.mark.timeout(300)
+def test_tampering_is_caught(chain, tmp_path):
+    run, _ = chain
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy, ignore=shutil.ignore_patterns(".snakemake"))
+    index = copy / "teachers" / "RN18_seed1337_stageA_img48" / "softlabels" / "softlabels_index.jsonl"
+    index.write_text(index.read_text().replace('"row": 0', '"row": 1', 1))
+    calibration = students(copy, "CE") / "calibration.json"
+    calibration.write_text(calibration.read_text()[:200])
+    done = fer_nb("gates", copy)
+    assert done.returncode == 1
+    assert "softlabels_index.jsonl: was changed" in done.stdout and "calibration.json: is not whole JSON" in done.stdout
+
+
+@pytest.mark.timeout(300)
+def test_a_foreign_checkpoint_stops_the_student(chain, tmp_path):
+    run, _ = chain
+    p = {"manifest_dir": str(run / "manifests"), "cache_dir": str(run / "cache"), "out": str(tmp_path / "kd"), "stage": "KD",
+         "softlabels": str(run / "teachers/RN18_seed1337_stageA_img48/softlabels"),
+         "init_from": str(run / "teachers/RN18_seed1337_stageA_img48/best.pt")}
+    done = fer_nb("notebook", "05_students", tmp_path / "kd.ipynb", "--parameters", json.dumps(p))
+    assert done.returncode == 1
+    assert "checkpoint of 'resnet18' is foreign to 'mobilenetv3_large_100'" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "kd" / "best.pt").exists() and not (tmp_path / "kd" / "hash_manifest.json").exists()
