@@ -409,9 +409,9 @@ def embedded_data(
     img_size: int = 48,  # pixels
     seed: int = 1337,
 ) -> tuple[Path, Path]:  # manifest folder, cache folder
-    "Draw a small dataset of embedded faces and prepare it as a run's data."
+    "Draw a small dataset of clear expressions without label noise, which little training can learn, and prepare it."
     folder = Path(folder)
-    write_dataset(folder/"faces", n=n, size=64, seed=seed)
+    write_dataset(folder/"faces", n=n, size=64, seed=seed, intensity=(0.85, 1.0), label_noise=0.0)
     build_manifest([f"synthetic={folder/'faces'}"], folder/"manifests", name="embedded", seed=seed)
     validate_manifest(folder/"manifests"); audit_manifest(folder/"manifests")
     pack_cache(load_manifest(folder/"manifests"), Geometry(size=img_size), folder/"cache", progress=False)
