@@ -60,6 +60,12 @@ def report(a):
     print(f"report: {_short(render(a.notebook, a.html))}")
 
 
+def keep(a):
+    from fer_nb.report import keep_results
+    kept = keep_results(a.run_dir, a.out)
+    print(f"{len(kept)} files, {sum(p.stat().st_size for p in kept)/1e6:.1f} MB: {_short(a.out)}")
+
+
 def _short(path):
     "The path as seen from here, if that is shorter."
     path = Path(path)
@@ -130,6 +136,10 @@ def parser():
     c = command(sub, "report", report, "turn an executed report notebook into one HTML page")
     c.add_argument("notebook", metavar="NOTEBOOK", help="an executed 09b_report.ipynb")
     c.add_argument("html", metavar="HTML", help="the page to write")
+
+    c = command(sub, "keep", keep, "copy the small results of a run folder: JSON, CSV, the page and test logits, no weights, no images")
+    c.add_argument("run_dir", metavar="RUN_DIR", help="a profile's run folder, with its report")
+    c.add_argument("out", metavar="OUT", help="the folder to fill")
     return p
 
 
