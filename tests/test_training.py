@@ -8,9 +8,12 @@ import time
 import numpy as np
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional as F
 
 from fer_nb.artifacts import GateError, TrainingHistory
-from fer_nb.training import TrainConfig, load_checkpoint, resume_point
+from fer_nb.images import FaceBatches, eval_loader
+from fer_nb.training import TrainConfig, load_checkpoint, resume_point, seed_everything, train
 from tests.conftest import ROOT
 
 RUN = """
@@ -84,3 +87,21 @@ def test_killed_at_a_random_step_and_resumed_is_bit_equal(tmp_path):
     with pytest.raises(GateError, match="nothing left to train: 4 epochs are done"):
         resume_point(tmp_path / "killed", cfg, cfg.fingerprint())
     with pytest.raises(GateError, match="other settings"): resume_point(tmp_path / "killed", cfg, "another")
+
+
+@pytest.mark.parametrize("amp, accumulate", [("no", 1), ("no", 4), ("bf16", 3)])
+def test_every_precision_and_window_trains_with_float32_losses(tmp_path, amp, accumulate):
+    seen = []
+
+    def loss(z, y, index, view):
+        seen.append(z.dtype)
+        return F.cross_entropy(z, y)
+
+    data = Faces(60)
+    seed_everything(1)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, 4), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 64, 7))
+    config = TrainConfig(epochs=2, lr=3e-3, accumulate=accumulate, amp=amp, warmup_epochs=0, seed=1)
+    history = train(net, FaceBatches(data, 12, train=True, seed=1), eval_loader(data), loss, config, tmp_path, {}, bar=False)
+    assert set(seen) == {torch.float32}
+    assert history.rows[-1]["steps"] == 2 * -(-5 // accumulate)  # the last window is partial
+    assert history.rows[-1]["train_loss"] < history.rows[0]["train_loss"]
