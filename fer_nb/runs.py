@@ -146,7 +146,7 @@ CHATTER = re.compile(
 
 def _snakemake(command: list[str]) -> int:  # the exit code
     "Run Snakemake and pass on what a person needs: the stages' own lines, and errors of the workflow itself."
-    env = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    env = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "PYTHONUNBUFFERED": "1"}  # threads that wait actively starve their neighbours
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env) as p:
         try:
             for line in p.stdout:

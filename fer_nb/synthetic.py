@@ -910,6 +910,6 @@ def write_video(
     write_csv(out/"events.csv", film.events)
     labels = [label_at(film.events, t) for t in times]
     write_csv(out/"frames.csv", pd.DataFrame({"frame": range(len(times)), "ms": np.round(times, 1), "label": labels}))
-    SyntheticVideo(seconds=seconds, fps=fps, size=list(size), seed=seed, frames=len(times), events=len(film.events),
+    SyntheticVideo(seconds=seconds, fps=fps, size=list(size), seed=seed, source=source, frames=len(times), events=len(film.events),
                    class_order_hash=class_order_hash()).save(out)
     return film.events

@@ -12,8 +12,7 @@ from fer_nb.integrity import TRAINING_FILES, gates
 from tests.conftest import ROOT
 
 PROFILE = {"img_size": 48, "teachers": ["RN18"], "stages": ["CE", "KD"], "seeds": [1337], "notebooks": {
-    "00a_synthetic_faces": {"n": 700, "video_seconds": 1, "measure_n": 300}, "03_teachers": {"epochs": 1},
-    "05_students": {"epochs": 3, "batch_size": 16}}}
+    "00a_synthetic_faces": {"n": 1000, "video_seconds": 4, "measure_n": 300, "intensity": [0.85, 1.0], "label_noise": 0.0}}}
 
 
 def fer_nb(*args):
