@@ -5,12 +5,12 @@
 PYTHON ?= python3
 BIN    := .venv/bin
 
-.PHONY: run test install notebooks export lint pytest bench lab clean help
+.PHONY: run test install notebooks sync lint pytest bench lab clean help
 
 run: install
 	$(BIN)/fer-nb run --profile embedded
 
-test: install export lint notebooks pytest
+test: install sync lint notebooks pytest
 
 install: .venv/.installed
 
@@ -25,17 +25,17 @@ install: .venv/.installed
 	  $(BIN)/python -m pip install --quiet --disable-pip-version-check "opencv-python-headless==$$version"; }
 	@touch $@
 
-export:
+sync:
 	$(BIN)/python -m pytest -q tests/test_export.py
 
 lint:
 	$(BIN)/ruff check fer_nb tests
 
 notebooks:
-	$(BIN)/nbdev_test --n_workers 2 --timing
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing
 
 pytest:
-	$(BIN)/python -m pytest -q --ignore=tests/benchmarks --ignore=tests/test_export.py
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q --durations=5 --ignore=tests/benchmarks --ignore=tests/test_export.py
 
 bench: install
 	$(BIN)/python -m pytest -q tests/benchmarks
