@@ -359,7 +359,7 @@ def _judge_training(j: _Judge, datasets: set[str]):
     j.ask("trained to the end", "history.json", _trained_to_the_end)
     j.ask("temperature is inside the grid", "calibration.json", _calibrated)
     if datasets: j.ask("trained on a manifest that is here", "calibration.json", lambda f: _known_dataset(f, datasets))
-    j.ask("reported on rows that T was not fitted on", "reliability_metrics.json", lambda f: ReliabilityMetrics.load(f) and None)
+    j.ask("reported on rows that T was not fitted on", "reliability_metrics.json", _reported_elsewhere)
     if args.stage == "teacher":
         j.ask("softlabels are whole", "softlabels/hash_manifest.json", lambda f: load_softlabels(f/"softlabels") and None)
         j.ask("softlabels belong to the training rows", "softlabels/alignment_report.json",
@@ -370,6 +370,14 @@ def _judge_training(j: _Judge, datasets: set[str]):
         j.ask("smoke test", "smoke_test.json", _says(SmokeTest, "go_no_go", "GO"))
         if args.parameters.get("softlabels"):
             j.ask("taught by softlabels of its own rows", "alignment_report.json", _says(AlignmentReport, "passed"))
+
+
+def _reported_elsewhere(folder):
+    fitted, reported = Calibration.load(folder).split, ReliabilityMetrics.load(folder).split
+    if fitted == reported: return f"T was fitted on '{fitted}', and the report is on '{reported}'"
+    rows = read_npz(folder/"evaluation.npz", ["val_ids", "test_ids"])
+    shared = set(rows["val_ids"].tolist()) & set(rows["test_ids"].tolist())
+    return f"{len(shared)} rows stand in validation and test, for instance {min(shared)}" if shared else None
 
 
 def _known_dataset(folder, datasets):

@@ -220,7 +220,7 @@ def keep_results(
     if not (root/"report"/"report.html").is_file(): raise UsageError(f"'{runs_dir}' holds no report/report.html: finish its chain first")
     kept = []
     for path in sorted(root.rglob("*")):
-        small = path.suffix in (".json", ".csv", ".txt", ".yaml", ".html") and path.is_file() and path.stat().st_size <= largest
+        small = path.suffix in (".json", ".csv", ".txt", ".html") and path.is_file() and path.stat().st_size <= largest
         if small and not any(part.startswith(".") or part in ("softlabels", "cache") for part in path.relative_to(root).parts):
             kept.append(write_bytes(out/path.relative_to(root), path.read_bytes()))
     for path in sorted(root.rglob("evaluation.npz")):

@@ -6,11 +6,12 @@ import pytest
 
 from fer_nb.artifacts import (
     CLASSES, AlignmentReport, Artifact, ArtifactError, Calibration, ClassOrder, GateError, artifact_models, atomic_path, class_order_hash,
-    inventory, read_json, seal_folder, write_json,
+    inventory, read_json, seal_folder, write_json, write_npz,
 )
+from fer_nb.calibration import calibrate
 from fer_nb.integrity import (
-    VIEWS, Softlabels, backbone_guard, check_alignment, gates, load_softlabels, require_alignment, require_backbone, save_softlabels,
-    smoke_verdict,
+    VIEWS, Softlabels, backbone_guard, check_alignment, environment, gates, load_softlabels, require_alignment, require_backbone,
+    save_softlabels, smoke_verdict, write_provenance,
 )
 
 N, INDEX = 12, "test-0123456789ab"
@@ -176,6 +177,21 @@ def test_inventory_tells_whole_from_broken(tmp_path):
 @pytest.mark.parametrize("losses, go", [([2.0, 1.5, 1.0], True), ([1.0, 1.0, 1.0], False), ([1.0], False), ([2.0, float("inf")], False)])
 def test_smoke_needs_a_falling_finite_loss(losses, go):
     assert (smoke_verdict(losses, True, True, True, True).go_no_go == "GO") == go
+
+
+@pytest.mark.parametrize("test_ids, split, go", [(["c"], "test", True), (["b"], "test", False), (["c"], "val", False)])
+def test_gates_refuse_a_report_on_the_rows_that_chose_the_temperature(tmp_path, test_ids, split, go):
+    rng = np.random.default_rng(0)
+    y = np.arange(210) % 7
+    z = rng.normal(0, 1, (210, 7)) + 2 * np.eye(7)[y]
+    calibration, metrics = calibrate(z, y, z[::-1] + 0.1, y[::-1], model_name="m", dataset_index_id=INDEX, resamples=50,
+                                     val_ids=[f"v{i}" for i in range(210)], test_ids=[f"t{i}" for i in range(210)])
+    write_provenance(tmp_path, "teacher", {}, 1, environment())
+    calibration.save(tmp_path)
+    metrics.model_copy(update={"split": split}).save(tmp_path)
+    write_npz(tmp_path / "evaluation.npz", val_ids=np.array(["a", "b"]), test_ids=np.array(test_ids))
+    line = next(x for x in gates(tmp_path).lines if x.question.startswith("reported on rows"))
+    assert line.go == go, line.reason
 
 
 def test_gates_of_softlabels_alone_have_nothing_to_judge(folder):
