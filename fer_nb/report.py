@@ -135,7 +135,7 @@ def _grid(n: int, width: float = 3.4, height: float = 3.2, columns: int = 3):
     "Axes for n small plots, the rest switched off."
     columns = min(n, columns)
     rows = -(-n//columns)
-    fig, axes = plt.subplots(rows, columns, figsize=(width*columns, height*rows), dpi=80, layout="constrained", squeeze=False)
+    fig, axes = plt.subplots(rows, columns, figsize=(width*columns, height*rows), dpi=68, layout="constrained", squeeze=False)
     for ax in axes.flat[n:]: ax.set_axis_off()
     return fig, list(axes.flat[:n])
 
