@@ -135,7 +135,7 @@ def _grid(n: int, width: float = 3.4, height: float = 3.2, columns: int = 3):
     "Axes for n small plots, the rest switched off."
     columns = min(n, columns)
     rows = -(-n//columns)
-    fig, axes = plt.subplots(rows, columns, figsize=(width*columns, height*rows), dpi=68, layout="constrained", squeeze=False)
+    fig, axes = plt.subplots(rows, columns, figsize=(width*columns, height*rows), dpi=66, layout="constrained", squeeze=False)
     for ax in axes.flat[n:]: ax.set_axis_off()
     return fig, list(axes.flat[:n])
 
@@ -156,22 +156,23 @@ def plot_curves(runs):
 
 # %% ../nbs/09b_report.ipynb #09b-012
 def plot_confusions(runs):
-    "Confusion shares on test rows, a small plot a run."
-    fig, axes = _grid(len(runs), 3.8, 3.6)
-    for ax, r in zip(axes, runs):
-        draw_confusion(ax, r.metrics.confusion, numbers="share")
-        ax.set_title(f"{r.name}, n = {r.metrics.n:,}", fontsize=9)
+    "Confusion shares on test rows, a small plot a kind of run, its seeds added up."
+    kinds = {k: [r for r in runs if r.key == k] for k in dict.fromkeys(r.key for r in runs)}
+    fig, axes = _grid(len(kinds), 3.6, 3.4)
+    for ax, (kind, members) in zip(axes, kinds.items()):
+        draw_confusion(ax, sum(pd.DataFrame(r.metrics.confusion) for r in members).to_numpy(), numbers="share")
+        ax.set_title(f"{kind}, {len(members)} seed{'s'*(len(members) > 1)}, n = {members[0].metrics.n:,}", fontsize=9)
     return fig
 
 
 def plot_reliability(runs):
     "Accuracy against confidence on test rows at T*, a small plot a run."
-    fig, axes = _grid(len(runs))
+    fig, axes = _grid(len(runs), 2.7, 2.7)
     for ax, r in zip(axes, runs):
         z, y = r.test_logits()
         confidence, hit = top_label(z, y, r.calibration.selected_temperature)
         draw_bars(ax, reliability_table(confidence, hit))
-        ax.set_title(f"{r.name}\nECE {r.metrics.ece.value:.3f}, null ECE {r.metrics.null_ece:.3f}, n = {r.metrics.n:,}", fontsize=8)
+        ax.set_title(f"{r.name}\nECE {r.metrics.ece.value:.3f}, null {r.metrics.null_ece:.3f}, n = {r.metrics.n:,}", fontsize=8)
         ax.set(xlabel="confidence", ylabel="accuracy")
     axes[0].legend(fontsize=7)
     return fig

@@ -126,7 +126,7 @@ def unseal_broken(
             unseal(seal.parent)
     return broken
 
-
+# %% ../nbs/09a_runs.ipynb #09a-021
 def chain_config(
     profile: dict,  # as `load_profile` gives it
     data=(),  # PATH or KIND=PATH
@@ -138,7 +138,7 @@ def chain_config(
     if missing: raise UsageError(f"this profile needs {' and '.join(profile['sources'])}: give --data PATH for {missing[0]}")
     return {**profile, "sources": [f"{k}={Path(p).resolve().as_posix()}" for k, p in (s.split("=", 1) for s in sources)]}
 
-
+# %% ../nbs/09a_runs.ipynb #09a-023
 CHATTER = re.compile(
     r"^(Assuming unrestricted|Building DAG|Using shell|Select jobs|Execute \d+ jobs|Elapsed time|Nothing to be done"
     r"|RuleException|CalledProcessError|Command 'set|WorkflowError|At least one job|Exiting because|\s*$)")
@@ -156,7 +156,7 @@ def _snakemake(command: list[str]) -> int:  # the exit code
             raise
     return p.returncode
 
-
+# %% ../nbs/09a_runs.ipynb #09a-024
 def run_profile(
     name: str,  # a profile
     data=(),  # PATH or KIND=PATH
