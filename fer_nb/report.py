@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LINKED', 'CHECKLIST', 'CSS', 'Run', 'find_runs', 'results_table', 'seeds_table', 'per_class_table', 'by_source_table',
            'data_tables', 'audit_findings', 'plot_curves', 'plot_confusions', 'plot_reliability', 'links_markdown',
-           'write_checklist', 'keep_results', 'page_cells', 'render']
+           'write_checklist', 'keep_results', 'live_links', 'page_cells', 'render']
 
 # %% ../nbs/09b_report.ipynb #09b-002
 import re
@@ -19,7 +19,7 @@ import pypandoc
 
 from fer_nb.artifacts import (
     CLASSES, ArtifactError, Calibration, DatasetIndex, Environment, GateError, LeakageReport, ReliabilityMetrics, RunArgs, TrainingHistory,
-    UsageError, atomic_path, read_npz, write_bytes, write_csv, write_npz,
+    UsageError, atomic_path, read_npz, write_bytes, write_csv, write_npz, write_text,
 )
 from .calibration import draw_bars, draw_confusion, reliability_table, top_label
 from .integrity import gates
@@ -228,9 +228,19 @@ def keep_results(
         z = read_npz(path, ["test_logits", "test_labels"])
         small = {"test_logits": z["test_logits"].astype("float16"), "test_labels": z["test_labels"].astype("int8")}
         kept.append(write_npz(out/path.relative_to(root), **small))
+    write_text(out/"report"/"report.html", live_links((root/"report"/"report.html").read_text(encoding="utf-8"), out/"report"))
     return kept
 
-# %% ../nbs/09b_report.ipynb #09b-018
+
+def live_links(
+    page: str,  # HTML
+    folder,  # where the page stands
+) -> str:
+    "The page with links to files that are not there turned into plain text."
+    def keep(m): return m[0] if (Path(folder)/m[1]).exists() else m[2]
+    return re.sub(r'<a\s+href="(\.\./[^"]+)"[^>]*>(.*?)</a>', keep, page, flags=re.DOTALL)
+
+# %% ../nbs/09b_report.ipynb #09b-019
 CSS = """
 :root { color-scheme: light dark; }
 body { max-width: 62rem; margin: 2rem auto; padding: 0 1.2rem; font: 16px/1.55 system-ui, sans-serif; color: #1d2733; background: #fff; }
