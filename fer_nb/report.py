@@ -255,7 +255,7 @@ code, pre { font-size: .82rem; } pre { overflow-x: auto; } nav#TOC { font-size: 
 
 
 def page_cells(nb) -> list:
-    "The cells that a reader sees: prose, and outputs without their code; cells tagged `library` or `parameters` are left out."
+    "The cells that a reader sees: prose and outputs from the run part on, without their code."
     cells, skip = [], True  # everything before the run part explains the library
     for cell in nb.cells:
         if cell.cell_type == "markdown" and re.match(r"#+ Run\b", cell.source): skip = False; continue
