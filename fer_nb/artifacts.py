@@ -9,8 +9,9 @@ __all__ = ['CLASSES', 'SELECTION_RULE', 'class_order_hash', 'FerError', 'UsageEr
            'DatasetIndex', 'ManifestValidation', 'PartOverlap', 'SourceDisagreement', 'LeakageReport', 'HashManifest',
            'SyntheticDataset', 'SyntheticVideo', 'CacheIndex', 'RunArgs', 'Environment', 'TrainingHistory',
            'VectorTemperatureReport', 'Calibration', 'Interval', 'ClassMetrics', 'ReliabilityMetrics', 'BackboneGuard',
-           'AlignmentReport', 'DKDUnitTest', 'SmokeTest', 'seal_folder', 'unseal', 'check_seal', 'artifact_models',
-           'inventory']
+           'AlignmentReport', 'DKDUnitTest', 'SmokeTest', 'MemberCheck', 'EnsembleGate', 'EnsembleMember', 'Benchmark',
+           'ClassWeightReport', 'EnsembleConfig', 'ModelMetrics', 'Gain', 'EnsembleMetrics', 'seal_folder', 'unseal',
+           'check_seal', 'artifact_models', 'inventory']
 
 # %% ../nbs/00_artifacts.ipynb #00-002
 import hashlib
@@ -549,7 +550,137 @@ class SmokeTest(Artifact):
     reasons: list[str] = []
     go_no_go: str = Field(pattern="^(GO|NO-GO)$")
 
+# %% ../nbs/00_artifacts.ipynb #00-040
+class MemberCheck(BaseModel):
+    "One member before the ensemble's gate."
+    model_config = ConfigDict(populate_by_name=True)
+    name: str
+    dir: str  # relative to the ensemble's folder
+    class_order_match: bool
+    index_id_match: bool
+    sample_count_match: bool
+    sample_content_match: bool
+    views_match: bool
+    calibrated: bool
+    passed: bool = Field(alias="pass")
+    reasons: list[str] = []
+
+
+class EnsembleGate(Artifact):
+    "Whether every member may speak for these rows."
+    filename: ClassVar[str] = "ensemble_alignment_gate.json"
+    dataset_index_id: str
+    class_order_hash: str = class_order_hash()
+    views: list[str]  # that all members must have
+    rows: dict[str, int]  # split -> rows that every member must hold
+    members: list[MemberCheck]
+    passed: bool = Field(alias="pass")
+    notes: list[str] = []
+
+# %% ../nbs/00_artifacts.ipynb #00-041
+class EnsembleMember(BaseModel):
+    "One member as it is fused: its softlabels, the temperature that calibrates them, and its weights."
+    name: str
+    arch: str
+    seed: int
+    dir: str  # posix path relative to the ensemble's folder
+    weights: list[float] = Field(min_length=7, max_length=7)  # one a class; seven times the same where not class-aware
+    temperature: float = Field(gt=0)
+    scale: float  # ArcFace's s, inside the logits
+    softlabels_sha256: str  # of softlabels.npz
+
+
+class Benchmark(BaseModel):
+    "The rows that chose the weights and the temperature, and what they said."
+    view: str  # of the manifest
+    n: int
+    ids_sha256: str  # over the ids in order, one a line
+    report_view: str  # the rows that chose nothing
+    report_n: int
+    macro_f1: float  # of the chosen weights
+    nll: float
+    member_macro_f1: dict[str, float]
+    best_member: str  # by macro-F1, ties by NLL
+
+
+class ClassWeightReport(BaseModel):
+    "Whether seven weights a member are worth it, judged by cross-validation on the benchmark."
+    accepted: bool
+    folds: int
+    cv_macro_f1_scalar: float
+    cv_macro_f1_class: float
+    cv_gain: Interval  # paired bootstrap; accepted where it lies above 0
+    macro_f1_scalar: float  # on the rows they were fitted on: optimistic
+    macro_f1_class: float
+
+
+class EnsembleConfig(Artifact):
+    "All that is needed to fuse the members again."
+    filename: ClassVar[str] = "ensemble_config.json"
+    name: str
+    members: list[EnsembleMember] = Field(min_length=1)
+    space: str = Field(pattern="^(logit|probability)$")
+    class_aware: bool = False
+    temperature: float = Field(gt=0)  # the ensemble's own T, on top of the members'
+    preset: str | None = None  # null: the weights were searched
+    benchmark: Benchmark
+    objective: str = "max macro-F1 -> min NLL"
+    class_weights: ClassWeightReport | None = None  # where they were tried
+    train_view: str  # the view behind the rows of split "train"
+    train_source: str | None = None
+    dataset_index_id: str
+    class_order_hash: str = class_order_hash()
+    views: list[str]
+    n: int  # rows of all splits
+    seed: int
+
 # %% ../nbs/00_artifacts.ipynb #00-042
+class ModelMetrics(BaseModel):
+    "One model on the report's rows."
+    name: str
+    n: int
+    temperature: float
+    accuracy: Interval
+    macro_f1: Interval
+    nll: Interval
+    brier: Interval
+    ece: Interval
+    null_ece: float
+    null_ece_p95: float
+    raw: dict[str, float]  # nll, brier, ece at T = 1
+    per_class_f1: dict[str, float]
+    by_source: dict[str, dict[str, float]]  # source -> n, accuracy, macro_f1, nll, brier, ece
+
+
+class Gain(BaseModel):
+    "What the ensemble gains over one member, with the paired bootstrap interval."
+    metric: str
+    over: str  # the member
+    chosen_on: str  # the rows on which that member is the best
+    gain: Interval
+
+
+class EnsembleMetrics(Artifact):
+    "The ensemble and its members on the same rows, which chose nothing."
+    filename: ClassVar[str] = "ensemble_metrics.json"
+    name: str
+    dataset_index_id: str
+    report_view: str
+    n: int
+    benchmark: Benchmark
+    ensemble: ModelMetrics
+    members: list[ModelMetrics]
+    gains: list[Gain]
+    error_correlation: list[list[float]]  # members x members, phi coefficient of their errors
+    class_order_hash: str = class_order_hash()
+    resamples: int
+    seed: int
+
+    def gain(self, metric: str = "accuracy", chosen_on: str | None = None) -> Gain:
+        "The gain in a metric; over the benchmark's best member unless another choice is asked for."
+        return next(g for g in self.gains if g.metric == metric and g.chosen_on == (chosen_on or self.benchmark.view))
+
+# %% ../nbs/00_artifacts.ipynb #00-048
 def seal_folder(
     folder,  # a folder whose files are complete
     dataset_index_id: str,  # of the dataset behind it
@@ -586,7 +717,7 @@ def check_seal(
                                 expected=f"sha256 {digest[:12]}…")
     return seal
 
-# %% ../nbs/00_artifacts.ipynb #00-045
+# %% ../nbs/00_artifacts.ipynb #00-051
 def artifact_models() -> dict[str, type[Artifact]]:
     "Every artifact model by its file name."
     return {c.filename: c for c in Artifact.__subclasses__() if c.filename}

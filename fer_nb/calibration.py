@@ -15,11 +15,13 @@ __all__ = ['BINS', 'PLAN_GRID', 'TIE', 'BLUE', 'ORANGE', 'GREEN', 'GREY', 'STREN
            'fit_vector_temperature', 'soft_record', 'evaluate', 'metrics_table', 'flat_row', 'reliability_table',
            'draw_bars', 'draw_counts', 'reliability_diagram', 'draw_class', 'classwise_diagram', 'draw_confusion',
            'confusion_plot', 'confusion_table', 'refuse_same_rows', 'check_ids', 'cross_fitted_logits',
-           'calibration_artifact', 'reliability_artifact', 'check_seven', 'calibrate']
+           'calibration_artifact', 'reliability_artifact', 'check_seven', 'calibrate', 'labels_of', 'votes_of',
+           'source_table', 'report_run']
 
 # %% ../nbs/02_calibration.ipynb #02-002
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib.pyplot as plt
@@ -38,6 +40,8 @@ from fer_nb.artifacts import (
     ReliabilityMetrics,
     UsageError,
     VectorTemperatureReport,
+    write_csv,
+    write_npz,
 )
 
 # %% ../nbs/02_calibration.ipynb #02-006
@@ -931,3 +935,56 @@ def calibrate(
         split, record = test_name, evaluate(raw, ty, t, votes=votes, resamples=resamples, seed=seed)
     return (calibration_artifact(z, y, selection, model_name, dataset_index_id, val_name, vector, seed),
             reliability_artifact(record | {"temperature": t}, raw, ty, model_name, dataset_index_id, split))
+
+# %% ../nbs/02_calibration.ipynb #02-115
+def labels_of(
+    rows: pd.DataFrame,  # of a manifest
+) -> np.ndarray:  # (N,) int64
+    "The class numbers of a manifest's rows."
+    y = pd.Index(CLASSES).get_indexer(rows["label"])
+    if (y < 0).any(): raise UsageError(f"label '{rows['label'].to_numpy()[y < 0][0]}' is none of {', '.join(CLASSES)}")
+    return y.astype(np.int64)
+
+
+def votes_of(
+    rows: pd.DataFrame,  # of a manifest
+) -> np.ndarray | None:  # (N, 7), NaN where a row has none; None where no row has any
+    "The votes behind the labels."
+    has = rows["votes"].notna().to_numpy()
+    if not has.any(): return None
+    votes = np.full((len(rows), len(CLASSES)), np.nan)
+    votes[has] = np.stack(rows["votes"][has].to_list())
+    return votes
+
+# %% ../nbs/02_calibration.ipynb #02-116
+def source_table(logits, rows: pd.DataFrame, temperature: float, resamples: int = 1000, seed: int = 1337) -> pd.DataFrame:
+    "Every metric with its interval, one row a source."
+    y, sources = labels_of(rows), rows["source"].to_numpy()
+    def record(at): return flat_row(evaluate(logits[at], y[at], temperature, votes_of(rows[at]), resamples, seed))
+    return pd.DataFrame([{"source": s, **record(sources == s)} for s in sorted(set(sources))])
+
+
+def report_run(
+    run_dir,  # where the files go
+    val_logits,  # (N, 7), rows that choose the temperature
+    val_rows: pd.DataFrame,  # (N) rows of a manifest
+    test_logits,  # (M, 7), rows that are only reported on
+    test_rows: pd.DataFrame,  # (M) rows of a manifest
+    *,
+    model_name: str,
+    dataset_index_id: str,
+    resamples: int = 1000,  # of the bootstrap
+    seed: int = 1337,
+) -> tuple[Calibration, ReliabilityMetrics]:
+    "Calibrate on validation and report on test; writes both artifacts, the confusion, the metrics by source and the logits."
+    run_dir, (yv, yt) = Path(run_dir), map(labels_of, (val_rows, test_rows))
+    calibration, metrics = calibrate(
+        val_logits, yv, test_logits, yt, model_name=model_name, dataset_index_id=dataset_index_id, val_ids=val_rows["id"],
+        test_ids=test_rows["id"], votes=votes_of(test_rows), resamples=resamples, seed=seed)
+    calibration.save(run_dir); metrics.save(run_dir)
+    write_csv(run_dir/"confusion.csv", confusion_table(metrics.confusion), index=True)
+    write_csv(run_dir/"metrics_by_source.csv",
+              source_table(np.asarray(test_logits), test_rows, calibration.selected_temperature, resamples, seed))
+    write_npz(run_dir/"evaluation.npz", val_ids=val_rows["id"].to_numpy(str), val_logits=val_logits, val_labels=yv,
+              test_ids=test_rows["id"].to_numpy(str), test_logits=test_logits, test_labels=yt)
+    return calibration, metrics

@@ -15,7 +15,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -96,6 +96,17 @@ class Softlabels:
     temperature: float  # the teacher's T*
     scale: float  # ArcFace's s, inside the logits (1 for a plain head)
     dataset_index_id: str
+    splits: np.ndarray | None = None  # (N,) train, val or test; all train where None
+
+    def __post_init__(self):
+        if self.splits is None: self.splits = np.full(len(self.ids), "train")
+
+    def of(self,
+        split: str,  # train, val or test
+    ) -> "Softlabels":
+        "The rows of one split, in their order."
+        at = self.splits == split
+        return replace(self, ids=self.ids[at], sha256=self.sha256[at], logits=self.logits[at], splits=self.splits[at])
 
     def probs(self,
         T: float = 1.0,  # on top of the calibration
@@ -121,7 +132,11 @@ def _check_softlabels(s: Softlabels, where):
     if s.logits.shape != (n, v, len(CLASSES)):
         raise ArtifactError(where, "has another shape", key="logits", expected=(n, v, len(CLASSES)), got=s.logits.shape)
     if not np.isfinite(s.logits).all(): raise ArtifactError(where, "holds NaN or infinity", key="logits")
-    if len(s.sha256) != n: raise ArtifactError(where, "has another length than ids", key="sha256", expected=n, got=len(s.sha256))
+    for key in ("sha256", "splits"):
+        got = len(getattr(s, key))
+        if got != n: raise ArtifactError(where, "has another length than ids", key=key, expected=n, got=got)
+    foreign = set(np.unique(s.splits).tolist()) - {"train", "val", "test"}
+    if foreign: raise ArtifactError(where, "has an unknown split", key="splits", expected="train, val or test", got=min(foreign))
     if len(set(s.ids.tolist())) != n: raise ArtifactError(where, "holds a sample twice", key="ids")
     if not s.temperature > 0: raise ArtifactError(where, "must be positive", key="temperature", got=s.temperature)
 
@@ -134,9 +149,11 @@ def save_softlabels(
     folder = Path(folder)
     _check_softlabels(s, folder/"softlabels.npz")
     unseal(folder)
-    write_npz(folder/"softlabels.npz", ids=s.ids.astype(str), sha256=s.sha256.astype(str), logits=s.logits.astype(np.float32),
-              probs_T2=s.probs(2.0), views=np.array(s.views), temperature=np.float64(s.temperature), scale=np.float64(s.scale))
-    lines = (json.dumps({"row": i, "id": str(a), "sha256": str(h)}) for i, (a, h) in enumerate(zip(s.ids, s.sha256)))
+    write_npz(folder/"softlabels.npz", ids=s.ids.astype(str), sha256=s.sha256.astype(str), splits=s.splits.astype(str),
+              logits=s.logits.astype(np.float32), probs_T2=s.probs(2.0), views=np.array(s.views),
+              temperature=np.float64(s.temperature), scale=np.float64(s.scale))
+    rows = enumerate(zip(s.ids.tolist(), s.sha256.tolist(), s.splits.tolist()))
+    lines = (json.dumps({"row": i, "id": a, "sha256": h, "split": part}) for i, (a, h, part) in rows)
     write_text(folder/"softlabels_index.jsonl", "\n".join(lines) + "\n")
     ClassOrder().save(folder)
     write_text(folder/"sample_count.txt", f"{len(s.ids)}\n")
@@ -152,7 +169,7 @@ def load_softlabels(
     ClassOrder.load(folder)
     z = read_npz(folder/"softlabels.npz", ["ids", "sha256", "logits", "views", "temperature", "scale"])
     s = Softlabels(z["ids"], z["sha256"], z["logits"], tuple(z["views"].tolist()), float(z["temperature"]), float(z["scale"]),
-                   seal.dataset_index_id)
+                   seal.dataset_index_id, z.get("splits"))
     _check_softlabels(s, folder/"softlabels.npz")
     return s
 
@@ -162,6 +179,7 @@ def check_alignment(
     ids,  # (N,) ids of the rows to be taught, in any order
     sha256,  # (N,) their content hashes
     dataset_index_id: str,  # of the manifest that the rows come from
+    split: str | None = None,  # compare the softlabels of this split; all of them where None
 ) -> AlignmentReport:
     "Compare softlabels with the rows they shall teach; every mismatch becomes a note, none an exception."
     notes, s = [], None
@@ -173,7 +191,7 @@ def check_alignment(
     if class_order_match and seal_match: s = load_softlabels(folder)
     count_match = content_match = False
     if s is not None:
-        count_match, content_match = _compare_rows(s, np.asarray(ids), np.asarray(sha256), notes)
+        count_match, content_match = _compare_rows(s.of(split) if split else s, np.asarray(ids), np.asarray(sha256), notes)
         if s.dataset_index_id != dataset_index_id:
             notes.append(f"{folder}: made for dataset {s.dataset_index_id}, not for {dataset_index_id}: export the softlabels again")
     return AlignmentReport(

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from .artifacts import CLASSES, DKDUnitTest, GateError, UsageError
 from .integrity import Softlabels, backbone_guard, require_backbone
-from .training import load_checkpoint
+from .training import load_checkpoint, load_matching
 
 # %% ../nbs/05_students.ipynb #05-006
 STUDENT_BACKBONE = "mobilenetv3_large_100"
@@ -165,8 +165,6 @@ def start_from(
     own = make_student().state_dict()
     if not checkpoint: return require_backbone(backbone_guard(own, model.state_dict(), STUDENT_BACKBONE, STUDENT_BACKBONE))
     ckpt = load_checkpoint(checkpoint)
-    guard = require_backbone(backbone_guard(own, ckpt["model"], STUDENT_BACKBONE, ckpt["meta"].get("backbone", "unknown")))
-    diff, own = guard.layer_name_diff, model.state_dict()
-    matching = {k: v for k, v in ckpt["model"].items() if k not in diff["unexpected"] + diff["other_shape"]}
-    model.load_state_dict(own | matching)
+    guard = backbone_guard(own, ckpt["model"], STUDENT_BACKBONE, ckpt["meta"].get("backbone", "unknown"))
+    load_matching(model, ckpt["model"], guard)
     return guard

@@ -4,16 +4,19 @@
 
 # %% auto #0
 __all__ = ['AMP_DTYPES', 'TrainConfig', 'best_device', 'seed_everything', 'EpochSeed', 'lr_factor', 'StepOrder', 'make_optimizer',
-           'Observe', 'History', 'save_checkpoint', 'load_checkpoint', 'Checkpoint', 'resume_point', 'is_trained',
-           'train', 'predict', 'smoke_steps', 'FaceData', 'open_data', 'embedded_data', 'votes_of', 'evaluate_run',
-           'test_logits', 'training_environment', 'seal_run', 'plot_history']
+           'Observe', 'History', 'save_checkpoint', 'load_checkpoint', 'Checkpoint', 'load_matching', 'EMA',
+           'trim_memory', 'TrimMemory', 'resume_point', 'is_trained', 'train', 'predict', 'smoke_steps', 'FaceData',
+           'open_data', 'embedded_data', 'evaluate_run', 'test_logits', 'training_environment', 'seal_run',
+           'plot_history']
 
 # %% ../nbs/02b_training.ipynb #02b-003
 import copy
+import ctypes
 import hashlib
 import json
 import math
 import random
+import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,15 +31,16 @@ from fastai.data.core import DataLoaders
 from fastai.learner import Learner, ValueMetric
 from fastai.optimizer import OptimWrapper
 from timm.optim import param_groups_weight_decay
+from timm.utils import ModelEmaV3
 from torch import nn
 
 from fer_nb.artifacts import (
-    CLASSES, ArtifactError, Calibration, Environment, GateError, HashManifest, ReliabilityMetrics, TrainingHistory, UsageError,
-    atomic_path, read_npz, seal_folder, write_csv, write_npz,
+    CLASSES, ArtifactError, BackboneGuard, Calibration, Environment, GateError, HashManifest, ReliabilityMetrics, TrainingHistory,
+    UsageError, atomic_path, read_npz, seal_folder, write_csv,
 )
-from .calibration import accuracy, calibrate, confusion_table, ece, evaluate, flat_row, macro_f1, nll
+from .calibration import accuracy, ece, macro_f1, nll, report_run
 from .images import Geometry, PackedFaces, eval_loader, load_cache, pack_cache
-from .integrity import environment
+from .integrity import environment, require_backbone
 from .manifests import audit_manifest, build_manifest, load_manifest, validate_manifest
 from .synthetic import write_dataset
 
@@ -169,8 +173,9 @@ def make_optimizer(
     model: nn.Module,
     config: TrainConfig,
 ) -> OptimWrapper:
-    "AdamW in two groups, with and without weight decay."
-    groups = param_groups_weight_decay(model, config.weight_decay)
+    "AdamW in two groups, with and without weight decay; a model may name more that shall not decay (`no_weight_decay`)."
+    exempt = getattr(model, "no_weight_decay", set)()
+    groups = param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=exempt)
     return OptimWrapper(opt=torch.optim.AdamW(groups, lr=config.lr, weight_decay=0.0))
 
 # %% ../nbs/02b_training.ipynb #02b-026
@@ -264,16 +269,63 @@ class Checkpoint(Callback):
         self.run_dir, self.meta, self.fingerprint = Path(run_dir), meta, fingerprint
 
     def after_epoch(self):
-        h, state = self.learn.history, self.model.state_dict()
+        h, s = self.learn.history, self.learn.step_order
         now = h.rows[-1]
         if now is h.best:
+            validated = next((c.average.module for c in self.learn.cbs if isinstance(c, EMA)), self.model)
             which = {k: now[k] for k in ("epoch", "valid_macro_f1")}
-            save_checkpoint(self.run_dir/"best.pt", model=state, meta=self.meta | which)
-        s = self.learn.step_order
-        save_checkpoint(self.run_dir/"checkpoint_last.pt", model=state, meta=self.meta, optimizer=self.opt.opt.state_dict(),
-                        scaler=s.scaler.state_dict(), step=s.step, rows=h.rows, fingerprint=self.fingerprint)
+            save_checkpoint(self.run_dir/"best.pt", model=validated.state_dict(), meta=self.meta | which)
+        callbacks = {c.name: c.state_dict() for c in self.learn.cbs if hasattr(type(c), "state_dict")}
+        save_checkpoint(self.run_dir/"checkpoint_last.pt", model=self.model.state_dict(), meta=self.meta,
+                        optimizer=self.opt.opt.state_dict(), callbacks=callbacks, scaler=s.scaler.state_dict(), step=s.step,
+                        rows=h.rows, fingerprint=self.fingerprint)
 
 # %% ../nbs/02b_training.ipynb #02b-032
+def load_matching(
+    model: nn.Module,  # takes the weights
+    state: dict,  # of a checkpoint
+    guard: BackboneGuard,  # their comparison
+):
+    "Take over every entry of a checkpoint that the model has in the same shape; a foreign checkpoint is refused."
+    diff = require_backbone(guard).layer_name_diff
+    left_out = {*diff["unexpected"], *diff["other_shape"]}
+    model.load_state_dict(model.state_dict() | {k: v for k, v in state.items() if k not in left_out})
+
+# %% ../nbs/02b_training.ipynb #02b-034
+class EMA(Callback):
+    "Validate and keep an exponential moving average of the weights (timm's ModelEmaV3)."
+    order = 11
+    def __init__(self,
+        decay: float = 0.999,  # share of the past an optimiser step, once warm
+    ):
+        if not 0 < decay < 1: raise UsageError(f"EMA decay is {decay}: give a number between 0 and 1, for instance 0.999")
+        self.decay, self.saved = decay, None
+
+    def state_dict(self) -> dict: return self.average.module.state_dict()
+    def load_state_dict(self, state: dict): self.saved = state
+
+    def before_fit(self):
+        self.average = ModelEmaV3(self.model, decay=self.decay, use_warmup=True)
+        if self.saved: self.average.module.load_state_dict(self.saved)
+
+    def after_cancel_step(self): self.average.update(self.model, step=self.learn.step_order.step)
+    def before_validate(self): self.trained, self.learn.model = self.model, self.average.module
+    def after_validate(self): self.learn.model = self.trained
+
+# %% ../nbs/02b_training.ipynb #02b-036
+def trim_memory():
+    "Give freed memory back to the system (glibc only; nothing elsewhere)."
+    if sys.platform.startswith("linux"):
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim: trim(0)
+
+
+class TrimMemory(Callback):
+    "Give freed memory back after every epoch."
+    order = 60
+    def after_epoch(self): trim_memory()
+
+# %% ../nbs/02b_training.ipynb #02b-038
 def resume_point(
     run_dir,  # the run's folder
     config: TrainConfig,
@@ -302,7 +354,7 @@ def is_trained(
     last = load_checkpoint(path, ("rows", "fingerprint"))
     return last["fingerprint"] == config.fingerprint(**identity) and len(last["rows"]) == config.epochs
 
-# %% ../nbs/02b_training.ipynb #02b-033
+# %% ../nbs/02b_training.ipynb #02b-039
 def train(
     model: nn.Module,  # (B, 3, S, S) -> (B, 7) logits
     train_loader,  # batches of (x, y, index, view); `set_epoch`, `to`, `len`
@@ -326,15 +378,17 @@ def train(
     if first:
         model.load_state_dict(last["model"])
         learn.opt.opt.load_state_dict(last["optimizer"])
+        for c in callbacks:
+            if c.name in last.get("callbacks", {}): c.load_state_dict(last["callbacks"][c.name])
     observe = Observe()
     learn.metrics = [ValueMetric(lambda k=k: observe.scores[f"valid_{k}"], k) for k in ("accuracy", "macro_f1", "ece")]
     if not bar: learn.remove_cb(ProgressCallback); learn.logger = lambda *_: None
     learn.fit(config.epochs - first, lr=config.lr, cbs=[
         EpochSeed(config.seed, first), StepOrder(config, last["step"], scaler_state=last["scaler"]), observe,
-        History(run_dir, last["rows"], config.epochs, first), Checkpoint(run_dir, meta, fingerprint), *callbacks])
+        History(run_dir, last["rows"], config.epochs, first), Checkpoint(run_dir, meta, fingerprint), TrimMemory(), *callbacks])
     return TrainingHistory.load(run_dir)
 
-# %% ../nbs/02b_training.ipynb #02b-037
+# %% ../nbs/02b_training.ipynb #02b-043
 @torch.no_grad()
 def predict(
     model: nn.Module,
@@ -352,7 +406,7 @@ def predict(
     model.train(was_training)
     return tuple(torch.cat(parts).numpy() for parts in zip(*out))
 
-# %% ../nbs/02b_training.ipynb #02b-040
+# %% ../nbs/02b_training.ipynb #02b-048
 def smoke_steps(
     model: nn.Module,  # left untouched
     loader,  # batches of (x, y, index, view)
@@ -377,7 +431,7 @@ def smoke_steps(
         opt.step()
     return losses, finite
 
-# %% ../nbs/02b_training.ipynb #02b-043
+# %% ../nbs/02b_training.ipynb #02b-051
 @dataclass
 class FaceData:
     "Three views of one manifest, packed."
@@ -417,18 +471,7 @@ def embedded_data(
     pack_cache(load_manifest(folder/"manifests"), Geometry(size=img_size), folder/"cache", progress=False)
     return folder/"manifests", folder/"cache"
 
-# %% ../nbs/02b_training.ipynb #02b-046
-def votes_of(
-    rows: pd.DataFrame,  # of a manifest
-) -> np.ndarray | None:  # (N, 7), NaN where a row has none; None where no row has any
-    "The votes behind the labels."
-    has = rows["votes"].notna().to_numpy()
-    if not has.any(): return None
-    votes = np.full((len(rows), len(CLASSES)), np.nan)
-    votes[has] = np.stack(rows["votes"][has].to_list())
-    return votes
-
-
+# %% ../nbs/02b_training.ipynb #02b-054
 def evaluate_run(
     model: nn.Module,  # of the run's architecture
     data: FaceData,
@@ -438,21 +481,11 @@ def evaluate_run(
     device: str = "cpu",
     resamples: int = 1000,  # of the bootstrap
 ) -> tuple[Calibration, ReliabilityMetrics]:
-    "Calibrate best.pt on validation and report on test; writes both artifacts, the confusion, the metrics by source and the logits."
-    run_dir, test = Path(run_dir), data.test.rows
-    model.load_state_dict(load_checkpoint(run_dir/"best.pt")["model"])
-    (zv, yv, _), (zt, yt, _) = (predict(model, eval_loader(v), device) for v in (data.val, data.test))
-    calibration, metrics = calibrate(
-        zv, yv, zt, yt, model_name=name, dataset_index_id=data.dataset_index_id, val_ids=data.val.rows["id"], test_ids=test["id"],
-        votes=votes_of(test), resamples=resamples, seed=seed)
-    calibration.save(run_dir); metrics.save(run_dir)
-    write_csv(run_dir/"confusion.csv", confusion_table(metrics.confusion), index=True)
-    def record(at): return flat_row(evaluate(zt[at], yt[at], calibration.selected_temperature, votes_of(test[at]), resamples, seed))
-    sources = test["source"].to_numpy()
-    write_csv(run_dir/"metrics_by_source.csv", pd.DataFrame([{"source": s, **record(sources == s)} for s in sorted(set(sources))]))
-    write_npz(run_dir/"evaluation.npz", val_ids=data.val.rows["id"].to_numpy(str), val_logits=zv, val_labels=yv,
-              test_ids=test["id"].to_numpy(str), test_logits=zt, test_labels=yt)
-    return calibration, metrics
+    "Load best.pt, calibrate it on validation and report on test (`report_run`)."
+    model.load_state_dict(load_checkpoint(Path(run_dir)/"best.pt")["model"])
+    zv, zt = (predict(model, eval_loader(rows), device)[0] for rows in (data.val, data.test))
+    return report_run(run_dir, zv, data.val.rows, zt, data.test.rows, model_name=name, dataset_index_id=data.dataset_index_id,
+                      resamples=resamples, seed=seed)
 
 
 def test_logits(run_dir) -> tuple[np.ndarray, np.ndarray]:  # (N, 7), (N,)
@@ -460,7 +493,7 @@ def test_logits(run_dir) -> tuple[np.ndarray, np.ndarray]:  # (N, 7), (N,)
     z = read_npz(Path(run_dir)/"evaluation.npz", ["test_logits", "test_labels"])
     return z["test_logits"], z["test_labels"]
 
-# %% ../nbs/02b_training.ipynb #02b-047
+# %% ../nbs/02b_training.ipynb #02b-055
 def training_environment(device: str) -> Environment:
     "The environment of a run, as torch sees it."
     cuda = device.startswith("cuda")
@@ -476,7 +509,7 @@ def seal_run(
     files = sorted(p.relative_to(run_dir).as_posix() for p in run_dir.rglob("*") if p.is_file())
     return seal_folder(run_dir, dataset_index_id, [f for f in files if not f.endswith(".ipynb") and not Path(f).name.startswith(".")])
 
-# %% ../nbs/02b_training.ipynb #02b-049
+# %% ../nbs/02b_training.ipynb #02b-057
 def plot_history(
     history: TrainingHistory | pd.DataFrame,
     title: str = "",
