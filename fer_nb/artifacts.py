@@ -443,6 +443,7 @@ class Calibration(Artifact):
     at_grid_bound: bool  # the selected T is the grid's end: an error to fix
     grid_grown: bool = False
     split: str = "val"  # the rows it was fitted on
+    sources: list[str] = []  # whose rows of that split; empty: all
     n: int | None = Field(None, gt=0)
     nll_before: float | None = None  # at T = 1, same rows
     nll_after: float | None = None  # at the selected T, same rows
@@ -593,6 +594,7 @@ class EnsembleMember(BaseModel):
 class Benchmark(BaseModel):
     "The rows that chose the weights and the temperature, and what they said."
     view: str  # of the manifest
+    sources: list[str]  # whose rows of that view
     n: int
     ids_sha256: str  # over the ids in order, one a line
     report_view: str  # the rows that chose nothing

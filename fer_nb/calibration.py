@@ -16,7 +16,7 @@ __all__ = ['BINS', 'PLAN_GRID', 'TIE', 'BLUE', 'ORANGE', 'GREEN', 'GREY', 'STREN
            'draw_bars', 'draw_counts', 'reliability_diagram', 'draw_class', 'classwise_diagram', 'draw_confusion',
            'confusion_plot', 'confusion_table', 'refuse_same_rows', 'check_ids', 'cross_fitted_logits',
            'calibration_artifact', 'reliability_artifact', 'check_seven', 'calibrate', 'labels_of', 'votes_of',
-           'source_table', 'report_run']
+           'own_temperature', 'source_table', 'report_run']
 
 # %% ../nbs/02_calibration.ipynb #02-002
 from dataclasses import dataclass
@@ -957,11 +957,30 @@ def votes_of(
     return votes
 
 # %% ../nbs/02_calibration.ipynb #02-116
-def source_table(logits, rows: pd.DataFrame, temperature: float, resamples: int = 1000, seed: int = 1337) -> pd.DataFrame:
-    "Every metric with its interval, one row a source."
-    y, sources = labels_of(rows), rows["source"].to_numpy()
-    def record(at): return flat_row(evaluate(logits[at], y[at], temperature, votes_of(rows[at]), resamples, seed))
-    return pd.DataFrame([{"source": s, **record(sources == s)} for s in sorted(set(sources))])
+def own_temperature(logits, labels) -> float | None:
+    "A source's own T, or None where its rows are too few (50) or know less than chance."
+    try: return fit_temperature(logits, labels).temperature if len(labels) >= 50 else None
+    except GateError: return None
+
+
+def source_table(
+    val_logits, val_rows: pd.DataFrame,  # rows that may choose
+    test_logits, test_rows: pd.DataFrame,  # rows that are only reported on
+    temperature: float,  # the run's T
+    resamples: int = 1000,
+    seed: int = 1337,
+) -> pd.DataFrame:  # one row a source
+    "Every metric with its interval at the run's T; beside it NLL, ECE and Brier at the T of the source's own validation rows."
+    yv, yt = labels_of(val_rows), labels_of(test_rows)
+    rows = []
+    for s in sorted(set(test_rows["source"])):
+        fit, at = (val_rows["source"] == s).to_numpy(), (test_rows["source"] == s).to_numpy()
+        z, y, own = test_logits[at], yt[at], own_temperature(val_logits[fit], yv[fit])
+        scaled = {f"own_{k}": METRICS[k](z, y, own) if own else None for k in ("nll", "ece", "brier")}
+        record = flat_row(evaluate(z, y, temperature, votes_of(test_rows[at]), resamples, seed))
+        raw = {f"raw_{k}": METRICS[k](z, y) for k in ("nll", "ece", "brier")}
+        rows.append({"source": s, **record, **raw, "own_temperature": own, **scaled})
+    return pd.DataFrame(rows)
 
 
 def report_run(
@@ -973,18 +992,20 @@ def report_run(
     *,
     model_name: str,
     dataset_index_id: str,
+    sources=None,  # whose validation rows choose T: those that the model learned its labels from; all where None
     resamples: int = 1000,  # of the bootstrap
     seed: int = 1337,
 ) -> tuple[Calibration, ReliabilityMetrics]:
     "Calibrate on validation and report on test; writes both artifacts, the confusion, the metrics by source and the logits."
-    run_dir, (yv, yt) = Path(run_dir), map(labels_of, (val_rows, test_rows))
+    run_dir, zv, zt, (yv, yt) = Path(run_dir), np.asarray(val_logits), np.asarray(test_logits), map(labels_of, (val_rows, test_rows))
+    fit = np.full(len(yv), True) if sources is None else val_rows["source"].isin(sources).to_numpy()
     calibration, metrics = calibrate(
-        val_logits, yv, test_logits, yt, model_name=model_name, dataset_index_id=dataset_index_id, val_ids=val_rows["id"],
+        zv[fit], yv[fit], zt, yt, model_name=model_name, dataset_index_id=dataset_index_id, val_ids=val_rows["id"][fit],
         test_ids=test_rows["id"], votes=votes_of(test_rows), resamples=resamples, seed=seed)
+    calibration = calibration.model_copy(update={"sources": sorted(set(val_rows["source"][fit]))})
     calibration.save(run_dir); metrics.save(run_dir)
     write_csv(run_dir/"confusion.csv", confusion_table(metrics.confusion), index=True)
-    write_csv(run_dir/"metrics_by_source.csv",
-              source_table(np.asarray(test_logits), test_rows, calibration.selected_temperature, resamples, seed))
+    write_csv(run_dir/"metrics_by_source.csv", source_table(zv, val_rows, zt, test_rows, calibration.selected_temperature, resamples, seed))
     write_npz(run_dir/"evaluation.npz", val_ids=val_rows["id"].to_numpy(str), val_logits=val_logits, val_labels=yv,
               test_ids=test_rows["id"].to_numpy(str), test_logits=test_logits, test_labels=yt)
     return calibration, metrics

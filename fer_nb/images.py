@@ -7,8 +7,8 @@ __all__ = ['KERNELS', 'CACHE_FILES', 'show_faces', 'Geometry', 'check_geometry',
            'prepare_pixels', 'prepare_face', 'unit_batch', 'normalise_unit', 'normalise', 'row_box', 'prepare_row',
            'stack_faces', 'row_hash', 'ImageCache', 'cache_positions', 'load_cache', 'pack_cache', 'Augment',
            'AugmentParams', 'batch_generator', 'draw_augment', 'flip_views', 'warp_grid', 'augment_faces',
-           'label_codes', 'PackedFaces', 'LazyFaces', 'epoch_order', 'FaceBatches', 'one_thread', 'Loaders',
-           'make_loaders', 'eval_loader', 'images_per_second']
+           'PackedFaces', 'LazyFaces', 'epoch_order', 'FaceBatches', 'one_thread', 'Loaders', 'make_loaders',
+           'eval_loader', 'images_per_second']
 
 # %% ../nbs/02a_images.ipynb #02a-003
 import json
@@ -35,7 +35,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from tqdm.auto import tqdm
 
 # %% ../nbs/02a_images.ipynb #02a-005
-from .artifacts import CLASSES, ArtifactError, CacheIndex, FerError, GateError, UsageError, sha256_bytes, sha256_file
+from .artifacts import ArtifactError, CacheIndex, FerError, GateError, UsageError, sha256_bytes, sha256_file
+from .calibration import labels_of
 from .manifests import Manifest, decode, read_bytes
 
 # %% ../nbs/02a_images.ipynb #02a-007
@@ -598,22 +599,11 @@ def augment_faces(
     return _erase(x, params.patch, params.shade)
 
 # %% ../nbs/02a_images.ipynb #02a-067
-def label_codes(
-    labels,  # class names, or numbers 0..6
-) -> np.ndarray:  # int64, by the canonical order
-    "Labels as numbers; anything but the seven classes is refused."
-    codes = pd.Series(labels).map({**{c: i for i, c in enumerate(CLASSES)}, **{i: i for i in range(len(CLASSES))}})
-    if codes.isna().any():
-        bad = pd.Series(labels)[codes.isna()].iloc[0]
-        raise UsageError(f"label {bad!r} is not one of {', '.join(CLASSES)}")
-    return codes.to_numpy(np.int64, copy=True)
-
-
 class _View:
     "Rows of a manifest in their order: ids, contents and labels."
     def __init__(self, rows: pd.DataFrame, geometry: Geometry):
         if not len(rows): raise UsageError("the view is empty: no rows to load")
-        self.rows, self.geometry, self.labels = rows.reset_index(drop=True), geometry, label_codes(rows["label"])
+        self.rows, self.geometry, self.labels = rows.reset_index(drop=True), geometry, labels_of(rows)
 
     def __len__(self): return len(self.rows)
 

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['BACKBONES', 'backbone_name', 'add_margin', 'ArcFaceHead', 'margin_at', 'all_present', 'effective_number_weights',
            'log_prior', 'ArcFaceLoss', 'Mixup', 'fit_positions', 'rename_by_order', 'load_pretrained', 'make_backbone',
-           'is_depthwise', 'Teacher', 'start_from_stage_a', 'leave_out', 'export_out_of_fold', 'pool_out_of_fold',
-           'export_softlabels']
+           'start_as_identity', 'is_depthwise', 'Teacher', 'start_from_stage_a', 'leave_out', 'export_out_of_fold',
+           'pool_out_of_fold', 'export_softlabels']
 
 # %% ../nbs/03_teachers.ipynb #03-003
 import math
@@ -221,6 +221,12 @@ def make_backbone(
     return backbone, "none" if weights == "none" else load_pretrained(backbone, weights, name)
 
 
+def start_as_identity(model: nn.Module):
+    "Zero the last batch norm's gain of every residual block of timm's EfficientNet and MobileNet families; its ResNets start so anyway."
+    for block in model.modules():
+        if getattr(block, "has_skip", False): nn.init.zeros_((block.bn3 if hasattr(block, "bn3") else block.bn2).weight)
+
+
 def is_depthwise(model: nn.Module) -> bool: return any(isinstance(m, nn.Conv2d) and m.groups > 1 for m in model.modules())
 
 
@@ -238,6 +244,7 @@ class Teacher(nn.Module):
         self.backbone, self.weights_loaded = make_backbone(arch, weights, img_size, model_args)
         self.drop = nn.Dropout(drop_rate)
         self.head = ArcFaceHead(self.backbone.num_features, s=s)
+        if self.weights_loaded.startswith("none"): start_as_identity(self.backbone)
         if is_depthwise(self.backbone): self.to(memory_format=torch.channels_last)  # faster on a CPU; plain ResNets are slower so
 
     def forward(self, x: Tensor) -> Tensor: return self.head(self.drop(self.backbone(x)))
@@ -274,9 +281,7 @@ def leave_out(
 ) -> tuple[FaceData, PackedFaces]:  # what is trained on, what is held out
     "Split a fold off the training rows, stratified by label and whole in groups of identical pictures."
     rows = data.train.rows
-    if not folds:
-        own = data.val.rows["source"].isin(rows["source"].unique())
-        return data, PackedFaces(data.val.cache, data.val.rows[own].reset_index(drop=True))
+    if not folds: return data, data.own_val
     if not 0 <= fold < folds or folds < 2: raise UsageError(f"fold is {fold} of {folds}: give fold 0 to folds - 1, and at least 2 folds")
     parts = list(StratifiedGroupKFold(folds, shuffle=True, random_state=seed).split(rows, data.train.labels, rows["pixel_hash"]))
     kept, held = (PackedFaces(data.train.cache, rows.iloc[np.sort(at)].reset_index(drop=True)) for at in parts[fold])

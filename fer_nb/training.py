@@ -443,6 +443,17 @@ class FaceData:
     @property
     def geometry(self): return self.train.geometry
 
+    @property
+    def label_sources(self) -> list[str]:
+        "The sources that the training labels come from; only their validation rows choose epochs and temperatures."
+        return sorted(set(self.train.rows["source"]))
+
+    @property
+    def own_val(self) -> PackedFaces:
+        "The validation rows of those sources."
+        rows = self.val.rows
+        return PackedFaces(self.val.cache, rows[rows["source"].isin(self.label_sources)].reset_index(drop=True))
+
 
 def open_data(
     manifest_dir,  # a frozen manifest
@@ -481,11 +492,11 @@ def evaluate_run(
     device: str = "cpu",
     resamples: int = 1000,  # of the bootstrap
 ) -> tuple[Calibration, ReliabilityMetrics]:
-    "Load best.pt, calibrate it on validation and report on test (`report_run`)."
+    "Load best.pt, calibrate it on the validation rows of its own label sources and report on test (`report_run`)."
     model.load_state_dict(load_checkpoint(Path(run_dir)/"best.pt")["model"])
     zv, zt = (predict(model, eval_loader(rows), device)[0] for rows in (data.val, data.test))
-    return report_run(run_dir, zv, data.val.rows, zt, data.test.rows, model_name=name, dataset_index_id=data.dataset_index_id,
-                      resamples=resamples, seed=seed)
+    return report_run(run_dir, zv, data.val.rows, zt, data.test.rows, sources=data.label_sources, model_name=name,
+                      dataset_index_id=data.dataset_index_id, resamples=resamples, seed=seed)
 
 
 def test_logits(run_dir) -> tuple[np.ndarray, np.ndarray]:  # (N, 7), (N,)

@@ -44,10 +44,11 @@ train(make_student(), FaceBatches(data, 16, train=True, seed=7, augment=Augment(
 class Faces:
     "Embedded faces in memory, with what a loader needs of a dataset."
     def __init__(self, n):
-        from fer_nb.images import Geometry, label_codes
+        from fer_nb.calibration import labels_of
+        from fer_nb.images import Geometry
         from fer_nb.synthetic import render_faces
         images, table = render_faces(n, size=32, seed=3)
-        self.images, self.labels, self.geometry = images, label_codes(table["label"]), Geometry(size=32)
+        self.images, self.labels, self.geometry = images, labels_of(table), Geometry(size=32)
     def __len__(self): return len(self.images)
     def gather(self, index): return self.images[index]
 
