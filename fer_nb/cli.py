@@ -13,6 +13,8 @@ EPILOG = """examples:
   fer-nb run --profile embedded                                    the whole chain on faces that it draws itself
   fer-nb run --profile fer2013 --data fer2013.zip --data ferplus.zip
   fer-nb manifest build --source fer2013_folder=fer2013.zip --source ferplus=ferplus.zip --out runs/mine/manifests
+  fer-nb teacher train --arch B3 --manifest runs/mine/manifests --cache runs/mine/cache/img48 --epochs 40
+  fer-nb ensemble search runs/mine/teachers/* --manifest runs/mine/manifests --out runs/mine/ensembles/best
   fer-nb gates runs/embedded                                       the go/no-go checklist, with the file behind each line
 
 exit codes: 0 done, 1 a gate stays shut or a run failed, 2 a wrong argument"""
@@ -53,6 +55,52 @@ def notebook(a):
     print(f"  started  {out}", flush=True)
     run_notebook(a.name, a.out, _parameters(a))
     print(f"  done     {out} in {time.time() - start:.0f} s", flush=True)
+
+
+def teacher_train(a):
+    name = f"{a.arch}_seed{a.seed}_stage{'B' if a.init_from else 'A'}"
+    out = a.out or f"runs/teachers/{name}_{Path(a.cache).name if a.cache else 'embedded'}"
+    given = {"manifest_dir": a.manifest, "cache_dir": a.cache, "arch": a.arch, "seed": a.seed, "init_from": a.init_from,
+             "stage": "B" if a.init_from else "A", "weights": a.weights, "epochs": a.epochs}
+    if bool(a.manifest) != bool(a.cache): raise UsageError("give --manifest and --cache together, or neither for the embedded faces")
+    _teacher(out, {k: v for k, v in given.items() if v not in (None, "")} | _parameters(a))
+
+
+def teacher_export(a):
+    from fer_nb.artifacts import RunArgs
+    from fer_nb.runs import notebook_parameters, notebook_path
+    known = notebook_parameters(notebook_path("03_teachers"))
+    used = {k: v for k, v in RunArgs.load(a.run_dir).parameters.items() if k in known}
+    given = {k: v for k, v in (("manifest_dir", a.manifest), ("cache_dir", a.cache)) if v}
+    for k, flag in (("manifest_dir", "--manifest"), ("cache_dir", "--cache")):
+        if not (used | given).get(k): raise UsageError(f"{a.run_dir}/args.json names no {k}: give {flag}")
+    _teacher(a.run_dir, used | given)
+
+
+def _teacher(out, parameters):
+    "One papermill run of 03_teachers; it resumes, and where all epochs are trained it only calibrates and exports."
+    from fer_nb.integrity import gates
+    from fer_nb.runs import run_notebook
+    start = time.time()
+    print(f"  started  {_short(out)}", flush=True)
+    run_notebook("03_teachers", Path(out)/"03_teachers.ipynb", parameters | {"out": str(out)}, bar=sys.stderr.isatty())
+    print(f"  done     {_short(out)} in {time.time() - start:.0f} s\n\n{gates(out)}")
+
+
+def ensemble_search(a):
+    from fer_nb.ensembles import search_ensemble
+    print(search_ensemble(a.members, a.manifest, a.out, preset=a.preset, space=a.space, benchmark=a.benchmark, class_aware=a.class_aware,
+                          seed=a.seed))
+
+
+def ensemble_export(a):
+    from fer_nb.ensembles import export_ensemble
+    print(export_ensemble(a.dir, a.manifest))
+
+
+def ensemble_evaluate(a):
+    from fer_nb.ensembles import evaluate_ensemble
+    print(evaluate_ensemble(a.dir, a.manifest))
 
 
 def report(a):
@@ -103,6 +151,10 @@ def parser():
         c.set_defaults(func=func)
         return c
 
+    def parameters(c):
+        c.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="one parameter; may be repeated")
+        c.add_argument("--parameters", default="{}", metavar="JSON", help="many parameters, as a JSON object")
+
     m = sub.add_parser("manifest", help="build, validate and audit the table of all images").add_subparsers(metavar="ACTION", required=True)
     c = command(m, "build", manifest_build, "read datasets into one frozen manifest of seven classes")
     c.add_argument("--source", action="append", required=True, metavar="KIND=PATH", help="a dataset (folder or zip); may be repeated")
@@ -117,6 +169,39 @@ def parser():
     c.add_argument("dir", metavar="DIR", help="a manifest folder")
     c.add_argument("--max-hamming", type=int, metavar="BITS", help="perceptual hashes that differ in at most so many bits are near")
 
+    t = sub.add_parser("teacher", help="train one teacher; export its softlabels").add_subparsers(metavar="ACTION", required=True)
+    c = command(t, "train", teacher_train, "train one teacher, or go on with it, then calibrate and export it")
+    c.add_argument("--arch", default="RN18", help="RN18, RN50, B3, CNXT, VIT or a timm model name (default: %(default)s)")
+    c.add_argument("--manifest", default="", metavar="DIR", help="a frozen manifest (default: embedded faces are drawn)")
+    c.add_argument("--cache", default="", metavar="DIR", help="its packed images")
+    c.add_argument("--out", default="", metavar="DIR", help="the run's folder (default: below runs/teachers)")
+    c.add_argument("--init-from", default="", metavar="RUN_DIR", help="stage A's run: makes this stage B")
+    c.add_argument("--weights", metavar="WHICH", help="none, auto (timm's) or the path of a checkpoint")
+    c.add_argument("--epochs", type=int, metavar="N")
+    c.add_argument("--seed", type=int, default=1337, help="(default: %(default)s)")
+    parameters(c)
+    c = command(t, "export", teacher_export, "calibrate a trained teacher again and write its softlabels for every split and view")
+    c.add_argument("run_dir", metavar="RUN_DIR", help="a teacher's run")
+    c.add_argument("--manifest", default="", metavar="DIR", help="if it stands elsewhere than at training")
+    c.add_argument("--cache", default="", metavar="DIR", help="if it stands elsewhere than at training")
+
+    e = sub.add_parser("ensemble", help="weigh teachers, write what they teach together, judge it")
+    e = e.add_subparsers(metavar="ACTION", required=True)
+    c = command(e, "search", ensemble_search, "gate the members and choose their weights on the benchmark")
+    c.add_argument("members", nargs="+", metavar="RUN_DIR", help="teachers' runs")
+    c.add_argument("--manifest", required=True, metavar="DIR", help="the frozen manifest of all members")
+    c.add_argument("--out", required=True, metavar="DIR", help="the ensemble's folder")
+    c.add_argument("--preset", help="pairwise, three_way or four_way: fixed weights instead of a search")
+    c.add_argument("--space", default="logit", help="logit or probability (default: %(default)s)")
+    c.add_argument("--benchmark", default="val", metavar="VIEW", help="the view that chooses (default: %(default)s)")
+    c.add_argument("--class-aware", action="store_true", help="also try one weight a class")
+    c.add_argument("--seed", type=int, default=1337, help="(default: %(default)s)")
+    for name, func, about in (("export", ensemble_export, "write the fused softlabels and the split targets"),
+                              ("evaluate", ensemble_evaluate, "report the ensemble and its members on test rows, and seal the folder")):
+        c = command(e, name, func, about)
+        c.add_argument("dir", metavar="DIR", help="an ensemble's folder")
+        c.add_argument("--manifest", required=True, metavar="DIR", help="the frozen manifest of all members")
+
     c = command(sub, "run", run, "walk the chain of a profile; what is up to date is skipped")
     c.add_argument("--profile", required=True, help="a name in profiles/, or a YAML file")
     c.add_argument("--data", action="append", default=[], metavar="PATH", help="a dataset's zip or folder (or KIND=PATH); may be repeated")
@@ -130,8 +215,7 @@ def parser():
     c = command(sub, "notebook", notebook, "run one notebook with parameters, and refuse names that it does not have")
     c.add_argument("name", metavar="NOTEBOOK", help="a stage such as 03_teachers, or a path")
     c.add_argument("out", metavar="OUT", help="the executed notebook")
-    c.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="one parameter; may be repeated")
-    c.add_argument("--parameters", default="{}", metavar="JSON", help="many parameters, as a JSON object")
+    parameters(c)
 
     c = command(sub, "report", report, "turn an executed report notebook into one HTML page")
     c.add_argument("notebook", metavar="NOTEBOOK", help="an executed 09b_report.ipynb")

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['LINKED', 'CHECKLIST', 'CSS', 'Run', 'find_runs', 'results_table', 'seeds_table', 'per_class_table', 'by_source_table',
-           'data_tables', 'audit_findings', 'plot_curves', 'plot_confusions', 'plot_reliability', 'links_markdown',
-           'write_checklist', 'keep_results', 'live_links', 'page_cells', 'render']
+           'source_columns', 'find_ensembles', 'ensembles_markdown', 'data_tables', 'audit_findings', 'plot_curves',
+           'plot_confusions', 'plot_reliability', 'links_markdown', 'write_checklist', 'keep_results', 'live_links',
+           'page_cells', 'render']
 
 # %% ../nbs/09b_report.ipynb #09b-002
 import re
@@ -17,9 +18,10 @@ import nbformat
 import pandas as pd
 import pypandoc
 
+from . import ensembles
 from fer_nb.artifacts import (
-    CLASSES, ArtifactError, Calibration, DatasetIndex, Environment, GateError, LeakageReport, ReliabilityMetrics, RunArgs, TrainingHistory,
-    UsageError, atomic_path, read_npz, write_bytes, write_csv, write_npz, write_text,
+    CLASSES, ArtifactError, Calibration, DatasetIndex, Environment, GateError, LeakageReport, ReliabilityMetrics, RunArgs,
+    TrainingHistory, UsageError, atomic_path, read_npz, write_bytes, write_csv, write_npz, write_text,
 )
 from .calibration import draw_bars, draw_confusion, reliability_table, top_label
 from .integrity import gates
@@ -39,7 +41,7 @@ class Run:
     def key(self) -> str:
         "Kind of run, whatever its seed: the group that means and deviations are taken over."
         p = self.args.parameters
-        return f"teacher {p['arch']}" if self.args.stage == "teacher" else f"student {p['stage']}"
+        return f"{self.args.stage} {p['arch']} {p['stage']}" if self.args.stage == "teacher" else f"student {p['stage']}"
     @property
     def seed(self) -> int: return self.args.parameters["seed"]
     @property
@@ -102,8 +104,37 @@ def per_class_table(runs) -> pd.DataFrame:
 def by_source_table(runs) -> pd.DataFrame:
     "Accuracy, macro-F1, NLL and ECE on the test rows of each source, mean over seeds."
     parts = [pd.read_csv(r.folder/"metrics_by_source.csv").assign(model=r.key) for r in runs]
-    t = pd.concat(parts).groupby(["model", "source"], sort=False)[["n", "accuracy", "macro_f1", "nll", "ece"]].mean().round(3).reset_index()
-    return t.astype({"n": int}).rename(columns={"macro_f1": "macro-F1", "nll": "NLL", "ece": "ECE"})
+    return source_columns(pd.concat(parts).groupby(["model", "source"], sort=False).mean(numeric_only=True).reset_index())
+
+
+def source_columns(t: pd.DataFrame) -> pd.DataFrame:
+    "What a table by source shows; columns that older runs don't have stay out."
+    shown = {"model": "model", "source": "source", "n": "n", "accuracy": "accuracy", "macro_f1": "macro-F1", "nll": "NLL",
+             "raw_ece": "ECE at T = 1", "ece": "ECE at T*", "own_temperature": "source's own T", "own_ece": "ECE at it"}
+    t = t[[c for c in shown if c in t]].astype({"n": int})
+    return t.round({c: 2 if c == "own_temperature" else 3 for c in t.columns[3:]}).rename(columns=shown)
+
+
+def find_ensembles(
+    runs_dir,  # a profile's run folder
+) -> list[tuple[Path, ensembles.EnsembleMetrics]]:
+    "Finished ensembles, with their folders."
+    found = []
+    for path in sorted(Path(runs_dir).rglob(ensembles.EnsembleMetrics.filename)):
+        try: found.append((path.parent, ensembles.EnsembleMetrics.load(path)))
+        except ArtifactError: continue
+    return found
+
+
+def ensembles_markdown(
+    found,  # as `find_ensembles` gives them
+) -> str:
+    "A section an ensemble: weights, members and ensemble on the same rows, gains, and the same by source."
+    parts = []
+    for folder, m in found:
+        by_source = source_columns(pd.read_csv(folder/"metrics_by_source.csv")).to_markdown(index=False)
+        parts.append(f"### {m.name}\n\n{ensembles.EnsembleConfig.load(folder)._repr_markdown_()}\n\n{m._repr_markdown_()}\n\n{by_source}")
+    return "\n\n".join(parts) or "This run has no ensemble."
 
 # %% ../nbs/09b_report.ipynb #09b-009
 def data_tables(
@@ -180,7 +211,9 @@ def plot_reliability(runs):
 # %% ../nbs/09b_report.ipynb #09b-014
 LINKED = ("manifest.csv", "dataset_index.json", "manifest_validation.json", "leakage_report.json", "args.json", "environment.json",
           "history.csv", "calibration.json", "reliability_metrics.json", "confusion.csv", "metrics_by_source.csv",
-          "alignment_report.json", "backbone_guard.json", "dkd_unit_test.json", "smoke_test.json", "hash_manifest.json")
+          "alignment_report.json", "confusion_out_of_fold.csv", "ensemble_config.json", "ensemble_alignment_gate.json",
+          "ensemble_metrics.json", "ensemble_search.csv", "backbone_guard.json", "dkd_unit_test.json", "smoke_test.json",
+          "hash_manifest.json")
 
 
 def links_markdown(
