@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SPACES', 'PRESETS', 'REPORT_VIEW', 'EXPORTED', 'EVALUATED', 'SEARCHED', 'COLOURS', 'MARKS', 'log_probs',
-           'check_weights', 'fuse', 'Member', 'load_member', 'member_names', 'preset_members', 'open_manifest',
-           'training_view', 'split_rows', 'label_sources', 'require_separate', 'benchmark_rows', 'check_member',
-           'relative', 'common_views', 'check_members', 'require_members', 'scores', 'score_weights', 'simplex_grid',
-           'better', 'best_of', 'transfers', 'climb', 'WeightSearch', 'default_step', 'check_benchmark',
+           'check_weights', 'fuse', 'Member', 'load_member', 'member_names', 'check_preset', 'preset_members',
+           'open_manifest', 'training_view', 'split_rows', 'label_sources', 'require_separate', 'benchmark_rows',
+           'check_member', 'relative', 'common_views', 'check_members', 'require_members', 'scores', 'score_weights',
+           'simplex_grid', 'better', 'best_of', 'transfers', 'climb', 'WeightSearch', 'default_step', 'check_benchmark',
            'search_weights', 'ClassWeightSearch', 'class_scores', 'climb_classes', 'search_class_weights', 'Panel',
            'panel', 'fused_softlabels', 'config_weights', 'open_members', 'replay', 'start_over', 'check_out',
            'chosen_members', 'gated_members', 'search_ensemble', 'Exported', 'check_export', 'export_ensemble',
@@ -126,13 +126,18 @@ PRESETS = {"pairwise": {"RN18": 0.7, "B3": 0.3}, "three_way": {"RN18": 0.4, "B3"
            "four_way": {"RN18": 0.25, "B3": 0.25, "CNXT": 0.25, "VIT": 0.25}}
 
 
+def check_preset(preset: str):
+    "Refuse a preset that doesn't exist."
+    if preset not in PRESETS:
+        raise UsageError(f"unknown preset '{preset}': give one of {', '.join(PRESETS)}, or none to search the weights")
+
+
 def preset_members(
     preset: str,  # one of PRESETS
     archs,  # the architecture of each run at hand
 ) -> tuple[list[int], np.ndarray]:  # which runs, in the preset's order; their weights
     "The runs that a preset asks for, and their weights."
-    if preset not in PRESETS:
-        raise UsageError(f"unknown preset '{preset}': give one of {', '.join(PRESETS)}, or none to search the weights")
+    check_preset(preset)
     wanted, archs = PRESETS[preset], list(archs)
     for arch in wanted:
         found = archs.count(arch)
@@ -626,11 +631,12 @@ def check_out(out, dirs) -> Path:
 
 def chosen_members(dirs, preset: str | None) -> tuple[list[Path], np.ndarray | None]:
     "The members to gate, and a preset's weights; unreadable members stay in, so that the gate names them."
+    if preset: check_preset(preset)
     dirs = [Path(d) for d in dirs]
     for d in dirs:
         if not d.is_dir(): raise UsageError(f"member '{d}' is no folder: give run folders of teachers")
     if len({d.resolve() for d in dirs}) < len(dirs): raise UsageError("a member is given twice: give each run once")
-    if len(dirs) < 2: raise UsageError(f"{len(dirs)} members: give at least two run folders")
+    if len(dirs) < 2: raise UsageError("an ensemble has members: give at least two run folders")
     if not preset: return dirs, None
     args = [_try([], RunArgs.load, d) for d in dirs]
     if any(a is None for a in args): return dirs, None
@@ -681,8 +687,8 @@ def search_ensemble(
     seed: int = 1337,
 ) -> EnsembleConfig:
     "Gate the members, choose weights and temperature on the benchmark, and write down how."
-    dirs, fixed = chosen_members(member_dirs, preset)
     if space not in SPACES: raise UsageError(f"space '{space}': give one of {', '.join(SPACES)}")
+    dirs, fixed = chosen_members(member_dirs, preset)
     out, manifest = check_out(out, member_dirs), open_manifest(manifest_dir)
     unseal(out/"softlabels"); start_over(out, (*EVALUATED, *EXPORTED, *SEARCHED))
     rows = benchmark_rows(manifest, benchmark, label_sources(manifest, *training_view(dirs)))

@@ -8,11 +8,15 @@ import pytest
 import yaml
 
 from fer_nb.artifacts import inventory
-from fer_nb.integrity import TRAINING_FILES, gates
+from fer_nb.integrity import ENSEMBLE_FILES, TRAINING_FILES, gates
 from tests.conftest import ROOT
 
-PROFILE = {"img_size": 48, "teachers": ["RN18"], "stages": ["CE", "KD"], "seeds": [1337], "notebooks": {
-    "00a_synthetic_faces": {"n": 1000, "video_seconds": 4, "measure_n": 300, "intensity": [0.85, 1.0], "label_noise": 0.0}}}
+STUDIO = {"train_source": "synthetic_studio", "epochs": 2}
+PROFILE = {
+    "img_size": 48, "stages": ["CE", "KD"], "seeds": [1337], "stage_b": {"img_size": 64, "epochs": 1, "ema": 0.9, "mixup": 0.2},
+    "teachers": {"RN18": None, "VIT": {"epochs": 4, "model_args": {"embed_dim": 192, "depth": 4, "num_heads": 3}}}, "ensembles": {"pair": None},
+    "notebooks": {"00a_synthetic_faces": {"n": 3000, "video_seconds": 4, "measure_n": 300, "intensity": [1.0, 1.0], "label_noise": 0.0},
+                  "03_teachers": {**STUDIO, "margin": 0.0}, "05_students": STUDIO}}
 
 
 def fer_nb(*args):
@@ -37,12 +41,19 @@ def students(run, stage): return run / "students" / f"mobilenetv3_large_100_img4
 @pytest.mark.timeout(900)
 def test_leaves_every_artifact_and_all_lines_go(chain):
     run, _ = chain
-    teacher = run / "teachers" / "RN18_seed1337_stageA_img48"
+    teacher, ensemble = run / "teachers" / "RN18_seed1337_stageB_img64", run / "ensembles" / "pair"
     for folder in (teacher, students(run, "CE"), students(run, "KD")):
         assert [f for f in TRAINING_FILES if not (folder / f).is_file()] == []
+    assert [f for f in ENSEMBLE_FILES if not (ensemble / f).is_file()] == []
+    assert json.loads((teacher / "args.json").read_text())["parameters"]["init_from"] == "teachers/RN18_seed1337_stageA_img48"
+    taught_by = json.loads((students(run, "KD") / "args.json").read_text())["parameters"]["softlabels"]
+    assert taught_by == "ensembles/pair/softlabels"
+    for folder in (teacher, ensemble, students(run, "KD")):
         assert list(folder.glob("*.ipynb")), "no executed notebook"
-    assert sorted(p.name for p in (teacher / "softlabels").iterdir()) == [
-        "alignment_report.json", "class_order.json", "hash_manifest.json", "sample_count.txt", "softlabels.npz", "softlabels_index.jsonl"]
+    for folder in (teacher, ensemble):
+        assert sorted(p.name for p in (folder / "softlabels").iterdir()) == [
+            "alignment_report.json", "class_order.json", "hash_manifest.json", "sample_count.txt", "softlabels.npz", "softlabels_index.jsonl"]
+    assert (teacher / "confusion_out_of_fold.csv").is_file()
     for f in ("backbone_guard.json", "dkd_unit_test.json", "smoke_test.json", "alignment_report.json"):
         assert (students(run, "KD") / f).is_file()
     assert set(inventory(run)["state"]) == {"whole"}
@@ -87,8 +98,8 @@ def test_tampering_is_caught(chain, tmp_path):
 @pytest.mark.timeout(300)
 def test_a_foreign_checkpoint_stops_the_student(chain, tmp_path):
     run, _ = chain
-    p = {"manifest_dir": str(run / "manifests"), "cache_dir": str(run / "cache"), "out": str(tmp_path / "kd"), "stage": "KD",
-         "softlabels": str(run / "teachers/RN18_seed1337_stageA_img48/softlabels"),
+    p = {"manifest_dir": str(run / "manifests"), "cache_dir": str(run / "cache" / "img48"), "out": str(tmp_path / "kd"), "stage": "KD",
+         "softlabels": str(run / "ensembles/pair/softlabels"), **STUDIO,
          "init_from": str(run / "teachers/RN18_seed1337_stageA_img48/best.pt")}
     done = fer_nb("notebook", "05_students", tmp_path / "kd.ipynb", "--parameters", json.dumps(p))
     assert done.returncode == 1

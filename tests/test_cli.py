@@ -46,11 +46,19 @@ def test_version_and_help():
     (("notebook", "03_teecher", "x.ipynb"), ["03_teecher", "03_teachers"]),
     (("notebook", "03_teachers", "x.ipynb", "-p", "epoch", "3"), ["epoch", "epochs"]),
     (("notebook", "03_teachers", "x.ipynb", "--parameters", "{{"), ["JSON"]),
+    (("teacher", "train", "--manifest", "{empty}"), ["--manifest and --cache"]),
+    (("teacher", "train", "--out", "{tmp}", "-p", "epoch", "3"), ["epoch", "epochs"]),
+    (("teacher", "export", "{empty}"), ["args.json", "is missing"]),
+    (("ensemble", "search", "{empty}", "--manifest", "{empty}"), ["--out"]),
+    (("ensemble", "search", "{empty}", "{empty}2", "--manifest", "{empty}", "--out", "{tmp}", "--preset", "six_way"), ["six_way", "four_way"]),
+    (("ensemble", "search", "{empty}", "{empty}2", "--manifest", "{empty}", "--out", "{tmp}", "--space", "log"), ["log", "probability"]),
+    (("ensemble", "evaluate", "{empty}", "--manifest", "{empty}"), ["is missing"]),
 ])
 def test_wrong_arguments_exit_with_2_and_one_line(tmp_path, args, says):
     (tmp_path / "empty").mkdir()
     given = [a.format(tmp=tmp_path / "out", empty=tmp_path / "empty") for a in args]
-    expected = 1 if "validate" in args else 2  # a folder without a manifest is a shut gate
+    shut = {"validate", "export", "evaluate"}  # a folder without its artifacts is a shut gate
+    expected = 1 if shut & set(args) else 2
     refused(expected, *given, says=says)
     assert not (tmp_path / "out" / "manifest.parquet").exists()
 
