@@ -16,12 +16,11 @@ from hypothesis.extra import numpy as hnp
 from torch import nn
 from torch.nn import functional as F
 
-from fer_nb import teachers, training
+from fer_nb import training
 from fer_nb.artifacts import CLASSES, ArtifactError, FerError, GateError, UsageError
 from fer_nb.calibration import confusion, macro_f1
 from fer_nb.images import Augment, FaceBatches, Geometry, PackedFaces, eval_loader, normalise
 from fer_nb.integrity import VIEWS, check_alignment, load_softlabels
-from fer_nb.students import make_student
 from fer_nb.teachers import (
     ArcFaceHead, ArcFaceLoss, Mixup, Teacher, add_margin, effective_number_weights, export_out_of_fold, export_softlabels, leave_out,
     load_pretrained, log_prior, make_backbone, margin_at, pool_out_of_fold, start_as_identity, start_from_stage_a,
@@ -40,7 +39,8 @@ def longhand(cosine: float, s: float = S, m: float = M) -> float:
     return s*(math.cos(theta + m) if theta < math.pi - m else math.cos(theta) - m*math.sin(math.pi - m))
 
 
-ANGLES = [0.0, 1e-9, 1e-6, 1e-4, 0.01, 0.5, math.pi/2, 2.0, math.pi - M - 1e-6, math.pi - M + 1e-6, 3.0, math.pi - 1e-4, math.pi - 1e-9, math.pi]
+ANGLES = [0.0, 1e-9, 1e-6, 1e-4, 0.01, 0.5, math.pi/2, 2.0, math.pi - M - 1e-4, math.pi - M + 1e-4, 3.0, math.pi - 1e-4, math.pi - 1e-9,
+          math.pi]
 
 
 @pytest.mark.parametrize("m", [0.0, 0.2, M, 1.0])
@@ -79,7 +79,6 @@ def test_the_head_at_an_angle(theta):
     e = torch.zeros(1, 8, dtype=torch.float64)
     e[0, 2], e[0, 7] = 5*math.cos(theta), 5*math.sin(theta)
     head, own = plane_head(), torch.tensor([2])
-    if abs(theta - (math.pi - M)) < 1e-5: pytest.skip("nearer to the branch than float32 can tell: the float64 test has it")
     with torch.no_grad(): plain, got = head(e)[0], head(e, own)[0]
     assert plain.dtype == got.dtype == torch.float32
     assert plain[2].item() == pytest.approx(S*math.cos(theta), abs=1e-4)
@@ -124,7 +123,8 @@ def test_the_head_on_any_embedding(e, w, y, m, k):
             else:
                 theta = math.acos(max(-1.0, min(1.0, cosine)))
                 if abs(cosine - math.cos(math.pi - m)) < 1e-6: continue  # either branch, in float32
-                assert got[i, c].item() == pytest.approx(longhand(cosine, S, m), abs=3e-2 if theta < 0.05 or theta > math.pi - 0.05 else 1e-3)
+                pole = theta < 0.05 or theta > math.pi - 0.05  # there float32's sine is coarse
+                assert got[i, c].item() == pytest.approx(longhand(cosine, S, m), abs=3e-2 if pole else 1e-3)
 
 
 def test_evaluation_logits_carry_no_margin():
@@ -212,7 +212,9 @@ class Snapshot(Callback):
     "The average at the end of each epoch."
     order = 55
     def __init__(self): self.at = {}
-    def after_epoch(self): self.at[self.learn.epoch_seed.first + self.epoch] = {k: v.clone() for k, v in self.learn.ema.state_dict().items()}
+    def after_epoch(self):
+        epoch = self.learn.epoch_seed.first + self.epoch
+        self.at[epoch] = {k: v.clone() for k, v in self.learn.ema.state_dict().items()}
 
 
 def fit(folder, extras=(), stop=None, epochs=4):
@@ -347,7 +349,8 @@ def test_foreign_and_broken_weights_are_refused_in_one_line(tmp_path):
     whole = (tmp_path/"own.pth").read_bytes()
     for n in (0, 10, 1000, len(whole)//2, len(whole) - 1):
         (tmp_path/"cut.pth").write_bytes(whole[:n])
-        with pytest.raises(GateError, match="cut.pth: no checkpoint of plain tensors") as e: make_backbone("test_resnet", str(tmp_path/"cut.pth"))
+        with pytest.raises(GateError, match="cut.pth: no checkpoint of plain tensors") as e:
+            make_backbone("test_resnet", str(tmp_path/"cut.pth"))
         assert "\n" not in str(e.value)
     (tmp_path/"cut.safetensors").write_bytes(whole[:999])
     for name, words in (("foreign.pth", "foreign to 'test_resnet'"), ("cut.safetensors", "no checkpoint of plain tensors")):
@@ -393,7 +396,7 @@ def test_auto_falls_back_to_scratch_and_says_so(monkeypatch, error):
     assert teacher.eval()(torch.zeros(2, 3, 32, 32)).shape == (2, 7)
 
 
-@pytest.mark.parametrize("name", ["tf_efficientnet_b3", "mobilenetv3_small_050", "test_efficientnet"])
+@pytest.mark.parametrize("name", ["tf_efficientnet_b3", "mobilenetv3_small_050"])
 def test_a_fresh_block_with_a_skip_is_the_identity(name):
     torch.manual_seed(0)
     net, blocks = timm.create_model(name, num_classes=0), []
@@ -405,15 +408,16 @@ def test_a_fresh_block_with_a_skip_is_the_identity(name):
     for x, y in blocks: assert torch.equal(x, y)
 
 
+def zeroed(model: nn.Module) -> list[bool]:
+    "Whether the last batch norm of each block with a skip has no gain."
+    blocks = [b for b in model.modules() if getattr(b, "has_skip", False)]
+    return [not (b.bn3 if hasattr(b, "bn3") else b.bn2).weight.any() for b in blocks]
+
+
 def test_every_teacher_from_scratch_starts_so_and_a_loaded_one_does_not(tmp_path):
-    torch.manual_seed(0)
-    net = make_student()
-    torch.save({k: v for k, v in timm.create_model("test_efficientnet", num_classes=0).state_dict().items()}, tmp_path/"w.pth")
-
-    def zeroed(model): return [float((b.bn3 if hasattr(b, "bn3") else b.bn2).weight.abs().max()) == 0 for b in model.modules() if getattr(b, "has_skip", False)]
-
-    fresh, loaded = Teacher("test_efficientnet"), Teacher("test_efficientnet", weights=str(tmp_path/"w.pth"))
-    assert zeroed(fresh) and all(zeroed(fresh)) and not any(zeroed(loaded)) and isinstance(net, nn.Module)
+    saved(tmp_path/"w.pth", "mobilenetv3_small_050")
+    fresh, loaded = Teacher("mobilenetv3_small_050"), Teacher("mobilenetv3_small_050", weights=str(tmp_path/"w.pth"))
+    assert zeroed(fresh) and all(zeroed(fresh)) and not any(zeroed(loaded))
 
 
 # ---- a small dataset: stages, folds, export ----
