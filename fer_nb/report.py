@@ -112,7 +112,8 @@ def source_columns(t: pd.DataFrame) -> pd.DataFrame:
     shown = {"model": "model", "source": "source", "n": "n", "accuracy": "accuracy", "macro_f1": "macro-F1", "nll": "NLL",
              "raw_ece": "ECE at T = 1", "ece": "ECE at T*", "own_temperature": "source's own T", "own_ece": "ECE at it"}
     t = t[[c for c in shown if c in t]].astype({"n": int})
-    return t.round({c: 2 if c == "own_temperature" else 3 for c in t.columns[3:]}).rename(columns=shown)
+    t = t.round({c: 2 if c == "own_temperature" else 3 for c in t.columns[3:]})
+    return t.astype(object).where(t.notna(), "–").rename(columns=shown)  # a source without validation rows has no T of its own
 
 
 def find_ensembles(

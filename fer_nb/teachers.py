@@ -194,6 +194,8 @@ def load_pretrained(
     try: state = timm.models.load_state_dict(str(file))
     except Exception as e:  # pickle, zip and safetensors raise a dozen types
         raise GateError(f"{file}: no checkpoint of plain tensors ({type(e).__name__})") from None
+    odd = [k for k, v in state.items() if not isinstance(v, Tensor)]
+    if odd: raise GateError(f"{file}: no checkpoint of plain tensors: '{odd[0]}' is none; save the network's state_dict alone")
     own, how = backbone.state_dict(), "by name"
     state = fit_positions(state, backbone)
     if not backbone_guard(own, state, name, file.name).passed:
@@ -260,15 +262,15 @@ def start_from_stage_a(
 ) -> BackboneGuard:
     "Take over the best weights of stage A; anything else than a finished stage A of this network and dataset is refused."
     run_dir = Path(run_dir)
-    check_seal(run_dir, deep=False)
+    check_seal(run_dir)
     ckpt, name = load_checkpoint(run_dir/"best.pt"), backbone_name(arch)
     meta = ckpt["meta"]
     if meta.get("stage", "A") != "A": raise GateError(f"{run_dir} is stage {meta['stage']}: stage B starts from stage A")
     if meta["dataset_index_id"] != dataset_index_id:
         raise GateError(f"{run_dir} was trained on {meta['dataset_index_id']}, not on {dataset_index_id}: train stage A on this dataset")
+    if meta["backbone"] != name: raise GateError(f"{run_dir} is '{meta['backbone']}', stage B is '{name}': give a run of the same backbone")
     state = fit_positions(ckpt["model"], teacher.backbone, "backbone.")
     guard = backbone_guard(teacher.state_dict(), state, name, meta["backbone"])
-    if meta["backbone"] != name: guard = guard.model_copy(update={"passed": False})
     load_matching(teacher, state, guard)
     return guard
 
@@ -283,6 +285,7 @@ def leave_out(
     rows = data.train.rows
     if not folds: return data, data.own_val
     if not 0 <= fold < folds or folds < 2: raise UsageError(f"fold is {fold} of {folds}: give fold 0 to folds - 1, and at least 2 folds")
+    if np.bincount(data.train.labels).max() < folds: raise UsageError(f"folds is {folds}: no class has so many training rows")
     parts = list(StratifiedGroupKFold(folds, shuffle=True, random_state=seed).split(rows, data.train.labels, rows["pixel_hash"]))
     kept, held = (PackedFaces(data.train.cache, rows.iloc[np.sort(at)].reset_index(drop=True)) for at in parts[fold])
     return replace(data, train=kept), held

@@ -14,7 +14,8 @@ from tests.conftest import ROOT
 STUDIO = {"train_source": "synthetic_studio", "epochs": 2}
 PROFILE = {
     "img_size": 48, "stages": ["CE", "KD"], "seeds": [1337], "stage_b": {"img_size": 64, "epochs": 1, "ema": 0.9, "mixup": 0.2},
-    "teachers": {"RN18": None, "VIT": {"epochs": 4, "model_args": {"embed_dim": 192, "depth": 4, "num_heads": 3}}}, "ensembles": {"pair": None},
+    "teachers": {"RN18": None, "VIT": {"epochs": 4, "model_args": {"embed_dim": 192, "depth": 4, "num_heads": 3}}},
+    "ensembles": {"pair": None},
     "notebooks": {"00a_synthetic_faces": {"n": 3000, "video_seconds": 4, "measure_n": 300, "intensity": [1.0, 1.0], "label_noise": 0.0},
                   "03_teachers": {**STUDIO, "margin": 0.0}, "05_students": STUDIO}}
 
@@ -52,7 +53,8 @@ def test_leaves_every_artifact_and_all_lines_go(chain):
         assert list(folder.glob("*.ipynb")), "no executed notebook"
     for folder in (teacher, ensemble):
         assert sorted(p.name for p in (folder / "softlabels").iterdir()) == [
-            "alignment_report.json", "class_order.json", "hash_manifest.json", "sample_count.txt", "softlabels.npz", "softlabels_index.jsonl"]
+            "alignment_report.json", "class_order.json", "hash_manifest.json", "sample_count.txt", "softlabels.npz",
+            "softlabels_index.jsonl"]
     assert (teacher / "confusion_out_of_fold.csv").is_file()
     for f in ("backbone_guard.json", "dkd_unit_test.json", "smoke_test.json", "alignment_report.json"):
         assert (students(run, "KD") / f).is_file()

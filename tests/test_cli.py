@@ -50,8 +50,8 @@ def test_version_and_help():
     (("teacher", "train", "--out", "{tmp}", "-p", "epoch", "3"), ["epoch", "epochs"]),
     (("teacher", "export", "{empty}"), ["args.json", "is missing"]),
     (("ensemble", "search", "{empty}", "--manifest", "{empty}"), ["--out"]),
-    (("ensemble", "search", "{empty}", "{empty}2", "--manifest", "{empty}", "--out", "{tmp}", "--preset", "six_way"), ["six_way", "four_way"]),
-    (("ensemble", "search", "{empty}", "{empty}2", "--manifest", "{empty}", "--out", "{tmp}", "--space", "log"), ["log", "probability"]),
+    (("ensemble", "search", "a", "b", "--manifest", "{empty}", "--out", "{tmp}", "--preset", "six_way"), ["six_way", "four_way"]),
+    (("ensemble", "search", "a", "b", "--manifest", "{empty}", "--out", "{tmp}", "--space", "log"), ["log", "probability"]),
     (("ensemble", "evaluate", "{empty}", "--manifest", "{empty}"), ["is missing"]),
 ])
 def test_wrong_arguments_exit_with_2_and_one_line(tmp_path, args, says):

@@ -356,6 +356,10 @@ def test_foreign_and_broken_weights_are_refused_in_one_line(tmp_path):
     for name, words in (("foreign.pth", "foreign to 'test_resnet'"), ("cut.safetensors", "no checkpoint of plain tensors")):
         with pytest.raises(GateError, match=words) as e: make_backbone("test_resnet", str(tmp_path/name))
         assert "\n" not in str(e.value)
+    for odd in ({"epoch": 3, "conv1.weight": torch.zeros(2)}, {"epoch": 3, "weights": {"a": torch.zeros(2)}}, torch.zeros(3), [1]):
+        torch.save(odd, tmp_path/"odd.pth")
+        with pytest.raises(GateError, match="odd.pth: no checkpoint of plain tensors"):
+            make_backbone("test_resnet", str(tmp_path/"odd.pth"))
     with pytest.raises(UsageError, match="is no file"): make_backbone("test_resnet", str(tmp_path/"nowhere.pth"))
     with pytest.raises(UsageError, match="unknown backbone"): make_backbone("RN1")
 
@@ -478,14 +482,18 @@ def test_what_is_no_finished_stage_a_of_this_network_and_dataset_is_refused(stag
         assert "\n" not in str(e.value)
 
     refused(GateError, "was trained on .*, not on another: train stage A on this dataset", index="another")
-    refused(GateError, "'test_resnet' is foreign to 'test_efficientnet'", arch="test_efficientnet")
+    refused(GateError, "is 'test_resnet', stage B is 'test_efficientnet': give a run of the same backbone", arch="test_efficientnet")
     again(stage_a, backbone="resnet18")  # the same tensors, said to be of another network
-    refused(GateError, "'resnet18' is foreign to 'test_resnet'")
+    refused(GateError, "is 'resnet18', stage B is 'test_resnet'")
     again(stage_a, backbone="test_resnet", stage="B")
     refused(GateError, "is stage B: stage B starts from stage A")
     again(stage_a, stage="A")
     start_from_stage_a(Teacher("test_resnet"), stage_a, "test_resnet", data.dataset_index_id)
+    whole = load_checkpoint(stage_a/"best.pt")
+    save_checkpoint(stage_a/"best.pt", model=Teacher("test_resnet").state_dict(), meta=whole["meta"])  # whole, but another
+    refused(ArtifactError, "best.pt.*was changed after its folder was sealed")
     (stage_a/"best.pt").write_bytes((stage_a/"best.pt").read_bytes()[:5000])
+    seal_run(stage_a, "any")
     refused(ArtifactError, "best.pt.*truncated")
     (stage_a/"hash_manifest.json").unlink()
     refused(ArtifactError, "a is unfinished; run its stage again")
@@ -524,6 +532,7 @@ def test_no_folds_hold_out_the_validation_rows_and_wrong_ones_are_refused(data):
     assert kept is data and list(held.rows["id"]) == list(data.own_val.rows["id"])
     for fold, folds in ((5, 5), (-1, 5), (0, 1), (0, -2)):
         with pytest.raises(UsageError, match="give fold 0 to folds - 1"): leave_out(data, fold, folds, 1)
+    with pytest.raises(UsageError, match="folds is 150: no class has so many training rows"): leave_out(data, 0, 150, 1)
 
 
 def test_out_of_fold_confusions_are_pooled_and_no_fold_twice(data, tmp_path):

@@ -7,7 +7,7 @@ Both sides on two threads in one process, interleaved round by round; medians.
   forward, loss, backward, clipping, AdamW, books). Constant batch: forward, loss, backward, clipping, AdamW on a copy of the model
   and its optimiser, on one batch that lies in memory.
 - export: `export_softlabels` from start to the checked seal, rows x views a second; constant batch: as many forward passes of 128.
-The issue's floors are 0.95 and 0.90; those asserted are lower by what a busy machine's noise takes.
+To be reached are 0.95 and 0.90; the asserted floors are lower by what a busy machine's noise takes.
 """
 import statistics
 import time
