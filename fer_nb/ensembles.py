@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SPACES', 'PRESETS', 'REPORT_VIEW', 'EXPORTED', 'EVALUATED', 'SEARCHED', 'COLOURS', 'MARKS', 'log_probs',
            'check_weights', 'fuse', 'Member', 'load_member', 'member_names', 'check_preset', 'preset_members',
-           'open_manifest', 'training_view', 'split_rows', 'label_sources', 'require_separate', 'benchmark_rows',
-           'check_member', 'relative', 'common_views', 'check_members', 'require_members', 'scores', 'score_weights',
-           'simplex_grid', 'better', 'best_of', 'transfers', 'climb', 'WeightSearch', 'default_step', 'check_benchmark',
+           'open_manifest', 'training_view', 'split_rows', 'require_separate', 'benchmark_rows', 'check_member',
+           'relative', 'common_views', 'check_members', 'require_members', 'scores', 'score_weights', 'simplex_grid',
+           'better', 'best_of', 'transfers', 'climb', 'WeightSearch', 'default_step', 'check_benchmark',
            'search_weights', 'ClassWeightSearch', 'class_scores', 'climb_classes', 'search_class_weights', 'Panel',
            'panel', 'fused_softlabels', 'config_weights', 'open_members', 'replay', 'start_over', 'check_out',
            'chosen_members', 'gated_members', 'search_ensemble', 'Exported', 'check_export', 'export_ensemble',
@@ -39,7 +39,7 @@ from fer_nb.calibration import (
     predictions, prf, report_run, select_temperature, stratified_folds,
 )
 from .integrity import VIEWS, Softlabels, check_alignment, load_softlabels, require_alignment, save_softlabels
-from .manifests import Manifest, Result, load_manifest
+from .manifests import Manifest, Result, label_sources, load_manifest
 
 # %% ../nbs/04_ensembles.ipynb #04-006
 def log_probs(
@@ -176,11 +176,6 @@ def split_rows(
             "test": manifest.view(REPORT_VIEW)}
 
 # %% ../nbs/04_ensembles.ipynb #04-022
-def label_sources(manifest: Manifest, train_view: str = "hq_train", train_source: str | None = None) -> list[str]:
-    "The sources that the training labels come from; only their validation rows may choose anything."
-    return sorted(set(manifest.view(train_view, source=train_source)["source"]))
-
-
 def require_separate(
     benchmark: pd.DataFrame,  # rows that choose: id, pixel_hash
     report: pd.DataFrame,  # rows that judge
@@ -691,7 +686,8 @@ def search_ensemble(
     dirs, fixed = chosen_members(member_dirs, preset)
     out, manifest = check_out(out, member_dirs), open_manifest(manifest_dir)
     unseal(out/"softlabels"); start_over(out, (*EVALUATED, *EXPORTED, *SEARCHED))
-    rows = benchmark_rows(manifest, benchmark, label_sources(manifest, *training_view(dirs)))
+    view, source = training_view(dirs)
+    rows = benchmark_rows(manifest, benchmark, label_sources(manifest.view(view, source=source)))
     members, view, source = gated_members(dirs, manifest, out)
     p, y = panel(members), labels_of(rows)
     at = p.rows(rows["id"])

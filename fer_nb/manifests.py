@@ -7,10 +7,10 @@ __all__ = ['MAX_MEMBER_BYTES', 'COLUMNS', 'SPLITS', 'VIEWS', 'MANIFEST_FILE', 'M
            'MAX_HAMMING', 'MIN_CORRELATION', 'ALIASES', 'FER_ORDER', 'RAF_ORDER', 'AFFECTNET_ORDER', 'FERPLUS_ORDER',
            'ADAPTERS', 'PARTS', 'FERPLUS_COLUMNS', 'FERPLUS_PARTS', 'RAF_COMPOUND', 'RAF_COMPOUND_ORDER',
            'AFFECTNET_COLUMNS', 'POLICY', 'check_member_name', 'ZipArchive', 'PixelCSV', 'open_archive', 'split_path',
-           'read_bytes', 'MissingFile', 'decode', 'majority_share', 'conflicting', 'Manifest', 'load_manifest',
-           'require_valid', 'coefficients', 'perceptual_hashes', 'grey', 'pixel_hash', 'Prints', 'crop_box',
-           'usable_cores', 'fingerprint', 'hamming_pairs', 'Likeness', 'find_groups', 'Tree', 'to_class', 'Row',
-           'adapter', 'class_folders', 'fer2013_folder', 'any_folder', 'fer2013_csv', 'ferplus_label', 'ferplus',
+           'read_bytes', 'MissingFile', 'decode', 'majority_share', 'conflicting', 'Manifest', 'label_sources',
+           'load_manifest', 'require_valid', 'coefficients', 'perceptual_hashes', 'grey', 'pixel_hash', 'Prints',
+           'crop_box', 'usable_cores', 'fingerprint', 'hamming_pairs', 'Likeness', 'find_groups', 'Tree', 'to_class',
+           'Row', 'adapter', 'class_folders', 'fer2013_folder', 'any_folder', 'fer2013_csv', 'ferplus_label', 'ferplus',
            'rafdb_basic', 'rafdb_compound', 'rafml', 'affectnet', 'expw', 'synthetic_faces', 'parse_source',
            'read_source', 'draw_validation', 'exclude_copies', 'assign_splits', 'dataset_fingerprint', 'dataset_index',
            'freeze_manifest', 'Result', 'BuildResult', 'check_rows', 'validation', 'build_manifest',
@@ -268,7 +268,16 @@ class Manifest:
             raise UsageError(f"no rows with {column} {value!r}: this manifest has {', '.join(sorted(self.df[column].unique()))}")
         return df[df[column] == value]
 
-# %% ../nbs/00_manifests.ipynb #00-022
+# %% ../nbs/00_manifests.ipynb #00-023
+def label_sources(
+    rows: pd.DataFrame,  # a training view
+    least: float = 0.1,  # share of the rows that makes a source count
+) -> list[str]:
+    "The sources that the labels of a view come from."
+    share = rows["source"].value_counts(normalize=True)
+    return sorted(share.index[share >= least])
+
+# %% ../nbs/00_manifests.ipynb #00-025
 def load_manifest(
     folder,  # what `build_manifest` wrote
     valid: bool = False,  # also refuse a manifest that has not passed its validation
@@ -295,7 +304,7 @@ def require_valid(folder, dataset_index_id: str):
     if not report.passed:
         raise ArtifactError(path, "did not pass: mend the pictures it names and validate again", key="pass", expected=True, got=False)
 
-# %% ../nbs/00_manifests.ipynb #00-024
+# %% ../nbs/00_manifests.ipynb #00-027
 COEFFICIENTS, HASH_BITS = 9, 64  # 9 x 9 cosine coefficients without the constant one; the first 64 of them make the hash
 _ORDER = np.array([u*COEFFICIENTS + v for u, v in sorted(np.ndindex(COEFFICIENTS, COEFFICIENTS), key=lambda p: (sum(p), p))][1:])
 _MAX_SIDE = 512
@@ -318,7 +327,7 @@ def coefficients(
     both = rows.transpose(0, 2, 1).astype(np.float64).reshape(-1, h) @ _cosines(h)  # (B*9, 9): v, u
     return both.reshape(b, COEFFICIENTS, COEFFICIENTS).transpose(0, 2, 1).reshape(b, -1)[:, _ORDER]/(h*w)
 
-# %% ../nbs/00_manifests.ipynb #00-025
+# %% ../nbs/00_manifests.ipynb #00-028
 def perceptual_hashes(
     coef: np.ndarray,  # (B, 80) from `coefficients`
 ) -> np.ndarray:  # (B,) uint64
@@ -338,7 +347,7 @@ def grey(image: np.ndarray) -> np.ndarray:
     scale = _MAX_SIDE/max(h, w)
     return cv2.resize(image, (max(1, round(w*scale)), max(1, round(h*scale))), interpolation=cv2.INTER_AREA)
 
-# %% ../nbs/00_manifests.ipynb #00-026
+# %% ../nbs/00_manifests.ipynb #00-029
 def pixel_hash(
     image: np.ndarray,  # as `decode` returns it
 ) -> str:  # 32 hex
@@ -350,7 +359,7 @@ def pixel_hash(
 @lru_cache(maxsize=1024)
 def _shape_bytes(shape: tuple, dtype) -> bytes: return f"{shape} {dtype}".encode()
 
-# %% ../nbs/00_manifests.ipynb #00-030
+# %% ../nbs/00_manifests.ipynb #00-033
 class Prints(NamedTuple):
     "What `fingerprint` learnt; every array has one value a picture, in the order asked for."
     sha256: np.ndarray  # str, "" where the picture could not be read
@@ -385,7 +394,7 @@ def _print_one(path: str, box=None):
     if not face.size: return digest, "", None, image.shape[:2], "box outside of the picture"
     return digest, pixel_hash(face), face, image.shape[:2], ""
 
-# %% ../nbs/00_manifests.ipynb #00-031
+# %% ../nbs/00_manifests.ipynb #00-034
 def _print_chunk(todo, perceptual=True) -> Prints:
     "Fingerprints of a few hundred (path, box)."
     sha, pixels, images, size, problems = zip(*(_print_one(*t) for t in todo))
@@ -400,7 +409,7 @@ def _print_chunk(todo, perceptual=True) -> Prints:
         hashes[where] = perceptual_hashes(c)
     return Prints(np.array(sha, object), np.array(pixels, object), hashes, size[:, 1], size[:, 0], np.array(problems, object), coef)
 
-# %% ../nbs/00_manifests.ipynb #00-032
+# %% ../nbs/00_manifests.ipynb #00-035
 def usable_cores() -> int:
     "Cores that this process may run on."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -442,7 +451,7 @@ def fingerprint(
             bar.update(len(part.sha256))
     return Prints(*map(np.concatenate, zip(*parts))) if parts else _print_nothing()
 
-# %% ../nbs/00_manifests.ipynb #00-033
+# %% ../nbs/00_manifests.ipynb #00-036
 def _try_open(archive):
     "Open an archive anew if it has changed, before workers fork and share it; a broken one is told of picture by picture."
     try: open_archive(archive)
@@ -463,7 +472,7 @@ def _print_nothing() -> Prints:
     text, number = np.array([], object), np.array([], np.int32)
     return Prints(text, text, np.array([], np.uint64), number, number, text, np.zeros((0, len(_ORDER)), np.float32))
 
-# %% ../nbs/00_manifests.ipynb #00-036
+# %% ../nbs/00_manifests.ipynb #00-039
 MAX_HAMMING, MIN_CORRELATION = 6, 0.98
 _PAIRS_AT_ONCE = 1 << 22
 
@@ -485,7 +494,7 @@ def _pairs_in_runs(keys: np.ndarray):
         yield order[i], order[j]
         at = to
 
-# %% ../nbs/00_manifests.ipynb #00-037
+# %% ../nbs/00_manifests.ipynb #00-040
 def hamming_pairs(
     hashes: np.ndarray,  # (N,) uint64, all different
     max_hamming: int,  # bits
@@ -503,7 +512,7 @@ def hamming_pairs(
     keys = np.unique(np.concatenate(found)) if found else np.array([], np.int64)
     return np.stack([keys//max(len(hashes), 1), keys % max(len(hashes), 1)], axis=1)
 
-# %% ../nbs/00_manifests.ipynb #00-040
+# %% ../nbs/00_manifests.ipynb #00-043
 class Likeness(NamedTuple):
     "Which pictures show the same: `group` names one group a row."
     group: np.ndarray  # str, one a row: the smallest pixel hash of the group; "" where undecodable
@@ -537,7 +546,7 @@ def _correlation(coef: np.ndarray, i: np.ndarray, j: np.ndarray) -> np.ndarray:
     flat = np.minimum(length[i], length[j]) < 1e-6
     return np.where(flat, 0, product)/np.where(flat, 1, length[i]*length[j])
 
-# %% ../nbs/00_manifests.ipynb #00-041
+# %% ../nbs/00_manifests.ipynb #00-044
 def _candidates(hashes: np.ndarray, usable: np.ndarray, max_hamming: int):
     "Index pairs of pictures whose hashes are equal or within max_hamming."
     where = np.flatnonzero(usable)
@@ -554,7 +563,7 @@ def _components(n: int, i: np.ndarray, j: np.ndarray) -> np.ndarray:
     "Connected components of n nodes under edges i-j: one label a node."
     return connected_components(coo_matrix((np.ones(len(i), bool), (i, j)), shape=(n, n)), directed=False)[1]
 
-# %% ../nbs/00_manifests.ipynb #00-044
+# %% ../nbs/00_manifests.ipynb #00-047
 _IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".pgm", ".ppm")
 
 
@@ -586,7 +595,7 @@ class Tree:
                 if f.lower().endswith(".zip"):
                     for m in open_archive(path).names(): yield f"{name[:-4]}/{m.removeprefix(f[:-4] + '/')}", f"{path}!{m}"
 
-# %% ../nbs/00_manifests.ipynb #00-045
+# %% ../nbs/00_manifests.ipynb #00-048
 @patch
 def images(self: Tree) -> list[str]:
     "Names of image files, sorted."
@@ -617,7 +626,7 @@ def text(self: Tree, name: str) -> str:
     "A text file of the source."
     return read_bytes(self.paths[name]).decode("utf-8-sig", errors="replace")
 
-# %% ../nbs/00_manifests.ipynb #00-046
+# %% ../nbs/00_manifests.ipynb #00-049
 @patch
 def table(
     self: Tree,
@@ -636,7 +645,7 @@ def table(
     for r in rows:
         if len(r) > short: yield tuple([None if i is None else r[i].strip() for i in at])
 
-# %% ../nbs/00_manifests.ipynb #00-048
+# %% ../nbs/00_manifests.ipynb #00-051
 ALIASES = {a: c for c, names in {
     "Angry": "angry anger an ang", "Disgust": "disgust disgusted di dis", "Fear": "fear fearful afraid scared fe",
     "Happy": "happy happiness joy ha joyful smile", "Sad": "sad sadness sa", "Surprise": "surprise surprised su sur",
@@ -658,7 +667,7 @@ def to_class(
     if key.lower() in ("no face", "no-face", "not a face", "nf"): return "", "not a face"
     return "", f"unmapped label: {key.lower() or 'empty'}"
 
-# %% ../nbs/00_manifests.ipynb #00-051
+# %% ../nbs/00_manifests.ipynb #00-054
 class Row(NamedTuple):
     "One picture as its source describes it."
     inside: str  # path inside the source; with the source's name it is the id
@@ -686,7 +695,7 @@ def adapter(
         return f
     return register
 
-# %% ../nbs/00_manifests.ipynb #00-053
+# %% ../nbs/00_manifests.ipynb #00-056
 PARTS = {p: s for s, names in {"train": "train training train_set", "val": "val valid validation val_set",
                                "test": "test testing test_set publictest privatetest"}.items() for p in names.split()}
 
@@ -712,7 +721,7 @@ def _class_folder(folder: str, order, first: int) -> tuple[int, str, str, str]:
     skip = 0 if at is None else len("/".join(names[:at]) + "/") if at else 0
     return skip, "" if at is None else names[at], *to_class(key, order)
 
-# %% ../nbs/00_manifests.ipynb #00-054
+# %% ../nbs/00_manifests.ipynb #00-057
 @adapter("fer2013_folder", source="fer2013")
 def fer2013_folder(tree: Tree) -> list[Row]:
     "FER2013 as on Kaggle: train/ and test/ with class folders; Training_, PublicTest_ and PrivateTest_ names."
@@ -731,7 +740,7 @@ def any_folder(tree: Tree) -> list[Row]:
     return [Row(inside, tree.paths[name], label, PARTS.get(part.lower(), "train"), part, reason)
             for inside, name, part, label, reason in class_folders(tree)]
 
-# %% ../nbs/00_manifests.ipynb #00-056
+# %% ../nbs/00_manifests.ipynb #00-059
 @adapter("fer2013_csv", source="fer2013")
 def fer2013_csv(tree: Tree) -> list[Row]:
     "FER2013 as the challenge published it: emotion,pixels,Usage."
@@ -751,7 +760,7 @@ def _plain_csv(tree: Tree, name: str) -> str:
     if split_path(path)[1] is not None: raise UsageError(f"{path}: unpack this CSV first, its rows are read in place")
     return path
 
-# %% ../nbs/00_manifests.ipynb #00-058
+# %% ../nbs/00_manifests.ipynb #00-061
 FERPLUS_COLUMNS = ("neutral", "happiness", "surprise", "sadness", "anger", "disgust", "fear", "contempt", "unknown", "NF")
 FERPLUS_PARTS = {"Training": ("FER2013Train", "train"), "PublicTest": ("FER2013Valid", "test"), "PrivateTest": ("FER2013Test", "test")}
 _TO_OURS = [FERPLUS_ORDER.index(c) for c in CLASSES]
@@ -768,7 +777,7 @@ def ferplus_label(
     if ours.count(best) > 1: return "", "tied votes"
     return CLASSES[ours.index(best)], ""
 
-# %% ../nbs/00_manifests.ipynb #00-060
+# %% ../nbs/00_manifests.ipynb #00-063
 @adapter("ferplus")
 def ferplus(tree: Tree) -> list[Row]:
     "FERPlus: fer2013new.csv with the folders FER2013Train, FER2013Valid, FER2013Test, or with fer2013.csv."
@@ -790,7 +799,7 @@ def ferplus(tree: Tree) -> list[Row]:
         rows[inside] = Row(inside, pictures[inside], "", known.get(part, "train"), part, "no label in fer2013new.csv")
     return list(rows.values())
 
-# %% ../nbs/00_manifests.ipynb #00-061
+# %% ../nbs/00_manifests.ipynb #00-064
 def _ferplus_part(usage: str) -> tuple[str, str]: return FERPLUS_PARTS.get(usage, (usage, "train"))
 
 
@@ -816,7 +825,7 @@ def _ferplus_pixels(tree: Tree, table: list[tuple]) -> list[Row]:
         rows.append(Row(inside if seen[inside] == 1 else f"{inside}#{seen[inside]}", f"{path}!{i}", *_ferplus_about(usage, tuple(votes))))
     return rows
 
-# %% ../nbs/00_manifests.ipynb #00-063
+# %% ../nbs/00_manifests.ipynb #00-066
 RAF_COMPOUND = ("Happily Surprised", "Happily Disgusted", "Sadly Fearful", "Sadly Angry", "Sadly Surprised", "Sadly Disgusted",
                 "Fearfully Angry", "Fearfully Surprised", "Angrily Surprised", "Angrily Disgusted", "Disgustedly Surprised")  # from 1
 _FIRST_NAMED = {"Happily": "Happy", "Sadly": "Sad", "Fearfully": "Fear", "Angrily": "Angry", "Disgustedly": "Disgust"}
@@ -843,7 +852,7 @@ def _found(tree: Tree, pictures: dict, name: str) -> tuple[str, str, str]:
     if inside is None: return name, f"{tree.root.as_posix()}{'!' if tree.root.is_file() else '/'}{name}", "missing file"
     return inside, tree.paths[inside], ""
 
-# %% ../nbs/00_manifests.ipynb #00-064
+# %% ../nbs/00_manifests.ipynb #00-067
 def _raf(tree: Tree, order) -> list[Row]:
     "RAF-DB's layout: Image/aligned and list_patition_label.txt, labels from 1."
     pictures, rows = _by_name(tree), []
@@ -868,7 +877,7 @@ def rafdb_compound(tree: Tree) -> list[Row]:
     "RAF-DB, compound part: eleven pairs of emotions, each mapped to its first-named one."
     return _raf(tree, RAF_COMPOUND_ORDER)
 
-# %% ../nbs/00_manifests.ipynb #00-065
+# %% ../nbs/00_manifests.ipynb #00-068
 @adapter("rafml")
 def rafml(tree: Tree) -> list[Row]:
     "RAF-ML: a distribution over six emotions; the largest is the label."
@@ -887,7 +896,7 @@ def rafml(tree: Tree) -> list[Row]:
         rows.append(Row(inside, path, label, PARTS.get(part, "train"), part, missing or reason, votes))
     return rows
 
-# %% ../nbs/00_manifests.ipynb #00-067
+# %% ../nbs/00_manifests.ipynb #00-070
 AFFECTNET_COLUMNS = {"file": ("subDirectory_filePath", "pth", "image", "path", "file"), "label": ("expression", "label", "emotion"),
                      "?x": ("face_x",), "?y": ("face_y",), "?w": ("face_width",), "?h": ("face_height",)}
 
@@ -922,7 +931,7 @@ def _affectnet_table(tree: Tree, name: str) -> list[Row]:
                         reason if inside else "missing file", box=box))
     return rows
 
-# %% ../nbs/00_manifests.ipynb #00-068
+# %% ../nbs/00_manifests.ipynb #00-071
 @adapter("expw")
 def expw(tree: Tree) -> list[Row]:
     "ExpW: label.lst with a line a face; every face is training data, since ExpW has no official parts."
@@ -938,7 +947,7 @@ def expw(tree: Tree) -> list[Row]:
                         confidence=_number(confidence)))
     return rows
 
-# %% ../nbs/00_manifests.ipynb #00-070
+# %% ../nbs/00_manifests.ipynb #00-073
 @adapter("synthetic")
 def synthetic_faces(tree: Tree) -> list[Row]:
     "Faces of fer_nb.synthetic: labels.csv with file, label, source, split."
@@ -953,7 +962,7 @@ def synthetic_faces(tree: Tree) -> list[Row]:
         rows.append(Row(file, path, label, split, split, reason, source=f"synthetic_{source}"))
     return rows
 
-# %% ../nbs/00_manifests.ipynb #00-072
+# %% ../nbs/00_manifests.ipynb #00-075
 def parse_source(
     spec: str,  # kind=path or kind:name=path
 ) -> tuple[str, str, str]:  # kind, name, path
@@ -978,7 +987,7 @@ def read_source(spec: str) -> pd.DataFrame:
     if twice: raise UsageError(f"{path}: {twice!r} is listed more than once; list each picture once")
     return pd.DataFrame({k: list(v) for k, v in columns.items()})
 
-# %% ../nbs/00_manifests.ipynb #00-075
+# %% ../nbs/00_manifests.ipynb #00-078
 def _strata(df: pd.DataFrame, group: np.ndarray) -> np.ndarray:
     "One stratum (a number) for each group: the most frequent label of its usable rows, and the sources that hold them."
     n, usable = group.max() + 1, (df.excluded == "").to_numpy()
@@ -992,7 +1001,7 @@ def _strata(df: pd.DataFrame, group: np.ndarray) -> np.ndarray:
 def _order_key(seed: int, name: str) -> bytes:
     return hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
 
-# %% ../nbs/00_manifests.ipynb #00-076
+# %% ../nbs/00_manifests.ipynb #00-079
 def draw_validation(
     df: pd.DataFrame,  # drawable training rows: group, label, source, excluded
     fraction: float,  # of the usable rows of each stratum
@@ -1017,7 +1026,7 @@ def _first_share(members: np.ndarray, size: np.ndarray, fraction: float) -> np.n
     k = int(np.abs(np.r_[0, total] - fraction*total[-1]).argmin())
     return members[:min(max(k, 1), len(members) - 1)]
 
-# %% ../nbs/00_manifests.ipynb #00-078
+# %% ../nbs/00_manifests.ipynb #00-081
 POLICY = ("training and validation rows whose picture stands in a test part, pixel for pixel or near-identical, are excluded; "
           "training rows whose picture stands in a source's own validation part likewise")
 _COPIES = {("test", "pixel_hash"): "duplicate of a test image", ("test", "group"): "near-duplicate of a test image",
@@ -1051,7 +1060,7 @@ def assign_splits(
     split[np.flatnonzero(drawable)[draw_validation(df[drawable], fraction, seed)]] = "val"
     return df.assign(split=split)
 
-# %% ../nbs/00_manifests.ipynb #00-081
+# %% ../nbs/00_manifests.ipynb #00-084
 def dataset_fingerprint(
     df: pd.DataFrame,  # id, sha256, label, split, excluded
 ) -> str:  # hex sha256
@@ -1074,7 +1083,7 @@ def dataset_index(df: pd.DataFrame, name: str, seed: int, val_fraction: float, m
                         class_counts=classes, source_counts=_counts(df.source), fingerprint=mark, seed=seed, val_fraction=val_fraction,
                         max_hamming=max_hamming)
 
-# %% ../nbs/00_manifests.ipynb #00-082
+# %% ../nbs/00_manifests.ipynb #00-085
 _SCHEMA = pa.schema([(c, {"width": pa.int32(), "height": pa.int32(), "confidence": pa.float64(), "votes": pa.list_(pa.float64()),
                           "box": pa.list_(pa.float64())}.get(c, pa.string())) for c in COLUMNS])
 
@@ -1112,7 +1121,7 @@ def freeze_manifest(
     seal_folder(folder, index.dataset_index_id, [MANIFEST_FILE, MANIFEST_CSV, DatasetIndex.filename, ClassOrder.filename])
     return Manifest(df, index, folder)
 
-# %% ../nbs/00_manifests.ipynb #00-084
+# %% ../nbs/00_manifests.ipynb #00-087
 def _table(head, rows) -> str:
     "A markdown table."
     lines = [head, ["---"]*len(head), *rows]
@@ -1133,7 +1142,7 @@ class Result:
     def _repr_markdown_(self): return "\n\n".join(x if isinstance(x, str) else _table(*x) for x in self.lines())
     __repr__ = __str__
 
-# %% ../nbs/00_manifests.ipynb #00-085
+# %% ../nbs/00_manifests.ipynb #00-088
 class BuildResult(Result):
     "A manifest fresh from `build_manifest`."
     def __init__(self, manifest: Manifest, seconds: float, validated: bool):
@@ -1151,7 +1160,7 @@ class BuildResult(Result):
         if index.excluded: out.append((("excluded because", "rows"), sorted(index.excluded.items(), key=lambda kv: -kv[1])))
         return out
 
-# %% ../nbs/00_manifests.ipynb #00-087
+# %% ../nbs/00_manifests.ipynb #00-090
 def check_rows(
     df: pd.DataFrame,  # rows of a manifest
     prints: Prints,  # their pictures as they are now
@@ -1162,7 +1171,7 @@ def check_rows(
     bad_labels = ~df.label.isin(CLASSES).to_numpy()
     return {"missing": missing, "undecodable": broken, "bad_labels": bad_labels, "changed": ~(missing | broken | same)}
 
-# %% ../nbs/00_manifests.ipynb #00-088
+# %% ../nbs/00_manifests.ipynb #00-091
 _WORDS = {"missing": "is missing", "undecodable": "does not decode", "bad_labels": "has a label that is none of the seven",
           "changed": "was changed since the manifest was built"}
 
@@ -1181,7 +1190,7 @@ def validation(
     return ManifestValidation(dataset_index_id=manifest.dataset_index_id, rows=len(manifest.df), checked_rows=len(df), sample=sample,
                               excluded_rows=int((manifest.df.excluded != "").sum()), problems=problems, passed=not problems, **counts)
 
-# %% ../nbs/00_manifests.ipynb #00-090
+# %% ../nbs/00_manifests.ipynb #00-093
 def build_manifest(
     sources,  # "kind=path" or "kind:name=path", several
     out,  # folder for the manifest
@@ -1207,7 +1216,7 @@ def build_manifest(
     if validate: validation(manifest, df, prints).save(out)
     return BuildResult(manifest, time.perf_counter() - start, validate)
 
-# %% ../nbs/00_manifests.ipynb #00-091
+# %% ../nbs/00_manifests.ipynb #00-094
 @contextmanager
 def collection_paused():
     "No garbage collection inside: while many rows are made, it runs dozens of times and finds nothing."
@@ -1247,7 +1256,7 @@ def _with_prints(df: pd.DataFrame, prints: Prints, max_hamming: int) -> pd.DataF
                      perceptual_hash=np.where(prints.pixel_hash != "", _hex(prints.perceptual), ""),
                      group=find_groups(prints, max_hamming).group, excluded=np.where(prints.problem != "", prints.problem, df.excluded))
 
-# %% ../nbs/00_manifests.ipynb #00-099
+# %% ../nbs/00_manifests.ipynb #00-102
 class ValidationResult(Result):
     "What `validate_manifest` found."
     def __init__(self, report: ManifestValidation, seconds: float):
@@ -1260,7 +1269,7 @@ class ValidationResult(Result):
                 f"({r.checked_rows/max(self.seconds, 1e-9):,.0f} images/s); {r.excluded_rows:,} excluded rows",
                 (("missing", "undecodable", "bad labels", "changed"), [(r.missing, r.undecodable, r.bad_labels, r.changed)]), *r.problems]
 
-# %% ../nbs/00_manifests.ipynb #00-100
+# %% ../nbs/00_manifests.ipynb #00-103
 def validate_manifest(
     folder,  # a manifest's folder
     sample: int | None = None,  # check this many rows, drawn by seed; all where None
@@ -1283,7 +1292,7 @@ def validate_manifest(
         raise GateError(f"{path}: {n} of {report.checked_rows} rows failed: {first}; mend the pictures or build again")
     return ValidationResult(report, time.perf_counter() - start)
 
-# %% ../nbs/00_manifests.ipynb #00-103
+# %% ../nbs/00_manifests.ipynb #00-106
 def _overlap(df: pd.DataFrame, by: str, part: str, pairs) -> list[PartOverlap]:
     "Groups that stand in two parts: how many, with how many rows on either side, and with disagreeing labels."
     out = []
@@ -1300,7 +1309,7 @@ def _overlap(df: pd.DataFrame, by: str, part: str, pairs) -> list[PartOverlap]:
 
 def _pairs(values) -> list[tuple[str, str]]: return list(itertools.combinations(sorted(values), 2))
 
-# %% ../nbs/00_manifests.ipynb #00-104
+# %% ../nbs/00_manifests.ipynb #00-107
 def source_disagreement(
     df: pd.DataFrame,  # rows with source, label, group
     a: str,  # a source
@@ -1319,7 +1328,7 @@ def source_disagreement(
     agree = int(np.trace(matrix))
     return SourceDisagreement(source_a=a, source_b=b, pictures=n, agree=agree, disagreement=1 - agree/n, matrix=matrix.tolist())
 
-# %% ../nbs/00_manifests.ipynb #00-105
+# %% ../nbs/00_manifests.ipynb #00-108
 def _repeated(df: pd.DataFrame, by: str) -> pd.DataFrame:
     "Rows that share their group with another row."
     return df[df[by].duplicated(keep=False) & (df[by] != "")]
@@ -1339,7 +1348,7 @@ def _examples(df: pd.DataFrame, by: str, wanted, n: int = 5) -> list[list[str]]:
     rows = df[df[by].isin(sorted(set(wanted))[:n])]
     return [sorted(g.id)[:8] for _, g in rows.groupby(by)]
 
-# %% ../nbs/00_manifests.ipynb #00-106
+# %% ../nbs/00_manifests.ipynb #00-109
 def leakage_report(
     manifest: Manifest,
     like: Likeness,  # groups of its rows, as the pictures are now
@@ -1376,7 +1385,7 @@ def leakage_report(
                   "conflicting_identical": _examples(identical, "pixel_hash", conflicts["pixel_hash"]),
                   "leaks": [[i] for i in leaks.id[:5]]})
 
-# %% ../nbs/00_manifests.ipynb #00-107
+# %% ../nbs/00_manifests.ipynb #00-110
 class AuditResult(Result):
     "What `audit_manifest` found."
     def __init__(self, report: LeakageReport, seconds: float):
@@ -1409,7 +1418,7 @@ class AuditResult(Result):
                 for kind, found in kinds.items() for o in found]
         return [(("pictures in two places", "groups", "rows a", "rows b", "label conflicts"), rows)] if rows else []
 
-# %% ../nbs/00_manifests.ipynb #00-108
+# %% ../nbs/00_manifests.ipynb #00-111
 def audit_manifest(
     folder,  # a manifest's folder
     max_hamming: int = MAX_HAMMING,  # bits of 64

@@ -41,7 +41,7 @@ from fer_nb.artifacts import (
 from .calibration import accuracy, ece, macro_f1, nll, report_run
 from .images import Geometry, PackedFaces, eval_loader, load_cache, pack_cache
 from .integrity import environment, require_backbone
-from .manifests import audit_manifest, build_manifest, load_manifest, validate_manifest
+from .manifests import audit_manifest, build_manifest, label_sources, load_manifest, validate_manifest
 from .synthetic import write_dataset
 
 # %% ../nbs/02b_training.ipynb #02b-006
@@ -446,7 +446,7 @@ class FaceData:
     @property
     def label_sources(self) -> list[str]:
         "The sources that the training labels come from; only their validation rows choose epochs and temperatures."
-        return sorted(set(self.train.rows["source"]))
+        return label_sources(self.train.rows)
 
     @property
     def own_val(self) -> PackedFaces:
