@@ -115,7 +115,7 @@ def source_columns(t: pd.DataFrame) -> pd.DataFrame:
     t = t.round({c: 2 if c == "own_temperature" else 3 for c in t.columns[3:]})
     return t.astype(object).where(t.notna(), "–").rename(columns=shown)  # a source without validation rows has no T of its own
 
-
+# %% ../nbs/09b_report.ipynb #09b-009
 def find_ensembles(
     runs_dir,  # a profile's run folder
 ) -> list[tuple[Path, ensembles.EnsembleMetrics]]:
@@ -137,7 +137,7 @@ def ensembles_markdown(
         parts.append(f"### {m.name}\n\n{ensembles.EnsembleConfig.load(folder)._repr_markdown_()}\n\n{m._repr_markdown_()}\n\n{by_source}")
     return "\n\n".join(parts) or "This run has no ensemble."
 
-# %% ../nbs/09b_report.ipynb #09b-009
+# %% ../nbs/09b_report.ipynb #09b-011
 def data_tables(
     manifest_dir,  # a frozen manifest
 ) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:  # classes by split; excluded rows by reason; what the audit found, in words
@@ -162,7 +162,7 @@ def audit_findings(leaks: LeakageReport) -> list[str]:
     return found + [f"{d.source_a} and {d.source_b} hold {d.pictures:,} pictures in common and disagree on the label of "
                     f"{d.disagreement:.1%} of them." for d in leaks.source_disagreement if d.pictures]
 
-# %% ../nbs/09b_report.ipynb #09b-011
+# %% ../nbs/09b_report.ipynb #09b-013
 def _grid(n: int, width: float = 3.4, height: float = 3.2, columns: int = 3):
     "Axes for n small plots, the rest switched off."
     columns = min(n, columns)
@@ -186,7 +186,7 @@ def plot_curves(runs):
         ax.legend(handles, [x.get_label() for x in handles], fontsize=6, loc="lower left")
     return fig
 
-# %% ../nbs/09b_report.ipynb #09b-012
+# %% ../nbs/09b_report.ipynb #09b-014
 def plot_confusions(runs):
     "Confusion shares on test rows, a small plot a kind of run, its seeds added up."
     kinds = {k: [r for r in runs if r.key == k] for k in dict.fromkeys(r.key for r in runs)}
@@ -209,7 +209,7 @@ def plot_reliability(runs):
     axes[0].legend(fontsize=7)
     return fig
 
-# %% ../nbs/09b_report.ipynb #09b-014
+# %% ../nbs/09b_report.ipynb #09b-016
 LINKED = ("manifest.csv", "dataset_index.json", "manifest_validation.json", "leakage_report.json", "args.json", "environment.json",
           "history.csv", "calibration.json", "reliability_metrics.json", "confusion.csv", "metrics_by_source.csv",
           "alignment_report.json", "confusion_out_of_fold.csv", "ensemble_config.json", "ensemble_alignment_gate.json",
@@ -231,7 +231,7 @@ def links_markdown(
         lines.append(f"- `{folder.relative_to(root).as_posix()}`: " + ", ".join(link(f) for f in files))
     return "\n".join(lines)
 
-# %% ../nbs/09b_report.ipynb #09b-016
+# %% ../nbs/09b_report.ipynb #09b-018
 CHECKLIST = "go_no_go.csv"
 
 
@@ -274,7 +274,7 @@ def live_links(
     def keep(m): return m[0] if (Path(folder)/m[1]).exists() else m[2]
     return re.sub(r'<a\s+href="(\.\./[^"]+)"[^>]*>(.*?)</a>', keep, page, flags=re.DOTALL)
 
-# %% ../nbs/09b_report.ipynb #09b-019
+# %% ../nbs/09b_report.ipynb #09b-021
 CSS = """
 :root { color-scheme: light dark; }
 body { max-width: 62rem; margin: 2rem auto; padding: 0 1.2rem; font: 16px/1.55 system-ui, sans-serif; color: #1d2733; background: #fff; }
