@@ -112,14 +112,16 @@ def load_member(
 
 def member_names(
     dirs,  # run folders
-) -> list[str]:  # arch where it stands once, the folder's name otherwise
+) -> list[str]:  # arch where it stands once, else arch and stage, else the folder's name
     "Short names that no two members share."
-    def arch(d):
-        try: return str(RunArgs.load(d).parameters.get("arch", Path(d).name))
-        except FerError: return Path(d).name
-    archs, folders = [arch(d) for d in dirs], [Path(d).name for d in dirs]
-    names = [a if archs.count(a) == 1 else f for a, f in zip(archs, folders)]
-    return [n if names.count(n) == 1 else Path(d).as_posix() for n, d in zip(names, dirs)]
+    def known(d):
+        try: return RunArgs.load(d).parameters
+        except FerError: return {}
+    args, folders = [known(d) for d in dirs], [Path(d).name for d in dirs]
+    def unique(names, others): return [n if names.count(n) == 1 else o for n, o in zip(names, others)]
+    archs = [str(a.get("arch", f)) for a, f in zip(args, folders)]
+    staged = [f"{arch} {a['stage']}" if "stage" in a else f for arch, a, f in zip(archs, args, folders)]
+    return unique(unique(archs, unique(staged, folders)), [Path(d).as_posix() for d in dirs])
 
 # %% ../nbs/04_ensembles.ipynb #04-017
 PRESETS = {"pairwise": {"RN18": 0.7, "B3": 0.3}, "three_way": {"RN18": 0.4, "B3": 0.4, "CNXT": 0.2},
@@ -960,9 +962,9 @@ def ece_plot(metrics: EnsembleMetrics):
     for i, m in enumerate(models):
         ax.hlines(m.null_ece_p95, at[i], at[i] + width, color="black", lw=1.4, ls="--",
                   label="95% of calibrated models are below" if i == 0 else None)
-    ax.set_xticks(at, [f"{m.name}\nT = {m.temperature:.2f}" for m in models], fontsize=8)
+    ax.set_xticks(at, [f"{m.name.replace('_', chr(10), 1)}\nT = {m.temperature:.2f}" for m in models], fontsize=8)
     ax.set(ylabel="ECE, 15 bins", title=f"Calibration before and after, {metrics.report_view}, n = {metrics.n:,}")
-    ax.margins(y=0.15); ax.legend(fontsize=8, frameon=False)
+    ax.margins(y=0.1); ax.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=3)
     plt.close(fig)
     return fig
 
