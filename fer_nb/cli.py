@@ -73,7 +73,7 @@ def teacher_export(a):
     used = {k: v for k, v in RunArgs.load(a.run_dir).parameters.items() if k in known}
     given = {k: v for k, v in (("manifest_dir", a.manifest), ("cache_dir", a.cache)) if v}
     for k, flag in (("manifest_dir", "--manifest"), ("cache_dir", "--cache")):
-        if not (used | given).get(k): raise UsageError(f"{a.run_dir}/args.json names no {k}: give {flag}")
+        if k not in used | given: raise UsageError(f"{a.run_dir}/args.json names no {k}: give {flag}")
     _teacher(a.run_dir, used | given)
 
 
