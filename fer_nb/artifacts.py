@@ -464,6 +464,11 @@ class Interval(BaseModel):
     low: float
     high: float
 
+    def show(self, digits: int = 4, signed: bool = False) -> str:
+        "As text: value [low, high]."
+        f = f"{'+' if signed else ''}.{digits}f"
+        return f"{self.value:{f}} [{self.low:{f}}, {self.high:{f}}]"
+
 
 class ClassMetrics(BaseModel):
     "One class of a test set."
@@ -686,12 +691,13 @@ class EnsembleMetrics(Artifact):
 def seal_folder(
     folder,  # a folder whose files are complete
     dataset_index_id: str,  # of the dataset behind it
-    files=None,  # names to seal; all files below the folder where None
+    files=None,  # names to seal; where None all below the folder but hidden ones and notebooks, which may still be executing
 ) -> HashManifest:
     "Write `hash_manifest.json` over a folder's files."
     folder = Path(folder)
     if files is None:
-        files = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
+        left_out = {p for p in folder.rglob("*") if p.name.startswith(".") or p.suffix == ".ipynb"}
+        files = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() and p not in left_out)
     hashes = {f: sha256_file(folder/f) for f in files if f != HashManifest.filename}
     seal = HashManifest(dataset_index_id=dataset_index_id, files=hashes)
     seal.save(folder)

@@ -673,7 +673,7 @@ def metrics_table(
     columns = {}
     for title, record in records.items():
         r = record if isinstance(record, dict) else dict(record)
-        cells = {LABELS[k]: f"{r[k].value:.4f} [{r[k].low:.4f}, {r[k].high:.4f}]" for k in LABELS if r.get(k) is not None}
+        cells = {LABELS[k]: r[k].show() for k in LABELS if r.get(k) is not None}
         cells["null ECE (95% below)"] = f"{r['null_ece']:.4f} ({r['null_ece_p95']:.4f})"
         columns[title] = cells | {"temperature": f"{r['temperature']:.4g}", "n": f"{r['n']:,}"}
     return pd.DataFrame(columns).fillna("")
@@ -970,7 +970,7 @@ def source_table(
     resamples: int = 1000,
     seed: int = 1337,
 ) -> pd.DataFrame:  # one row a source
-    "Every metric with its interval at the run's T; beside it NLL, ECE and Brier at the T of the source's own validation rows."
+    "Every metric with its interval and F1 by class at the run's T; NLL, ECE and Brier also at T = 1 and at the source's own T."
     yv, yt = labels_of(val_rows), labels_of(test_rows)
     rows = []
     for s in sorted(set(test_rows["source"])):
@@ -979,7 +979,8 @@ def source_table(
         scaled = {f"own_{k}": METRICS[k](z, y, own) if own else None for k in ("nll", "ece", "brier")}
         record = flat_row(evaluate(z, y, temperature, votes_of(test_rows[at]), resamples, seed))
         raw = {f"raw_{k}": METRICS[k](z, y) for k in ("nll", "ece", "brier")}
-        rows.append({"source": s, **record, **raw, "own_temperature": own, **scaled})
+        f1 = {f"f1_{name}": v for name, v in per_class(z, y)["f1"].items()}
+        rows.append({"source": s, **record, **f1, **raw, "own_temperature": own, **scaled})
     return pd.DataFrame(rows)
 
 

@@ -5,21 +5,21 @@
 # %% auto #0
 __all__ = ['SPACES', 'PRESETS', 'REPORT_VIEW', 'EXPORTED', 'EVALUATED', 'SEARCHED', 'COLOURS', 'MARKS', 'log_probs',
            'check_weights', 'fuse', 'Member', 'load_member', 'member_names', 'check_preset', 'preset_members',
-           'open_manifest', 'training_view', 'split_rows', 'require_separate', 'benchmark_rows', 'check_member',
-           'relative', 'common_views', 'check_members', 'require_members', 'scores', 'score_weights', 'simplex_grid',
-           'better', 'best_of', 'transfers', 'climb', 'WeightSearch', 'default_step', 'check_benchmark',
-           'search_weights', 'ClassWeightSearch', 'class_scores', 'climb_classes', 'search_class_weights', 'Panel',
-           'panel', 'fused_softlabels', 'config_weights', 'open_members', 'replay', 'start_over', 'check_out',
-           'chosen_members', 'gated_members', 'search_ensemble', 'Exported', 'check_export', 'export_ensemble',
-           'SplitTargets', 'split_targets', 'model_metrics', 'gains', 'error_correlation', 'evaluate_ensemble',
-           'require_replay', 'seal', 'gate_lines', 'config_lines', 'metrics_lines', 'draw_models', 'class_f1_plot',
-           'source_plot', 'ece_plot', 'correlation_plot', 'simplex_points', 'simplex_plot']
+           'open_manifest', 'training_view', 'require_separate', 'benchmark_rows', 'check_member', 'relative',
+           'common_views', 'check_members', 'require_members', 'scores', 'score_weights', 'simplex_grid', 'better',
+           'best_of', 'transfers', 'climb', 'WeightSearch', 'default_step', 'check_benchmark', 'search_weights',
+           'ClassWeightSearch', 'class_scores', 'climb_classes', 'search_class_weights', 'Panel', 'panel',
+           'fused_softlabels', 'config_weights', 'open_members', 'replay', 'start_over', 'check_out', 'chosen_members',
+           'gated_members', 'search_ensemble', 'Exported', 'check_export', 'export_ensemble', 'SplitTargets',
+           'split_targets', 'model_metrics', 'gains', 'error_correlation', 'evaluate_ensemble', 'require_replay',
+           'seal', 'gate_lines', 'config_lines', 'metrics_lines', 'draw_models', 'class_f1_plot', 'source_plot',
+           'ece_plot', 'correlation_plot', 'simplex_points', 'simplex_plot']
 
 # %% ../nbs/04_ensembles.ipynb #04-002
 import os
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import combinations_with_replacement, permutations
 from pathlib import Path
 
@@ -31,7 +31,7 @@ from matplotlib.tri import Triangulation
 # %% ../nbs/04_ensembles.ipynb #04-003
 from fer_nb.artifacts import (
     CLASSES, AlignmentReport, Benchmark, Calibration, ClassOrder, ClassWeightReport, EnsembleConfig, EnsembleGate, EnsembleMember,
-    EnsembleMetrics, FerError, Gain, GateError, Interval, MemberCheck, ModelMetrics, RunArgs, UsageError, check_seal, read_npz,
+    EnsembleMetrics, FerError, Gain, GateError, MemberCheck, ModelMetrics, RunArgs, UsageError, check_seal, read_npz,
     seal_folder, sha256_bytes, sha256_file, unseal, write_csv, write_npz,
 )
 from fer_nb.calibration import (
@@ -168,14 +168,6 @@ def training_view(
     return votes.most_common(1)[0][0] if votes else ("hq_train", None)
 
 
-def split_rows(
-    manifest: Manifest,
-    train_view: str = "hq_train",
-    train_source: str | None = None,
-) -> dict[str, pd.DataFrame]:  # split -> rows, in the order of the softlabels
-    "The rows that every member must hold; a teacher of one source is validated on that source, and tested on all."
-    return {"train": manifest.view(train_view, source=train_source), "val": manifest.view("val", source=train_source),
-            "test": manifest.view(REPORT_VIEW)}
 
 # %% ../nbs/04_ensembles.ipynb #04-022
 def require_separate(
@@ -289,7 +281,7 @@ def check_members(
     if out is not None: unseal(out); unseal(Path(out)/"softlabels")
     manifest = open_manifest(manifest)
     view, source = (train_view, train_source) if train_view else training_view(dirs)
-    rows, views = split_rows(manifest, view, source), common_views(dirs)
+    rows, views = manifest.splits(view, source), common_views(dirs)
     checks = [check_member(d, rows, manifest.dataset_index_id, views, n, out or ".") for d, n in zip(dirs, member_names(dirs))]
     gate = EnsembleGate(dataset_index_id=manifest.dataset_index_id, views=list(views), rows={k: len(v) for k, v in rows.items()},
                         members=checks, passed=all(c.passed for c in checks),
@@ -467,16 +459,12 @@ class ClassWeightSearch(Result):
     def lines(self):
         r = self.report
         head = (f"one weight a class {'accepted' if r.accepted else 'not accepted'}: cross-validated macro-F1 "
-                f"{r.cv_macro_f1_class:.4f} against {r.cv_macro_f1_scalar:.4f} (gain {_interval(r.cv_gain, signed=True)}); "
+                f"{r.cv_macro_f1_class:.4f} against {r.cv_macro_f1_scalar:.4f} (gain {r.cv_gain.show(signed=True)}); "
                 f"on the rows of the fit {r.macro_f1_class:.4f} against {r.macro_f1_scalar:.4f}")
         names = class_names(self.fitted.shape[1])
         return [head, (("fitted weight", *names), [(n, *(f"{x:.2f}" for x in w)) for n, w in zip(self.names, self.fitted)])]
 
 
-def _interval(i: Interval, digits: int = 4, signed: bool = False) -> str:
-    "An interval as text."
-    f = f"{'+' if signed else ''}.{digits}f"
-    return f"{i.value:{f}} [{i.low:{f}}, {i.high:{f}}]"
 
 # %% ../nbs/04_ensembles.ipynb #04-042
 def class_scores(
@@ -728,7 +716,7 @@ class Exported(Result):
 
 def check_export(folder, manifest: Manifest, config: EnsembleConfig) -> AlignmentReport:
     "Compare exported softlabels with the manifest, every split; one report of all."
-    rows = split_rows(manifest, config.train_view, config.train_source)
+    rows = manifest.splits(config.train_view, config.train_source)
     notes: list[str] = []
     reports = _alignment(Path(folder)/"softlabels", rows, manifest.dataset_index_id, notes)
     if not reports: raise GateError(f"{folder}: its softlabels cannot be compared: {'; '.join(notes)}")
@@ -749,8 +737,7 @@ def export_ensemble(
     require_members(check_members([folder/m.dir for m in config.members], manifest, folder, config.train_view, config.train_source))
     p = panel(open_members(folder, config))
     fused = fused_softlabels(p, config_weights(config), config.space, config.temperature)
-    write_npz(folder/"split_targets.npz", members=np.array(p.names), logits=p.logits.astype(np.float32), temperatures=p.temperatures,
-              weights=np.array([m.weights for m in config.members]), ids=p.ids, sha256=p.sha256, splits=p.splits, views=np.array(p.views))
+    write_npz(folder/"split_targets.npz", **{k: np.array(v) for k, v in vars(p).items()}, weights=[m.weights for m in config.members])
     save_softlabels(folder/"softlabels", fused)
     report = check_export(folder, manifest, config)
     report.save(folder/"softlabels"); report.save(folder)
@@ -759,16 +746,9 @@ def export_ensemble(
 
 
 @dataclass
-class SplitTargets:
-    "Every member's own answers, for one distillation loss a teacher."
-    members: list[str]
-    ids: np.ndarray  # (N,)
-    sha256: np.ndarray  # (N,)
-    splits: np.ndarray  # (N,)
-    views: tuple[str, ...]
-    logits: np.ndarray  # (M, N, V, 7) float32, not divided by temperature
+class SplitTargets(Panel):
+    "Every member's own answers and its weight, for one distillation loss a teacher."
     weights: np.ndarray  # (M, 7)
-    temperatures: np.ndarray  # (M,)
 
 
 def split_targets(
@@ -776,9 +756,9 @@ def split_targets(
 ) -> SplitTargets:
     "Read the split supervision of a sealed ensemble."
     check_seal(folder)
-    z = read_npz(Path(folder)/"split_targets.npz", [f for f in SplitTargets.__dataclass_fields__])
-    return SplitTargets(z["members"].tolist(), z["ids"], z["sha256"], z["splits"], tuple(z["views"].tolist()), z["logits"], z["weights"],
-                        z["temperatures"])
+    z = read_npz(Path(folder)/"split_targets.npz", [f.name for f in fields(SplitTargets)])
+    plain = {"names": z["names"].tolist(), "views": tuple(z["views"].tolist()), "dataset_index_id": str(z["dataset_index_id"])}
+    return SplitTargets(**z | plain)
 
 # %% ../nbs/04_ensembles.ipynb #04-058
 def model_metrics(name: str, logits, rows: pd.DataFrame, temperature: float, resamples: int, seed: int) -> ModelMetrics:
@@ -828,7 +808,7 @@ def evaluate_ensemble(
     members, soft = open_members(folder, config), load_softlabels(folder/"softlabels")
     require_replay(config, members, soft)
     require_alignment(check_export(folder, manifest, config))
-    rows, sources = split_rows(manifest, config.train_view, config.train_source), config.benchmark.sources
+    rows, sources = manifest.splits(config.train_view, config.train_source), config.benchmark.sources
     benchmark_rows(manifest, config.benchmark.view, sources)
     val, test = rows["val"], rows["test"]
     y, seed, identity = labels_of(test), config.seed, soft.logits[:, 0]
@@ -863,9 +843,7 @@ def seal(folder):
     needed = ("ensemble_config.json", "ensemble_alignment_gate.json", *EXPORTED, *EVALUATED, "softlabels/hash_manifest.json")
     missing = [n for n in needed if not (folder/n).is_file()]
     if missing: raise GateError(f"{folder} is unfinished: {missing[0]} is missing; search, export and evaluate it first")
-    files = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-    return seal_folder(folder, EnsembleConfig.load(folder).dataset_index_id,
-                       [f for f in files if not f.endswith(".ipynb") and not Path(f).name.startswith(".")])
+    return seal_folder(folder, EnsembleConfig.load(folder).dataset_index_id)
 
 # %% ../nbs/04_ensembles.ipynb #04-062
 def gate_lines(self: EnsembleGate) -> list:
@@ -889,7 +867,7 @@ def config_lines(self: EnsembleConfig) -> list:
            (("member", "arch", "seed", "weight", "T", f"macro-F1 on {b.view}"), rows)]
     if c:
         out.append(f"one weight a class {'accepted' if c.accepted else 'not accepted'}: cross-validated macro-F1 {c.cv_macro_f1_class:.4f} "
-                     f"against {c.cv_macro_f1_scalar:.4f}, gain {_interval(c.cv_gain, signed=True)}")
+                     f"against {c.cv_macro_f1_scalar:.4f}, gain {c.cv_gain.show(signed=True)}")
     return out
 
 # %% ../nbs/04_ensembles.ipynb #04-063
@@ -897,8 +875,8 @@ def metrics_lines(self: EnsembleMetrics) -> list:
     "A report for people."
     models = [*self.members, self.ensemble]
     def raw(m, k): return f"{m.raw[k]:.4f} → {getattr(m, k).value:.4f}"
-    rows = [(m.name, _interval(m.accuracy), _interval(m.macro_f1), *(raw(m, k) for k in ("nll", "brier", "ece"))) for m in models]
-    told = [(g.metric.replace("_", "-").replace("f1", "F1"), g.over, g.chosen_on, _interval(g.gain, signed=True)) for g in self.gains]
+    rows = [(m.name, m.accuracy.show(), m.macro_f1.show(), *(raw(m, k) for k in ("nll", "brier", "ece"))) for m in models]
+    told = [(g.metric.replace("_", "-").replace("f1", "F1"), g.over, g.chosen_on, g.gain.show(signed=True)) for g in self.gains]
     return [f"{self.name} on {self.report_view}, n = {self.n:,}, {self.dataset_index_id}; 95% intervals from {self.resamples:,} resamples",
             (("model", "accuracy", "macro-F1", "NLL, raw → scaled", "Brier", "ECE"), rows),
             (("gain in", "over member", "best on", "paired gain"), told)]

@@ -262,6 +262,14 @@ class Manifest:
         splits = {"all": SPLITS, "train_all": ("train",), "val": ("val",), "eval_only": ("val", "test")}.get(name, ("test",))
         return df[df.split.isin(splits)].reset_index(drop=True)
 
+    def splits(
+        self,
+        train_view: str = "hq_train",
+        source: str | None = None,  # train and validate on one source only
+    ) -> dict[str, pd.DataFrame]:  # train, val and test rows
+        "The rows that a model is trained, validated and tested on; whatever it was trained on, it is tested on all sources."
+        return {"train": self.view(train_view, source), "val": self.view("val", source), "test": self.view("test_all_sources")}
+
     def _only(self, df, column, value):
         if value is None: return df
         if not (self.df[column] == value).any():

@@ -69,15 +69,12 @@ def find_runs(
     return sorted(runs, key=lambda r: r.order)
 
 # %% ../nbs/09b_report.ipynb #09b-007
-def _interval(i, digits: int = 3) -> str: return f"{i.value:.{digits}f} [{i.low:.{digits}f}, {i.high:.{digits}f}]"
-
-
 def results_table(
     runs,  # as `find_runs` gives them
 ) -> pd.DataFrame:
     "A row a run, on its test rows."
     return pd.DataFrame([{
-        "model": r.name, "n": r.metrics.n, "accuracy": _interval(r.metrics.accuracy), "macro-F1": _interval(r.metrics.macro_f1),
+        "model": r.name, "n": r.metrics.n, "accuracy": r.metrics.accuracy.show(3), "macro-F1": r.metrics.macro_f1.show(3),
         "NLL": f"{r.metrics.nll.value:.3f}", "ECE": f"{r.metrics.ece.value:.3f}", "null ECE": f"{r.metrics.null_ece:.3f}",
         "ECE at T = 1": f"{r.metrics.uncalibrated['ece']:.3f}", "T*": f"{r.calibration.selected_temperature:.2f}",
         "best epoch": f"{r.history.best_epoch + 1} of {r.history.epochs_done}",

@@ -213,10 +213,10 @@ def make_backbone(
 ) -> tuple[nn.Module, str]:  # without classifier; what was loaded, in words
     "A timm backbone and where its weights come from."
     name, args = backbone_name(arch), {"num_classes": 0, **(model_args or {})}
-    fixed = (timm.get_pretrained_cfg(name) or {}) and timm.get_pretrained_cfg(name).fixed_input_size
-    if fixed and img_size: args["img_size"] = img_size
+    known = timm.get_pretrained_cfg(name)
+    if known and known.fixed_input_size and img_size: args["img_size"] = img_size
     if weights == "auto":
-        try: return timm.create_model(name, pretrained=True, **args), f"timm {timm.get_pretrained_cfg(name).hf_hub_id}"
+        try: return timm.create_model(name, pretrained=True, **args), f"timm {known.hf_hub_id}"
         except (OSError, RuntimeError) as e:
             return timm.create_model(name, **args), f"none: timm's weights could not be had ({type(e).__name__})"
     backbone = timm.create_model(name, **args)

@@ -49,7 +49,7 @@ def freeze(df: pd.DataFrame, folder: Path):
 
 def make_member(folder: Path, arch: str, manifest, seed: int, source: str | None = None):
     "A run whose logits are right about two times in three, ten times too loud."
-    rows = pd.concat(ensembles.split_rows(manifest, train_source=source).values(), ignore_index=True)
+    rows = pd.concat(manifest.splits(source=source).values(), ignore_index=True)
     y, rng = labels_of(rows), np.random.default_rng(seed)
     shared = np.random.default_rng(99).normal(0, 1.0, (len(y), 1, 7))
     z = 10*(2.2*np.eye(7)[y][:, None] + shared + rng.normal(0, 1.2, (len(y), 2, 7)))
@@ -463,7 +463,7 @@ def test_replay_is_equal_bit_for_bit_and_aligned(base):
 def test_split_targets_give_the_fused_ones(base):
     out = base/"ensembles"/"trio"
     t, fused = ensembles.split_targets(out), load_softlabels(out/"softlabels")
-    assert t.members == ["RN18", "B3", "CNXT"] and t.logits.shape == (3, 490, 2, 7) and t.logits.dtype == np.float32
+    assert t.names == ["RN18", "B3", "CNXT"] and t.logits.shape == (3, 490, 2, 7) and t.logits.dtype == np.float32
     assert t.weights.shape == (3, 7) and (t.splits == fused.splits).all()
     again = ensembles.fuse(calibrated(t.logits, t.temperatures), t.weights[:, 0])
     assert np.array_equal(again.astype(np.float32), fused.logits)

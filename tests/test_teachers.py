@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fer_nb import training
-from fer_nb.artifacts import CLASSES, ArtifactError, FerError, GateError, UsageError
+from fer_nb.artifacts import CLASSES, ArtifactError, FerError, GateError, UsageError, seal_folder
 from fer_nb.calibration import confusion, macro_f1
 from fer_nb.images import Augment, FaceBatches, Geometry, PackedFaces, eval_loader, normalise
 from fer_nb.integrity import VIEWS, check_alignment, load_softlabels
@@ -25,7 +25,7 @@ from fer_nb.teachers import (
     ArcFaceHead, ArcFaceLoss, Mixup, Teacher, add_margin, effective_number_weights, export_out_of_fold, export_softlabels, leave_out,
     load_pretrained, log_prior, make_backbone, margin_at, pool_out_of_fold, start_as_identity, start_from_stage_a,
 )
-from fer_nb.training import EMA, TrainConfig, load_checkpoint, predict, save_checkpoint, seal_run, seed_everything
+from fer_nb.training import EMA, TrainConfig, load_checkpoint, predict, save_checkpoint, seed_everything
 from tests.conftest import ROOT
 
 S, M = 30.0, 0.35
@@ -443,7 +443,7 @@ def stage_a(tmp_path, data):
     meta = {"backbone": "test_resnet", "stage": "A", "dataset_index_id": data.dataset_index_id}
     training.train(teacher, FaceBatches(data.train, 64, train=True, seed=2), eval_loader(data.own_val), ArcFaceLoss(),
                    TrainConfig(1, 1e-3, warmup_epochs=0, seed=2), tmp_path/"a", meta, bar=False)
-    seal_run(tmp_path/"a", data.dataset_index_id)
+    seal_folder(tmp_path/"a", data.dataset_index_id)
     return tmp_path/"a"
 
 
@@ -451,7 +451,7 @@ def again(run, **meta):
     "The same run under another story, sealed again."
     ckpt = load_checkpoint(run/"best.pt")
     save_checkpoint(run/"best.pt", model=ckpt["model"], meta=ckpt["meta"] | meta)
-    seal_run(run, "any")
+    seal_folder(run, "any")
 
 
 def test_stage_b_takes_over_stage_a_exactly(stage_a, data):
@@ -468,7 +468,7 @@ def test_stage_b_of_another_size_resamples_a_transformer(tmp_path, data):
     a, b = Teacher("test_vit", img_size=32), Teacher("test_vit", img_size=64)
     meta = {"classes": list(CLASSES), "backbone": "test_vit", "stage": "A", "dataset_index_id": data.dataset_index_id}
     save_checkpoint(tmp_path/"best.pt", model=a.state_dict(), meta=meta)
-    seal_run(tmp_path, data.dataset_index_id)
+    seal_folder(tmp_path, data.dataset_index_id)
     assert start_from_stage_a(b, tmp_path, "test_vit", data.dataset_index_id).param_count_match_ratio == 1
     assert b.backbone.pos_embed.shape[1] > a.backbone.pos_embed.shape[1] and torch.equal(a.head.weight, b.head.weight)
 
@@ -493,7 +493,7 @@ def test_what_is_no_finished_stage_a_of_this_network_and_dataset_is_refused(stag
     save_checkpoint(stage_a/"best.pt", model=Teacher("test_resnet").state_dict(), meta=whole["meta"])  # whole, but another
     refused(ArtifactError, "best.pt.*was changed after its folder was sealed")
     (stage_a/"best.pt").write_bytes((stage_a/"best.pt").read_bytes()[:5000])
-    seal_run(stage_a, "any")
+    seal_folder(stage_a, "any")
     refused(ArtifactError, "best.pt.*truncated")
     (stage_a/"hash_manifest.json").unlink()
     refused(ArtifactError, "a is unfinished; run its stage again")
