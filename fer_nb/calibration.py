@@ -4,40 +4,51 @@
 
 # %% auto #0
 __all__ = ['BINS', 'PLAN_GRID', 'TIE', 'BLUE', 'ORANGE', 'GREEN', 'GREY', 'STRENGTHS', 'METRICS', 'SOFT_METRICS', 'LABELS', 'FEW',
-           'check_logits', 'check', 'apply_temperature', 'log_softmax', 'softmax', 'predictions', 'mean_over_rows',
-           'nll', 'brier', 'accuracy', 'confusion', 'PRF', 'prf', 'macro_f1', 'class_names', 'per_class', 'bin_index',
-           'binned_gap', 'TopLabel', 'top_label', 'ece', 'ece_equal_mass', 'classwise_ece', 'check_votes', 'soft_nll',
-           'soft_ece', 'simulate_logits', 'bootstrap_weights', 'weight_chunks', 'percentile_interval',
-           'bootstrap_intervals', 'bootstrap_interval', 'paired_interval', 'NullECE', 'null_ece', 'nll_slope',
-           'TemperatureFit', 'refuse_without_minimum', 'fit_temperature', 'best_row', 'check_grid', 'grow_grid',
-           'TemperatureSelection', 'same_predictions', 'score_grid', 'select_temperature', 'temperature_plot',
-           'stratified_folds', 'check_folds', 'shrunk_vector', 'row_nll', 'cross_validated_nll',
-           'fit_vector_temperature', 'soft_record', 'evaluate', 'metrics_table', 'flat_row', 'reliability_table',
-           'draw_bars', 'draw_counts', 'reliability_diagram', 'draw_class', 'classwise_diagram', 'draw_confusion',
-           'confusion_plot', 'confusion_table', 'refuse_same_rows', 'check_ids', 'cross_fitted_logits',
-           'calibration_artifact', 'reliability_artifact', 'check_seven', 'calibrate', 'labels_of', 'votes_of',
-           'own_temperature', 'source_table', 'report_run']
+           'COVERAGES', 'check_logits', 'check', 'apply_temperature', 'log_softmax', 'softmax', 'predictions',
+           'mean_over_rows', 'nll', 'brier', 'accuracy', 'confusion', 'PRF', 'prf', 'macro_f1', 'class_names',
+           'per_class', 'bin_index', 'binned_gap', 'TopLabel', 'top_label', 'ece', 'ece_equal_mass', 'classwise_ece',
+           'check_votes', 'soft_nll', 'soft_ece', 'simulate_logits', 'bootstrap_weights', 'weight_chunks',
+           'percentile_interval', 'bootstrap_intervals', 'bootstrap_interval', 'paired_interval', 'McNemar', 'mcnemar',
+           'NullECE', 'null_ece', 'nll_slope', 'TemperatureFit', 'refuse_without_minimum', 'fit_temperature',
+           'best_row', 'check_grid', 'grow_grid', 'TemperatureSelection', 'same_predictions', 'score_grid',
+           'select_temperature', 'temperature_plot', 'stratified_folds', 'check_folds', 'shrunk_vector', 'row_nll',
+           'cross_validated_nll', 'fit_vector_temperature', 'soft_record', 'evaluate', 'metrics_table', 'flat_row',
+           'reliability_table', 'draw_bars', 'draw_counts', 'reliability_diagram', 'draw_class', 'classwise_diagram',
+           'draw_confusion', 'confusion_plot', 'confusion_table', 'confidence_groups', 'RiskCoverage', 'risk_coverage',
+           'ranked_area', 'aurc', 'excess_aurc', 'accuracy_at_coverage', 'risk_coverage_plot', 'conformal_threshold',
+           'prediction_sets', 'set_coverage', 'refuse_same_rows', 'check_ids', 'cross_fitted_logits',
+           'calibration_artifact', 'reliability_artifact', 'check_seven', 'calibrate', 'class_coverage',
+           'selective_report', 'set_size_plot', 'labels_of', 'votes_of', 'own_temperature', 'source_table',
+           'report_run']
 
 # %% ../nbs/02_calibration.ipynb #02-002
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from fractions import Fraction
+from functools import partial
+from itertools import cycle
+from math import ceil
 from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import scipy  # loads scipy.stats where it is first used: importing it here would cost every command its time
 from scipy.optimize import brentq, minimize
+from scipy.special import digamma
 
 # %% ../nbs/02_calibration.ipynb #02-003
 from fer_nb.artifacts import (
     CLASSES,
     SELECTION_RULE,
     Calibration,
+    ClassCoverage,
     ClassMetrics,
     GateError,
     Interval,
     ReliabilityMetrics,
+    SelectiveReport,
     UsageError,
     VectorTemperatureReport,
     write_csv,
@@ -357,6 +368,27 @@ def paired_interval(
     return percentile_interval(difference(), np.concatenate(samples), level)
 
 # %% ../nbs/02_calibration.ipynb #02-052
+class McNemar(NamedTuple):
+    "Rows that only one of two models gets right, and how surprising their split is."
+    only_a_right: int
+    only_b_right: int
+    p_value: float  # two-sided; 1 where no row differs
+
+
+def mcnemar(
+    labels,  # (N,)
+    logits_a,  # (N, K) of one model
+    logits_b,  # (N, K) of another, same rows
+) -> McNemar:
+    "McNemar's exact test (1947) of equal accuracy on the same rows."
+    (a, y), (b, _) = check(logits_a, labels), check(logits_b, labels)
+    if a.shape != b.shape: raise UsageError(f"logits have shapes {a.shape} and {b.shape}: give both models the same classes")
+    right_a, right_b = predictions(a) == y, predictions(b) == y
+    only_a, only_b = int((right_a & ~right_b).sum()), int((right_b & ~right_a).sum())
+    p = scipy.stats.binomtest(only_a, only_a + only_b).pvalue if only_a + only_b else 1.0
+    return McNemar(only_a, only_b, float(p))
+
+# %% ../nbs/02_calibration.ipynb #02-055
 class NullECE(NamedTuple):
     "What a perfectly calibrated model would score."
     mean: float
@@ -384,13 +416,13 @@ def null_ece(
         values.append(np.abs(np.bincount(cell.ravel(), gap.ravel(), minlength=bins*r)).reshape(r, bins).sum(1)/size)
     return NullECE(float(np.mean(np.concatenate(values))), float(np.quantile(np.concatenate(values), 0.95)))
 
-# %% ../nbs/02_calibration.ipynb #02-058
+# %% ../nbs/02_calibration.ipynb #02-061
 def nll_slope(logits: np.ndarray, labels: np.ndarray, temperature: float) -> float:
     "dNLL/dlogT in nats: negative where a higher temperature is better."
     expected = (softmax(logits, temperature)*logits).sum(1)
     return float((logits[np.arange(len(labels)), labels] - expected).mean()/temperature)
 
-# %% ../nbs/02_calibration.ipynb #02-061
+# %% ../nbs/02_calibration.ipynb #02-064
 class TemperatureFit(NamedTuple):
     "A minimum of the NLL over log T."
     temperature: float
@@ -431,7 +463,7 @@ def fit_temperature(
     if not abs(gradient) <= tolerance: raise GateError(f"|dNLL/dlogT| is {abs(gradient):.2g} at T = {t:.4g}, not 0: no minimum found")
     return TemperatureFit(t, gradient, nll(z, y, t), len(y))
 
-# %% ../nbs/02_calibration.ipynb #02-068
+# %% ../nbs/02_calibration.ipynb #02-071
 PLAN_GRID = tuple(np.arange(0.5, 5.01, 0.25).tolist())
 TIE = 1e-6  # NLL (nats), ECE and macro-F1 closer than this are equal
 
@@ -446,7 +478,7 @@ def best_row(
     left = left[left.macro_f1.max() - left.macro_f1 <= tie]
     return left.sort_values(["NLL", "T"]).index[0]
 
-# %% ../nbs/02_calibration.ipynb #02-071
+# %% ../nbs/02_calibration.ipynb #02-074
 def check_grid(grid) -> list[float]:
     "A grid of temperatures, sorted, without repeats."
     values = sorted({float(t) for t in grid})
@@ -470,7 +502,7 @@ def grow_grid(
         new = ts[-1]*factor if best == ts[-1] else ts[0]/factor
         scores[new] = nll(logits, labels, new)
 
-# %% ../nbs/02_calibration.ipynb #02-072
+# %% ../nbs/02_calibration.ipynb #02-075
 @dataclass(frozen=True)
 class TemperatureSelection:
     "The chosen temperature, and every temperature that stood for choice."
@@ -513,7 +545,7 @@ def select_temperature(
     return TemperatureSelection(chosen, fit, table, requested, grown != requested,
                                 chosen in (table["T"].iloc[0], table["T"].iloc[-1]))
 
-# %% ../nbs/02_calibration.ipynb #02-079
+# %% ../nbs/02_calibration.ipynb #02-082
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#8C8C8C"  # Okabe and Ito's, safe for colour-blind readers
 
 
@@ -539,7 +571,7 @@ def temperature_plot(
     plt.close(fig)
     return fig
 
-# %% ../nbs/02_calibration.ipynb #02-082
+# %% ../nbs/02_calibration.ipynb #02-085
 def stratified_folds(
     labels: np.ndarray,  # (N,)
     folds: int,
@@ -557,7 +589,7 @@ def check_folds(labels: np.ndarray, folds: int):
     "Refuse a number of folds that the rows can't fill."
     if not 2 <= folds <= len(labels): raise UsageError(f"{folds} folds for {len(labels)} rows: give 2 to {len(labels)}")
 
-# %% ../nbs/02_calibration.ipynb #02-083
+# %% ../nbs/02_calibration.ipynb #02-086
 def shrunk_vector(
     logits: np.ndarray,  # (N, K)
     labels: np.ndarray,  # (N,)
@@ -577,7 +609,7 @@ def shrunk_vector(
     if not (found.success or np.abs(found.jac).max() < 1e-4): raise GateError(f"no vector temperature found: {found.message}")
     return scalar*np.exp(found.x)
 
-# %% ../nbs/02_calibration.ipynb #02-085
+# %% ../nbs/02_calibration.ipynb #02-088
 STRENGTHS = (0.01, 0.03, 0.1, 0.3, 1.0)
 
 
@@ -602,7 +634,7 @@ def cross_validated_nll(
             vectors[i, out] = row_nll(logits[out], labels[out], shrunk_vector(logits[~out], labels[~out], t, s))
     return scalar, vectors
 
-# %% ../nbs/02_calibration.ipynb #02-086
+# %% ../nbs/02_calibration.ipynb #02-089
 def fit_vector_temperature(
     logits,  # (N, K) of validation rows
     labels,  # (N,)
@@ -628,7 +660,7 @@ def fit_vector_temperature(
         margin=margin, argmax_flips=int((predictions(z) != predictions(z, fitted)).sum()), n=len(y),
         macro_f1_scalar=macro_f1(z, y), macro_f1_vector=macro_f1(z, y, fitted))
 
-# %% ../nbs/02_calibration.ipynb #02-090
+# %% ../nbs/02_calibration.ipynb #02-093
 METRICS = {"accuracy": accuracy, "macro_f1": macro_f1, "nll": nll, "brier": brier, "ece": ece,
            "ece_equal_mass": ece_equal_mass, "classwise_ece": classwise_ece}
 SOFT_METRICS = {"soft_nll": soft_nll, "soft_ece": soft_ece}
@@ -660,7 +692,7 @@ def evaluate(
             "null_ece": null.mean, "null_ece_p95": null.p95,
             **({} if votes is None else soft_record(z, votes, temperature, resamples, seed))}
 
-# %% ../nbs/02_calibration.ipynb #02-093
+# %% ../nbs/02_calibration.ipynb #02-096
 LABELS = {"accuracy": "accuracy", "macro_f1": "macro-F1", "nll": "NLL", "brier": "Brier", "ece": "ECE",
           "ece_equal_mass": "ECE, equal mass", "classwise_ece": "ECE, classwise", "soft_nll": "NLL against votes",
           "soft_ece": "ECE against votes"}
@@ -689,7 +721,7 @@ def flat_row(
         elif isinstance(v, int | float | str): row[k] = v
     return row
 
-# %% ../nbs/02_calibration.ipynb #02-096
+# %% ../nbs/02_calibration.ipynb #02-099
 def reliability_table(
     confidence: np.ndarray,  # (N,)
     hit: np.ndarray,  # (N,) 1 or 0, or a share of votes
@@ -702,7 +734,7 @@ def reliability_table(
     return pd.DataFrame({"low": edges[:-1], "high": edges[1:], "count": count,
                          "confidence": mean(confidence), "accuracy": mean(hit)})
 
-# %% ../nbs/02_calibration.ipynb #02-098
+# %% ../nbs/02_calibration.ipynb #02-101
 FEW = 10  # rows in a bin below which it is drawn pale
 
 
@@ -750,7 +782,7 @@ def reliability_diagram(
     plt.close(fig)
     return fig
 
-# %% ../nbs/02_calibration.ipynb #02-101
+# %% ../nbs/02_calibration.ipynb #02-104
 def draw_class(ax, p: np.ndarray, truth: np.ndarray, name: str):
     "One class's panel; bins with fewer than `FEW` rows are pale."
     t = reliability_table(p, truth)
@@ -785,7 +817,7 @@ def classwise_diagram(
     plt.close(fig)
     return fig
 
-# %% ../nbs/02_calibration.ipynb #02-104
+# %% ../nbs/02_calibration.ipynb #02-107
 def draw_confusion(
     ax,  # matplotlib axes
     counts,  # (K, K) true rows x predicted columns
@@ -827,7 +859,133 @@ def confusion_table(
     names = class_names(len(counts))
     return pd.DataFrame(np.asarray(counts), index=pd.Index(names, name="true"), columns=names)
 
-# %% ../nbs/02_calibration.ipynb #02-107
+# %% ../nbs/02_calibration.ipynb #02-110
+def confidence_groups(
+    logits: np.ndarray,  # (N, K)
+    labels: np.ndarray,  # (N,)
+    temperature=1.0,
+    weights: np.ndarray | None = None,  # (..., N) how often each row counts; once where None
+) -> tuple[np.ndarray, np.ndarray]:  # rows and errors of each group of equal confidence, most confident first: (..., G)
+    "Count rows and errors at each confidence."
+    c, hit = top_label(logits, labels, temperature)
+    order = np.argsort(-c, kind="stable")
+    starts = np.flatnonzero(np.diff(c[order], prepend=2.0))
+    w = np.ones(len(c)) if weights is None else np.asarray(weights, dtype=np.float64)[..., order]
+    return np.add.reduceat(w, starts, axis=-1), np.add.reduceat(w*(1 - hit[order]), starts, axis=-1)
+
+
+class RiskCoverage(NamedTuple):
+    "Errors among the most confident rows, as ever more rows are answered."
+    coverage: np.ndarray  # (N,) 1/N, 2/N, ..., 1
+    risk: np.ndarray  # (N,) share of errors
+
+
+def risk_coverage(
+    logits,  # (N, K)
+    labels,  # (N,)
+    temperature=1.0,
+) -> RiskCoverage:
+    "The risk at each coverage; rows of equal confidence in expectation over their orders."
+    z, y = check(logits, labels)
+    rows, errors = confidence_groups(z, y, temperature)
+    count = np.arange(1, len(y) + 1)
+    return RiskCoverage(count/len(y), np.repeat(errors/rows, rows.astype(int)).cumsum()/count)
+
+# %% ../nbs/02_calibration.ipynb #02-114
+def ranked_area(
+    rows: np.ndarray,  # (..., G) rows of each group, most confident first
+    errors: np.ndarray,  # (..., G) errors among them
+) -> np.ndarray:  # (...) mean risk over all coverages
+    "Area under the risk-coverage curve of groups of equal confidence."
+    upto, rate = rows.cumsum(-1), np.divide(errors, rows, out=np.zeros(rows.shape), where=rows > 0)
+    harmonic = np.diff(digamma(upto + 1), axis=-1, prepend=digamma(1.0))
+    earlier = errors.cumsum(-1) - errors - (upto - rows)*rate
+    return (errors + earlier*harmonic).sum(-1)/upto[..., -1]
+
+
+def aurc(logits, labels, temperature=1.0, weights=None):
+    "Area under the risk-coverage curve (Geifman & El-Yaniv 2017), 0 to 1; `weights` are counts of rows."
+    area = ranked_area(*confidence_groups(*check(logits, labels), temperature, weights))
+    return float(area) if weights is None else area
+
+
+def excess_aurc(logits, labels, temperature=1.0, weights=None):
+    "AURC above that of the best order, with every error last (E-AURC, Geifman et al. 2019); 0 is a perfect order."
+    rows, errors = confidence_groups(*check(logits, labels), temperature, weights)
+    wrong = errors.sum(-1)
+    best = ranked_area(np.stack([rows.sum(-1) - wrong, wrong], -1), np.stack([np.zeros_like(wrong), wrong], -1))
+    excess = ranked_area(rows, errors) - best
+    return float(excess) if weights is None else excess
+
+# %% ../nbs/02_calibration.ipynb #02-119
+COVERAGES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+
+
+def accuracy_at_coverage(
+    logits,  # (N, K)
+    labels,  # (N,)
+    temperature=1.0,
+    coverages=COVERAGES,  # shares of the rows, above 0 up to 1
+) -> dict[str, float]:  # "0.5" -> accuracy
+    "Accuracy of the most confident share of the rows, rounded up to whole rows."
+    if not all(0 < c <= 1 for c in coverages): raise UsageError(f"coverages {list(coverages)}: give shares above 0 and up to 1")
+    curve = risk_coverage(logits, labels, temperature)
+    at = np.searchsorted(curve.coverage, np.array(coverages) - 1e-9)
+    return {str(float(c)): float(1 - curve.risk[i]) for c, i in zip(coverages, at)}
+
+# %% ../nbs/02_calibration.ipynb #02-122
+def risk_coverage_plot(
+    models: dict,  # name -> (logits, labels, temperature)
+    title: str = "",
+):  # the figure
+    "Risk against coverage for several models; dotted, the same errors in the best order."
+    fig, ax = plt.subplots(figsize=(4.8, 3.4), dpi=90, layout="constrained")
+    top = 0.01
+    for (name, (z, y, t)), color in zip(models.items(), cycle((BLUE, ORANGE, GREEN, GREY))):
+        coverage, risk = risk_coverage(z, y, t)
+        top = max(top, risk[coverage >= 0.05].max())
+        ax.plot(coverage, risk, color=color, lw=1.5, label=f"{name}: AURC {aurc(z, y, t):.4f}, n = {len(risk):,}")
+        ax.plot(coverage, np.maximum(0, 1 - (1 - risk[-1])/coverage), ":", color=color, lw=1)
+    ax.set(xlim=(0, 1), ylim=(0, 1.08*top), xlabel="coverage: share of rows answered", ylabel="risk: errors among them")
+    ax.set_title(title, fontsize=10)
+    ax.legend(fontsize=7, loc="upper left")
+    plt.close(fig)
+    return fig
+
+# %% ../nbs/02_calibration.ipynb #02-125
+def conformal_threshold(
+    logits,  # (N, K) of calibration rows
+    labels,  # (N,)
+    temperature=1.0,
+    miss: float = 0.1,  # share of sets that may miss the true class
+) -> float:  # a probability: classes at or above it are in the set; 0 where the rows are too few
+    "The threshold of LAC sets with the finite-sample quantile ceil((n+1)(1-miss)) (Vovk 2005; Sadinle et al. 2019)."
+    z, y = check(logits, labels)
+    if not 0 < miss < 1: raise UsageError(f"miss {miss}: give a share above 0 and below 1, such as 0.1")
+    rank = ceil((len(y) + 1)*(1 - Fraction(str(float(miss)))))  # in decimals: 0.1 is a tenth here, not the nearest binary number
+    if rank > len(y): return 0.0
+    return float(np.sort(softmax(z, temperature)[np.arange(len(y)), y])[len(y) - rank])
+
+# %% ../nbs/02_calibration.ipynb #02-129
+def prediction_sets(
+    logits,  # (N, K)
+    threshold: float,  # of `conformal_threshold`
+    temperature=1.0,  # the one that the threshold was chosen at
+) -> np.ndarray:  # (N, K) bool
+    "The classes of each row at or above the threshold, and always the predicted one."
+    z = check_logits(logits)
+    if not 0 <= threshold <= 1: raise UsageError(f"threshold {threshold}: give a probability, from 0 to 1")
+    sets = softmax(z, temperature) >= threshold
+    sets[np.arange(len(z)), predictions(z, temperature)] = True
+    return sets
+
+
+def set_coverage(logits, labels, temperature=1.0, weights=None, threshold: float = 0.0):
+    "Share of the rows whose prediction set holds the label."
+    z, y = check(logits, labels)
+    return mean_over_rows(prediction_sets(z, threshold, temperature)[np.arange(len(y)), y].astype(float), weights)
+
+# %% ../nbs/02_calibration.ipynb #02-134
 def refuse_same_rows(
     fit_on: tuple,  # logits, labels, ids or None
     report_on: tuple,  # logits, labels, ids or None
@@ -869,7 +1027,7 @@ def cross_fitted_logits(
         out[mine] = logits[mine]/fit_temperature(logits[~mine], labels[~mine]).temperature
     return out
 
-# %% ../nbs/02_calibration.ipynb #02-110
+# %% ../nbs/02_calibration.ipynb #02-137
 def calibration_artifact(z, y, selection, model_name, dataset_index_id, split, vector, seed) -> Calibration:
     "The `Calibration` of a selection."
     table = selection.table
@@ -899,7 +1057,7 @@ def check_seven(logits, labels, name: str) -> tuple[np.ndarray, np.ndarray]:
     if z.shape[1] != len(CLASSES): raise UsageError(f"{name} logits have {z.shape[1]} columns: give {len(CLASSES)}, in the order {CLASSES}")
     return z, y
 
-# %% ../nbs/02_calibration.ipynb #02-111
+# %% ../nbs/02_calibration.ipynb #02-138
 def calibrate(
     val_logits,  # (N, 7), rows that choose the temperature
     val_labels,  # (N,)
@@ -936,7 +1094,73 @@ def calibrate(
     return (calibration_artifact(z, y, selection, model_name, dataset_index_id, val_name, vector, seed),
             reliability_artifact(record | {"temperature": t}, raw, ty, model_name, dataset_index_id, split))
 
-# %% ../nbs/02_calibration.ipynb #02-115
+# %% ../nbs/02_calibration.ipynb #02-142
+def class_coverage(
+    sets: np.ndarray,  # (N, K) bool
+    labels: np.ndarray,  # (N,)
+) -> dict[str, ClassCoverage]:
+    "Coverage and mean size of the sets of each true class; null where a class has no row."
+    inside, size = sets[np.arange(len(labels)), labels], sets.sum(1)
+    def of(c):
+        rows = labels == c
+        if not rows.any(): return ClassCoverage(n=0, coverage=None, mean_size=None)
+        return ClassCoverage(n=int(rows.sum()), coverage=float(inside[rows].mean()), mean_size=float(size[rows].mean()))
+    return {name: of(c) for c, name in enumerate(class_names(sets.shape[1]))}
+
+
+def selective_report(
+    val_logits,  # (N, 7), rows that choose the threshold of the sets
+    val_labels,  # (N,)
+    test_logits,  # (M, 7), rows that are only reported on
+    test_labels,  # (M,)
+    temperature: float,
+    *,
+    model_name: str,
+    dataset_index_id: str,
+    val_ids=None,  # (N,) sample ids
+    test_ids=None,  # (M,)
+    miss: float = 0.1,  # share of sets that may miss the true class
+    test_name: str = "test",  # how the artifact names the split
+    resamples: int = 1000,
+    seed: int = 1337,
+) -> SelectiveReport:
+    "Risk and coverage on test, and prediction sets calibrated on validation; unsaved."
+    (z, y), (tz, ty) = check_seven(val_logits, val_labels, "validation"), check_seven(test_logits, test_labels, "test")
+    if np.ndim(temperature):
+        raise UsageError("selective_report takes one temperature: apply seven with apply_temperature, then T = 1")
+    check_ids(val_ids, y, "val_ids"); check_ids(test_ids, ty, "test_ids")
+    refuse_same_rows((z, y, val_ids), (tz, ty, test_ids))
+    threshold = conformal_threshold(z, y, temperature, miss)
+    sets = prediction_sets(tz, threshold, temperature)
+    metrics = {"aurc": aurc, "coverage": partial(set_coverage, threshold=threshold)}
+    return SelectiveReport(
+        model_name=model_name, dataset_index_id=dataset_index_id, split=test_name, n=len(ty), temperature=float(temperature),
+        **bootstrap_intervals(metrics, tz, ty, temperature, resamples, seed), excess_aurc=excess_aurc(tz, ty, temperature),
+        accuracy_at_coverage=accuracy_at_coverage(tz, ty, temperature), miss=miss, threshold=threshold, n_calibration=len(y),
+        mean_size=float(sets.sum(1).mean()), by_class=class_coverage(sets, ty), resamples=resamples, seed=seed)
+
+# %% ../nbs/02_calibration.ipynb #02-145
+def set_size_plot(
+    report: SelectiveReport,
+    title: str = "",
+):  # the figure
+    "Mean size and coverage of the prediction sets by true class, with the promised coverage as a line."
+    classes = list(report.by_class.values())[::-1]
+    names = [f"{name} ({c.n:,})" for name, c in report.by_class.items()][::-1]
+    size, covered = (np.array([getattr(c, k) for c in classes], dtype=float) for k in ("mean_size", "coverage"))
+    fig, (left, right) = plt.subplots(1, 2, figsize=(7.4, 2.8), dpi=90, layout="constrained", sharey=True)
+    left.barh(names, size, color=BLUE)
+    left.axvline(report.mean_size, color=GREY, ls=":")
+    left.set(xlabel="classes in a set (dotted: mean of all rows)", xlim=(0, None))
+    right.plot(covered, names, "o", ms=5, color=ORANGE)
+    right.axvline(1 - report.miss, color=GREY, ls="--", lw=1)
+    right.set(xlabel=f"coverage (dashed: {1 - report.miss:g} promised)", xlim=(min(0.6, np.nanmin(covered) - 0.05), 1.02))
+    said = f"sets of {report.mean_size:.2f} classes cover {report.coverage.show(3)}, n = {report.n:,}"
+    fig.suptitle(title or f"{report.model_name}: {said}", fontsize=10)
+    plt.close(fig)
+    return fig
+
+# %% ../nbs/02_calibration.ipynb #02-148
 def labels_of(
     rows: pd.DataFrame,  # of a manifest
 ) -> np.ndarray:  # (N,) int64
@@ -956,7 +1180,7 @@ def votes_of(
     votes[has] = np.stack(rows["votes"][has].to_list())
     return votes
 
-# %% ../nbs/02_calibration.ipynb #02-116
+# %% ../nbs/02_calibration.ipynb #02-149
 def own_temperature(logits, labels) -> float | None:
     "A source's own T, or None where its rows are too few (50) or know less than chance."
     try: return fit_temperature(logits, labels).temperature if len(labels) >= 50 else None
@@ -997,14 +1221,15 @@ def report_run(
     resamples: int = 1000,  # of the bootstrap
     seed: int = 1337,
 ) -> tuple[Calibration, ReliabilityMetrics]:
-    "Calibrate on validation and report on test; writes both artifacts, the confusion, the metrics by source and the logits."
+    "Calibrate on validation and report on test; writes the three artifacts, the confusion, the metrics by source and the logits."
     run_dir, zv, zt, (yv, yt) = Path(run_dir), np.asarray(val_logits), np.asarray(test_logits), map(labels_of, (val_rows, test_rows))
     fit = np.full(len(yv), True) if sources is None else val_rows["source"].isin(sources).to_numpy()
-    calibration, metrics = calibrate(
-        zv[fit], yv[fit], zt, yt, model_name=model_name, dataset_index_id=dataset_index_id, val_ids=val_rows["id"][fit],
-        test_ids=test_rows["id"], votes=votes_of(test_rows), resamples=resamples, seed=seed)
+    common = dict(model_name=model_name, dataset_index_id=dataset_index_id, val_ids=val_rows["id"][fit], test_ids=test_rows["id"],
+                  resamples=resamples, seed=seed)
+    calibration, metrics = calibrate(zv[fit], yv[fit], zt, yt, votes=votes_of(test_rows), **common)
     calibration = calibration.model_copy(update={"sources": sorted(set(val_rows["source"][fit]))})
-    calibration.save(run_dir); metrics.save(run_dir)
+    selective = selective_report(zv[fit], yv[fit], zt, yt, calibration.selected_temperature, **common)
+    for artifact in (calibration, metrics, selective): artifact.save(run_dir)
     write_csv(run_dir/"confusion.csv", confusion_table(metrics.confusion), index=True)
     write_csv(run_dir/"metrics_by_source.csv", source_table(zv, val_rows, zt, test_rows, calibration.selected_temperature, resamples, seed))
     write_npz(run_dir/"evaluation.npz", val_ids=val_rows["id"].to_numpy(str), val_logits=val_logits, val_labels=yv,

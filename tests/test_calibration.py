@@ -1,8 +1,10 @@
 """Calibration against second implementations (scikit-learn, torchmetrics, formulas written out), invariants, and refusals."""
 import subprocess
 import sys
+from math import ceil, comb
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,10 +16,10 @@ from sklearn import metrics as sk
 from torchmetrics.classification import BinaryCalibrationError, MulticlassCalibrationError, MulticlassConfusionMatrix
 
 from fer_nb import calibration as cal
-from fer_nb.artifacts import CLASSES, Calibration, GateError, ReliabilityMetrics, UsageError
+from fer_nb.artifacts import CLASSES, Calibration, GateError, ReliabilityMetrics, SelectiveReport, UsageError
 
 GRID = [(n, k, spread, seed) for n in (1, 13, 200, 1500) for k in (2, 7) for spread in (0.1, 2.0, 8.0) for seed in (0, 1)]
-HARD = [*cal.METRICS.values()]
+HARD = [*cal.METRICS.values(), cal.aurc, cal.excess_aurc]
 
 
 def draw(n, k, spread, seed):
@@ -96,7 +98,7 @@ def rows(draw, min_rows=1, max_rows=30):
 @given(rows())
 def test_values_stay_in_range(data):
     z, y = data
-    for metric in (cal.ece, cal.ece_equal_mass, cal.classwise_ece, cal.accuracy, cal.macro_f1):
+    for metric in (cal.ece, cal.ece_equal_mass, cal.classwise_ece, cal.accuracy, cal.macro_f1, cal.aurc, cal.excess_aurc):
         assert -1e-12 <= metric(z, y) <= 1 + 1e-12
     assert 0 <= cal.brier(z, y) <= 2 + 1e-12 and cal.nll(z, y) >= -1e-12
     np.testing.assert_allclose(cal.softmax(z).sum(1), 1, atol=1e-12)
@@ -372,6 +374,14 @@ def test_cross_fitting_never_uses_a_rows_own_label():
     (lambda z, y: cal.evaluate(z, y, votes=z[:, :3]), "votes have shape"),
     (lambda z, y: cal.evaluate(z, y, [1.0]*7), "takes one temperature"),
     (lambda z, y: cal.calibrate(z[:, :5], y % 5, **NAMES), "give 7, in the order"),
+    (lambda z, y: cal.accuracy_at_coverage(z, y, coverages=[0.5, 1.1]), "above 0 and up to 1"),
+    (lambda z, y: cal.conformal_threshold(z, y, miss=0), "miss 0: give a share"),
+    (lambda z, y: cal.prediction_sets(z, np.nan), "threshold nan: give a probability"),
+    (lambda z, y: cal.mcnemar(y, z, z[:-1]), "one class number for each row"),
+    (lambda z, y: cal.mcnemar(y % 6, z, z[:, :6]), "the same classes"),
+    (lambda z, y: cal.selective_report(z[:, :5], y % 5, z, y, 1.0, **NAMES), "give 7, in the order"),
+    (lambda z, y: cal.selective_report(z, y, z + 1, y, [1.0]*7, **NAMES), "takes one temperature"),
+    (lambda z, y: cal.selective_report(z, y, z + 1, y, 1.0, val_ids=["x"]*50, **NAMES), "val_ids hold repeats"),
 ])
 def test_wrong_arguments_get_one_clear_line(call, says):
     with pytest.raises(UsageError, match=says) as e: call(*cal.simulate_logits(50))
@@ -392,7 +402,7 @@ def test_plots_draw_what_the_metrics_say():
 
 
 def test_the_module_stays_light():
-    code = "import sys, fer_nb.calibration; print([m for m in ('torch', 'fastai', 'cv2', 'sklearn') if m in sys.modules])"
+    code = "import sys, fer_nb.calibration; print([m for m in ('torch', 'fastai', 'cv2', 'sklearn', 'scipy.stats') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
@@ -423,3 +433,217 @@ def test_small_and_lopsided_sets_still_draw():
     cal.draw_confusion(ax, np.zeros((7, 7), int), "share")
     assert [t.get_text() for t in ax.texts] == ["0%"]*49
     with pytest.raises(UsageError, match="both, count, share"): cal.draw_confusion(ax, np.eye(7), "percent")
+
+
+def slow_curve(z, y, t=1.0):
+    "Risk at each coverage, O(N^2): for each count, the errors above the last confidence, and that confidence's mean error for the rest."
+    c, wrong = cal.softmax(z, t)[np.arange(len(y)), z.argmax(1)].tolist(), (z.argmax(1) != y).tolist()
+    ranked, risk = sorted(c, reverse=True), []
+    for k in range(1, len(c) + 1):
+        last = ranked[k - 1]
+        above = [w for v, w in zip(c, wrong) if v > last]
+        tied = [w for v, w in zip(c, wrong) if v == last]
+        risk.append((sum(above) + (k - len(above))*sum(tied)/len(tied))/k)
+    return risk
+
+
+def slow_best(risk_at_all, n):
+    "Area of the best order: the right rows first."
+    wrong = [0]*(n - round(risk_at_all*n)) + [1]*round(risk_at_all*n)
+    return sum(sum(wrong[:k])/k for k in range(1, n + 1))/n
+
+
+@st.composite
+def tied_rows(draw):
+    "Rows drawn from a few different ones, so that many confidences are equal, under labels of their own."
+    z, _ = draw(rows(max_rows=4))
+    pick = draw(st.lists(st.integers(0, len(z) - 1), min_size=1, max_size=25))
+    return z[pick], draw(hnp.arrays(np.int64, len(pick), elements=st.integers(0, z.shape[1] - 1)))
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.one_of(rows(), tied_rows()), st.sampled_from([0.3, 1.0, 4.0]))
+def test_risk_coverage_equals_counting(data, t):
+    z, y = data
+    slow, curve = slow_curve(z, y, t), cal.risk_coverage(z, y, t)
+    np.testing.assert_allclose(curve.coverage, [k/len(y) for k in range(1, len(y) + 1)], rtol=1e-12)
+    np.testing.assert_allclose(curve.risk, slow, atol=1e-12)
+    assert cal.aurc(z, y, t) == pytest.approx(np.mean(slow), abs=1e-12)
+    assert cal.excess_aurc(z, y, t) == pytest.approx(np.mean(slow) - slow_best(slow[-1], len(y)), abs=1e-12)
+    at = cal.accuracy_at_coverage(z, y, t)
+    tenths = range(5, 11)
+    assert list(at.values()) == pytest.approx([1 - slow[-(-k*len(y)//10) - 1] for k in tenths]) and list(at) == [str(k/10) for k in tenths]
+
+
+@settings(deadline=None, max_examples=60)
+@given(tied_rows(), st.randoms(use_true_random=False))
+def test_the_order_of_tied_rows_does_not_matter_to_the_last_bit(data, random):
+    z, y = data
+    order = list(range(len(y)))
+    random.shuffle(order)
+    np.testing.assert_array_equal(cal.risk_coverage(z[order], y[order]).risk, cal.risk_coverage(z, y).risk)
+    for metric in (cal.aurc, cal.excess_aurc): assert metric(z[order], y[order]) == metric(z, y)
+
+
+@settings(deadline=None, max_examples=30)
+@given(tied_rows(), st.data())
+def test_counts_of_tied_rows_are_repeated_rows(data, more):
+    z, y = data
+    w = more.draw(hnp.arrays(np.int64, (2, 3, len(y)), elements=st.integers(0, 4)).filter(lambda w: w.sum(-1).all()))
+    for metric in (cal.aurc, cal.excess_aurc):
+        got = metric(z, y, weights=w)
+        assert got.shape == (2, 3)
+        for i in np.ndindex(2, 3):
+            again = np.repeat(np.arange(len(y)), w[i])
+            assert got[i] == pytest.approx(metric(z[again], y[again]), abs=1e-12)
+
+
+def test_tied_rows_are_the_mean_over_their_orders():
+    "Eight rows in two groups of equal confidence: the expectation over 4,000 random orders of the file, broken by position."
+    z = np.log(np.repeat([[0.9, 0.1], [0.6, 0.4]], [3, 5], axis=0))
+    y, rng, areas = np.array([0, 1, 0, 1, 1, 0, 0, 1]), np.random.default_rng(0), []
+    for _ in range(4000):
+        wrong = np.concatenate([rng.permutation(y[:3]), rng.permutation(y[3:])])
+        areas.append((wrong.cumsum()/np.arange(1, 9)).mean())
+    assert cal.aurc(z, y) == pytest.approx(np.mean(areas), abs=4*np.std(areas)/np.sqrt(4000))
+
+
+def test_the_bootstrap_of_aurc_equals_a_plain_loop():
+    z, y = cal.simulate_logits(150, 2.0)
+    draws = np.random.default_rng(9).integers(150, size=(200, 150))
+    for metric in (cal.aurc, cal.excess_aurc):
+        got = cal.bootstrap_interval(metric, z, y, resamples=200, seed=9)
+        slow = [metric(z[d], y[d]) for d in draws]
+        assert [got.low, got.high] == pytest.approx(np.quantile(slow, [0.025, 0.975]).tolist(), abs=1e-9)
+
+
+def test_a_model_that_knows_when_it_errs_has_no_excess():
+    "Errors at the lowest confidences, at random, and at the highest: excess 0, in between, and more."
+    rng = np.random.default_rng(3)
+    confidence = np.sort(rng.uniform(0.5, 1, 500))[::-1]
+    z, wrong = np.log(np.stack([confidence, 1 - confidence], 1)), np.zeros((3, 500), int)
+    wrong[0, 400:], wrong[1, rng.choice(500, 100, replace=False)], wrong[2, :100] = 1, 1, 1
+    best, chance, worst = (cal.excess_aurc(z, y) for y in wrong)
+    assert best == pytest.approx(0, abs=1e-12) and 0.1 < chance < 0.3 < worst
+
+
+@settings(deadline=None, max_examples=60)
+@given(tied_rows(), st.sampled_from([0.05, 0.1, 0.3, 0.5, 0.9]), st.sampled_from([0.5, 1.0, 3.0]))
+def test_the_threshold_is_the_highest_that_enough_calibration_rows_reach(data, miss, t):
+    z, y = data
+    true = cal.softmax(z, t)[np.arange(len(y)), y]
+    needed = ceil((len(y) + 1)*(1000 - round(1000*miss))/1000)  # whole thousandths: no rounding
+    enough = [q for q in true if (true >= q).sum() >= needed]
+    threshold = cal.conformal_threshold(z, y, t, miss)
+    assert threshold == max(enough, default=0.0)
+    sets = cal.prediction_sets(z, threshold, t)
+    assert sets[np.arange(len(y)), z.argmax(1)].all() and (sets | (cal.softmax(z, t) < threshold)).all()
+    assert sets[np.arange(len(y)), y].sum() >= min(needed, len(y))
+
+
+@pytest.mark.parametrize(("n", "miss"), [(1, 0.1), (8, 0.1), (18, 0.05), (98, 0.01), (2, 0.3)])
+def test_too_few_rows_give_sets_of_all_classes(n, miss):
+    z, y = cal.simulate_logits(500, 20)
+    threshold = cal.conformal_threshold(z[:n], y[:n], miss=miss)
+    assert threshold == 0 and cal.prediction_sets(z, threshold).all() and cal.set_coverage(z, y, threshold=threshold) == 1
+    enough = round(1/miss) - 1 if miss != 0.3 else 3  # the first n at which ceil((n+1)(1-miss)) is at most n
+    assert enough > n and cal.conformal_threshold(z[:enough], y[:enough], miss=miss) == cal.softmax(z)[np.arange(enough), y[:enough]].min()
+
+
+@pytest.mark.parametrize(("n", "miss"), [(99, 0.1), (99, 0.6), (45, 0.1)])
+def test_coverage_is_what_was_promised(n, miss):
+    "500 draws of n calibration rows and 100 new ones: ceil((n+1)(1-miss))/(n+1) reach the threshold, within 4 standard errors."
+    z, y = cal.simulate_logits(500*(n + 100), 2.5, seed=n)
+    reached, covered = [], []
+    for zs, ys in zip(z.reshape(500, -1, 7), y.reshape(500, -1)):
+        threshold = cal.conformal_threshold(zs[:n], ys[:n], 2.5, miss)
+        reached.append((cal.softmax(zs[n:], 2.5)[np.arange(100), ys[n:]] >= threshold).mean())
+        covered.append(cal.set_coverage(zs[n:], ys[n:], 2.5, threshold=threshold))
+    promised, error = -(-(n + 1)*round(10 - 10*miss)//10)/(n + 1), np.std(reached)/np.sqrt(500)
+    assert promised >= 1 - miss - 1e-12 and error < 0.004
+    assert np.mean(reached) == pytest.approx(promised, abs=4*error)
+    gained = np.array(covered) - reached  # by the predicted class, where no class reaches the threshold
+    assert (gained >= 0).all() and gained.any() == (miss > 0.5)
+
+
+def test_coverage_holds_where_the_same_rows_choose_the_temperature():
+    covered = []
+    for s in range(100):
+        z, y = cal.simulate_logits(1100, 2.5, seed=s)
+        t = cal.fit_temperature(z[:100], y[:100]).temperature
+        covered.append(cal.set_coverage(z[100:], y[100:], t, threshold=cal.conformal_threshold(z[:100], y[:100], t)))
+    assert np.mean(covered) == pytest.approx(91/101, abs=4*np.std(covered)/np.sqrt(100))
+
+
+def test_a_poor_model_pays_with_larger_sets():
+    sizes = []
+    for noise in (0, 2, 6):
+        z, y = cal.simulate_logits(4000, seed=1)
+        z = z + np.random.default_rng(0).normal(0, noise, z.shape)
+        sets = cal.prediction_sets(z[2000:], cal.conformal_threshold(z[:2000], y[:2000]))
+        assert sets[np.arange(2000), y[2000:]].mean() == pytest.approx(0.9, abs=4*np.sqrt(0.09/1000))
+        sizes.append(sets.sum(1).mean())
+    assert sizes[0] < sizes[1] < sizes[2] < 7
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 60), st.integers(0, 60), st.integers(0, 5), st.integers(0, 5))
+def test_mcnemar_equals_the_binomial_sum(only_a, only_b, both, none):
+    right_a = np.repeat([1, 0, 1, 0], [only_a, only_b, both, none + 1])
+    right_b = np.repeat([0, 1, 1, 0], [only_a, only_b, both, none + 1])
+    y, n = np.arange(len(right_a)) % 7, only_a + only_b
+    za, zb = (np.eye(7)[np.where(right, y, (y + 1) % 7)] for right in (right_a, right_b))
+    tail = sum(comb(n, i) for i in range(min(only_a, only_b) + 1))
+    got = cal.mcnemar(y, za, zb)
+    assert got[:2] == (only_a, only_b) and got.p_value == pytest.approx(min(1, 2*tail/2**n), rel=1e-9)
+    assert cal.mcnemar(y, zb, za) == (only_b, only_a, got.p_value)
+
+
+def manifest_rows(y, name):
+    "The columns of a manifest that a report asks for."
+    return pd.DataFrame({"id": [f"{name}/{i}" for i in range(len(y))], "label": np.array(CLASSES)[y], "votes": None,
+                         "source": np.where(np.arange(len(y)) % 2, "wild", "studio")})
+
+
+def test_a_run_leaves_a_selective_report(tmp_path):
+    zv, yv = cal.simulate_logits(400, 2.5, seed=1)
+    zt, yt = cal.simulate_logits(300, 2.5, seed=2)
+    got = cal.report_run(tmp_path, zv, manifest_rows(yv, "val"), zt, manifest_rows(yt, "test"), sources=["wild"], **NAMES)
+    assert [type(a) for a in got] == [Calibration, ReliabilityMetrics]
+    left, t = SelectiveReport.load(tmp_path), got[0].selected_temperature
+    assert (left.n, left.n_calibration, left.temperature, left.split, left.miss) == (300, 200, t, "test", 0.1)
+    assert left.threshold == cal.conformal_threshold(zv[1::2], yv[1::2], t)
+    sets = cal.softmax(zt, t) >= left.threshold
+    sets[np.arange(300), zt.argmax(1)] = True
+    assert left.coverage.value == pytest.approx(sets[np.arange(300), yt].mean()) and left.mean_size == pytest.approx(sets.sum(1).mean())
+    assert left.aurc.value == pytest.approx(np.mean(slow_curve(zt, yt, t))) and left.aurc.low < left.aurc.value < left.aurc.high
+    assert left.excess_aurc == pytest.approx(cal.excess_aurc(zt, yt, t))
+    assert left.accuracy_at_coverage["1.0"] == pytest.approx(got[1].accuracy.value) and list(left.by_class) == list(CLASSES)
+    for c, name in enumerate(CLASSES):
+        assert left.by_class[name].n == (yt == c).sum()
+        assert left.by_class[name].coverage == pytest.approx(sets[yt == c, c].mean())
+        assert left.by_class[name].mean_size == pytest.approx(sets[yt == c].sum(1).mean())
+
+
+def test_sets_are_not_reported_on_the_rows_that_chose_them():
+    z, y = cal.simulate_logits(300, 2)
+    ids = [f"a/{i}" for i in range(300)]
+    with pytest.raises(GateError, match="100% of the test rows"): cal.selective_report(z, y, z[::-1], y[::-1], 2.0, **NAMES)
+    with pytest.raises(GateError, match="300 rows stand in validation and test"):
+        cal.selective_report(z, y, z + 1, y, 2.0, val_ids=ids, test_ids=ids, **NAMES)
+
+
+def test_selective_plots_draw_what_the_report_says():
+    (zv, yv), (zt, yt) = cal.simulate_logits(400, 2, seed=1), cal.simulate_logits(300, 2, seed=2)
+    ax = cal.risk_coverage_plot({"a": (zt, yt, 2), "b": (-zt, yt, 2)}).axes[0]
+    drawn, best = (line.get_ydata() for line in ax.lines[:2])
+    np.testing.assert_allclose(drawn, cal.risk_coverage(zt, yt, 2).risk)
+    texts = [t.get_text() for t in ax.legend_.get_texts()]
+    assert texts == [f"{name}: AURC {cal.aurc(z, yt, 2):.4f}, n = 300" for name, z in (("a", zt), ("b", -zt))]
+    assert best.mean() == pytest.approx(cal.aurc(zt, yt, 2) - cal.excess_aurc(zt, yt, 2)) and (best <= drawn + 1e-12).all()
+    no_fear = yt != 2
+    report = cal.selective_report(zv, yv, zt[no_fear], yt[no_fear], 2.0, **NAMES)
+    size, covered = cal.set_size_plot(report).axes
+    np.testing.assert_allclose([b.get_width() for b in size.patches][::-1], [c.mean_size or np.nan for c in report.by_class.values()])
+    np.testing.assert_allclose(covered.lines[0].get_xdata()[::-1], [np.nan if c.n == 0 else c.coverage for c in report.by_class.values()])
+    assert list(covered.lines[1].get_xdata()) == [0.9, 0.9]
