@@ -4,10 +4,11 @@ import json
 import os
 import sys
 import time
+import warnings
 from importlib import metadata
 from pathlib import Path
 
-from fer_nb.artifacts import FerError, UsageError
+from fer_nb.artifacts import STAGES, FerError, UsageError
 
 EPILOG = """examples:
   fer-nb run --profile embedded                                    the whole chain on faces that it draws itself
@@ -15,6 +16,7 @@ EPILOG = """examples:
   fer-nb manifest build --source fer2013_folder=fer2013.zip --source ferplus=ferplus.zip --out runs/mine/manifests
   fer-nb teacher train --arch B3 --manifest runs/mine/manifests --cache runs/mine/cache/img48 --epochs 40
   fer-nb ensemble search runs/mine/teachers/* --manifest runs/mine/manifests --out runs/mine/ensembles/best
+  fer-nb student summarise runs/mine/students
   fer-nb gates runs/embedded                                       the go/no-go checklist, with the file behind each line
 
 exit codes: 0 done, 1 a gate stays shut or a run failed, 2 a wrong argument"""
@@ -85,6 +87,32 @@ def _teacher(out, parameters):
     print(f"  started  {_short(out)}", flush=True)
     run_notebook("03_teachers", Path(out)/"03_teachers.ipynb", parameters | {"out": str(out)}, bar=sys.stderr.isatty())
     print(f"  done     {_short(out)} in {time.time() - start:.0f} s\n\n{gates(out)}")
+
+
+def student_train(a):
+    from fer_nb.integrity import gates
+    from fer_nb.runs import run_notebook
+    if bool(a.manifest) != bool(a.cache): raise UsageError("give --manifest and --cache together, or neither for the embedded faces")
+    if (a.stage == "CE") == bool(a.softlabels):
+        raise UsageError(f"stage {a.stage} {'takes no soft labels: leave out' if a.softlabels else 'needs soft labels: give'} --softlabels")
+    out = a.out or f"runs/students/mobilenetv3_large_100_{Path(a.cache).name if a.cache else 'embedded'}_seed{a.seed}_{a.stage}"
+    given = {"manifest_dir": a.manifest, "cache_dir": a.cache, "stage": a.stage, "softlabels": a.softlabels, "supervision": a.supervision,
+             "init_from": a.init_from, "seed": a.seed, "epochs": a.epochs}
+    start = time.time()
+    print(f"  started  {_short(out)}", flush=True)
+    run_notebook("05_students", Path(out)/"05_students.ipynb",
+                 {k: v for k, v in given.items() if v not in (None, "")} | _parameters(a) | {"out": str(out)}, bar=sys.stderr.isatty())
+    print(f"  done     {_short(out)} in {time.time() - start:.0f} s\n\n{gates(out)}")
+
+
+def student_evaluate(a):
+    from fer_nb.students import evaluate_checkpoint
+    print(evaluate_checkpoint(a.checkpoint, a.manifest, a.cache, a.view, a.source, a.out))
+
+
+def student_summarise(a):
+    from fer_nb.summary import summarise_students
+    print(summarise_students(a.dir, a.out, a.resamples))
 
 
 def ensemble_search(a):
@@ -202,6 +230,32 @@ def parser():
         c.add_argument("dir", metavar="DIR", help="an ensemble's folder")
         c.add_argument("--manifest", required=True, metavar="DIR", help="the frozen manifest of all members")
 
+    s = sub.add_parser("student", help="train one student; judge any checkpoint; compare ways of teaching over seeds")
+    s = s.add_subparsers(metavar="ACTION", required=True)
+    c = command(s, "train", student_train, "train one student in one stage, or go on with it, then calibrate it")
+    c.add_argument("--stage", default="CE", choices=STAGES, help="(default: %(default)s)")
+    c.add_argument("--manifest", default="", metavar="DIR", help="a frozen manifest (default: embedded faces are drawn)")
+    c.add_argument("--cache", default="", metavar="DIR", help="its packed images")
+    c.add_argument("--softlabels", default="", metavar="DIR", help="KD, DKD: the softlabels folder of a teacher or an ensemble")
+    c.add_argument("--supervision", default="fused", choices=("fused", "split"),
+                   help="split: an ensemble's members apart (default: %(default)s)")
+    c.add_argument("--init-from", default="", metavar="FILE", help="a best.pt to start from, as KD does from CE's (default: from scratch)")
+    c.add_argument("--out", default="", metavar="DIR", help="the run's folder (default: below runs/students)")
+    c.add_argument("--epochs", type=int, metavar="N")
+    c.add_argument("--seed", type=int, default=1337, help="(default: %(default)s)")
+    parameters(c)
+    c = command(s, "evaluate", student_evaluate, "judge a finished run on any view, raw and scaled, with selective prediction")
+    c.add_argument("checkpoint", metavar="RUN", help="a run's folder, or its best.pt; teachers too")
+    c.add_argument("--manifest", required=True, metavar="DIR", help="a frozen manifest")
+    c.add_argument("--cache", required=True, metavar="DIR", help="its packed images, of the model's size")
+    c.add_argument("--view", default="test_all_sources", help="rows to judge it on (default: %(default)s)")
+    c.add_argument("--source", metavar="NAME", help="one source only")
+    c.add_argument("--out", metavar="DIR", help="a folder for metrics, confusion and logits (default: nothing is written)")
+    c = command(s, "summarise", student_summarise, "means, intervals and differences over seeds, of all students below a folder")
+    c.add_argument("dir", metavar="DIR", help="a folder of student runs")
+    c.add_argument("--out", metavar="DIR", help="where the tables go (default: the folder itself)")
+    c.add_argument("--resamples", type=int, default=10_000, metavar="N", help="of the paired bootstrap over rows (default: %(default)s)")
+
     c = command(sub, "run", run, "walk the chain of a profile; what is up to date is skipped")
     c.add_argument("--profile", required=True, help="a name in profiles/, or a YAML file")
     c.add_argument("--data", action="append", default=[], metavar="PATH", help="a dataset's zip or folder (or KIND=PATH); may be repeated")
@@ -229,6 +283,7 @@ def parser():
 
 def main(argv=None):
     args = parser().parse_args(argv)
+    warnings.filterwarnings("ignore", message=".*torch.jit", category=FutureWarning)  # inside fastai and timm
     try: return args.func(args) or 0
     except FerError as e:
         if args.debug: raise

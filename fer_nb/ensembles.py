@@ -595,7 +595,7 @@ def replay(
 
 # %% ../nbs/04_ensembles.ipynb #04-051
 EXPORTED = ("split_targets.npz", "alignment_report.json")
-EVALUATED = ("calibration.json", "reliability_metrics.json", "confusion.csv", "metrics_by_source.csv", "evaluation.npz",
+EVALUATED = ("calibration.json", "reliability_metrics.json", "selective.json", "confusion.csv", "metrics_by_source.csv", "evaluation.npz",
              "ensemble_metrics.json")
 SEARCHED = ("ensemble_config.json", "ensemble_search.csv", "ensemble_alignment_gate.json")  # no search file where a preset was taken
 

@@ -245,11 +245,12 @@ def require_backbone(guard: BackboneGuard) -> BackboneGuard:
 
 # %% ../nbs/01_integrity_gates.ipynb #01-021
 def smoke_verdict(
-    loss_curve,  # losses of the smoke steps, in order
+    loss_curve,  # mean losses of the smoke epochs, in order
     grad_finite: bool,  # no NaN or infinity in any gradient
     class_order_match: bool,
     dkd_unit_test_pass: bool,
     backbone_guard_pass: bool,
+    rows: int | None = None,  # that were seen an epoch
 ) -> SmokeTest:
     "GO or NO-GO, with the reasons."
     losses = [float(x) for x in loss_curve]
@@ -260,7 +261,7 @@ def smoke_verdict(
               "the class order differs": class_order_match, "the distillation losses fail their unit test": dkd_unit_test_pass,
               "the checkpoint is foreign": backbone_guard_pass}
     reasons = [r for r, ok in checks.items() if not ok]
-    return SmokeTest(class_order_match=class_order_match, dkd_unit_test_pass=dkd_unit_test_pass,
+    return SmokeTest(class_order_match=class_order_match, dkd_unit_test_pass=dkd_unit_test_pass, rows=rows,
                      loss_curve=losses if finite else [x if math.isfinite(x) else -1.0 for x in losses], grad_finite=grad_finite,
                      backbone_guard_pass=backbone_guard_pass, reasons=reasons, go_no_go="NO-GO" if reasons else "GO")
 

@@ -21,7 +21,7 @@ import nbformat
 import papermill
 import yaml
 
-from .artifacts import ArtifactError, GateError, HashManifest, UsageError, check_seal, unseal, write_text
+from .artifacts import STAGES, ArtifactError, GateError, HashManifest, UsageError, check_seal, unseal, write_text
 
 # %% ../nbs/09a_runs.ipynb #09a-005
 def project_root() -> Path:
@@ -76,7 +76,7 @@ def run_notebook(
         raise GateError(f"{path.stem} stopped: {e.evalue} ({kind}; the executed notebook is {out})") from None
 
 # %% ../nbs/09a_runs.ipynb #09a-014
-PROFILE_DEFAULTS = {"img_size": 48, "teachers": ["RN18"], "stage_b": {}, "ensembles": {}, "student_teacher": "", "stages": ["CE", "KD"],
+PROFILE_DEFAULTS = {"img_size": 48, "teachers": ["RN18"], "stage_b": {}, "ensembles": {}, "student_teachers": [], "stages": list(STAGES),
                     "seeds": [1337], "sources": [], "notebooks": {}}
 PROFILE_KEYS = {"about", *PROFILE_DEFAULTS}
 
@@ -92,9 +92,9 @@ def complete_profile(
 ) -> dict:
     "A profile with its defaults; parameters and names that don't exist are refused."
     p = {**PROFILE_DEFAULTS, **given}
-    p |= {k: _named(p[k]) for k in ("teachers", "ensembles")} | {k: p[k] or {} for k in ("stage_b", "notebooks")}
+    p |= {k: _named(p[k]) for k in ("teachers", "ensembles", "stages")} | {k: p[k] or {} for k in ("stage_b", "notebooks")}
     checks = [*p["notebooks"].items(), *(("03_teachers", t) for t in (*p["teachers"].values(), p["stage_b"])),
-              *(("04_ensembles", e) for e in p["ensembles"].values())]
+              *(("04_ensembles", e) for e in p["ensembles"].values()), *(("05_students", s) for s in p["stages"].values())]
     for notebook, parameters in checks: check_parameters(notebook_path(notebook), parameters or {})
     if p["stage_b"] and "img_size" not in p["stage_b"]: raise UsageError(f"{path}: stage_b has no img_size: give its side in pixels")
     for name, e in p["ensembles"].items():
@@ -102,9 +102,10 @@ def complete_profile(
         unknown = [m for m in e["members"] if m not in p["teachers"]]
         if unknown: raise UsageError(f"{path}: ensemble '{name}' wants '{unknown[0]}': the teachers are {', '.join(p['teachers'])}")
     names = [*p["ensembles"], *p["teachers"]]
-    p["student_teacher"] = p["student_teacher"] or names[0]
-    if p["student_teacher"] not in names:
-        raise UsageError(f"{path}: student_teacher '{p['student_teacher']}' is none of {', '.join(names)}")
+    p["student_teachers"] = list(p["student_teachers"] or names[:1])
+    for what, given, known in (("student_teachers", p["student_teachers"], names), ("stages", p["stages"], STAGES)):
+        unknown = [x for x in given if x not in known]
+        if unknown: raise UsageError(f"{path}: {what} has '{unknown[0]}', which is none of {', '.join(known)}")
     return p
 
 

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['BACKBONES', 'backbone_name', 'add_margin', 'ArcFaceHead', 'margin_at', 'all_present', 'effective_number_weights',
            'log_prior', 'ArcFaceLoss', 'Mixup', 'fit_positions', 'rename_by_order', 'load_pretrained', 'make_backbone',
-           'start_as_identity', 'is_depthwise', 'Teacher', 'start_from_stage_a', 'leave_out', 'export_out_of_fold',
-           'pool_out_of_fold', 'export_softlabels']
+           'start_as_identity', 'Teacher', 'start_from_stage_a', 'leave_out', 'export_out_of_fold', 'pool_out_of_fold',
+           'export_softlabels']
 
 # %% ../nbs/03_teachers.ipynb #03-003
 import math
@@ -229,9 +229,6 @@ def start_as_identity(model: nn.Module):
         if getattr(block, "has_skip", False): nn.init.zeros_((block.bn3 if hasattr(block, "bn3") else block.bn2).weight)
 
 
-def is_depthwise(model: nn.Module) -> bool: return any(isinstance(m, nn.Conv2d) and m.groups > 1 for m in model.modules())
-
-
 class Teacher(nn.Module):
     "A timm backbone and an ArcFace head; gives evaluation logits s cos(theta)."
     def __init__(self,
@@ -247,7 +244,6 @@ class Teacher(nn.Module):
         self.drop = nn.Dropout(drop_rate)
         self.head = ArcFaceHead(self.backbone.num_features, s=s)
         if self.weights_loaded.startswith("none"): start_as_identity(self.backbone)
-        if is_depthwise(self.backbone): self.to(memory_format=torch.channels_last)  # faster on a CPU; plain ResNets are slower so
 
     def forward(self, x: Tensor) -> Tensor: return self.head(self.drop(self.backbone(x)))
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['AMP_DTYPES', 'TrainConfig', 'best_device', 'seed_everything', 'EpochSeed', 'lr_factor', 'StepOrder', 'fast_layout',
            'make_optimizer', 'Observe', 'History', 'save_checkpoint', 'load_checkpoint', 'Checkpoint', 'load_matching',
-           'EMA', 'trim_memory', 'TrimMemory', 'resume_point', 'is_trained', 'train', 'predict', 'smoke_steps',
+           'EMA', 'trim_memory', 'TrimMemory', 'resume_point', 'is_trained', 'train', 'predict', 'smoke_epochs',
            'FaceData', 'open_data', 'embedded_data', 'evaluate_run', 'test_logits', 'training_environment',
            'plot_history']
 
@@ -417,29 +417,34 @@ def predict(
     return tuple(torch.cat(parts).numpy() for parts in zip(*out))
 
 # %% ../nbs/02b_training.ipynb #02b-051
-def smoke_steps(
+def smoke_epochs(
     model: nn.Module,  # left untouched
     loader,  # batches of (x, y, index, view)
     loss_func,
     config: TrainConfig,
-    steps: int = 12,  # optimiser steps
-    batches: int = 2,  # how many batches are seen in turn
-) -> tuple[list[float], bool]:  # the losses, and whether every gradient was finite
-    "A few steps on a copy of the model."
+    epochs: int = 4,
+    rows: int = 128,  # at least so many, in whole batches
+) -> tuple[list[float], bool, int]:  # mean loss an epoch, whether every gradient was finite, rows seen in an epoch
+    "Train a copy of the model for a few epochs on a small seeded subset."
     seed_everything(config.seed)
-    model, finite, losses = copy.deepcopy(model).to(config.device).train(), True, []
+    model, finite, losses = fast_layout(copy.deepcopy(model).to(config.device)).train(), True, []
     loader.to(config.device)
-    data = [b for _, b in zip(range(batches), loader)]
+    data, count = [], 0
+    for b in loader:
+        data.append(b); count += len(b[1])
+        if count >= rows: break
     opt = make_optimizer(model, config).opt
-    for step in range(steps):
-        x, *rest = data[step % len(data)]
-        loss = loss_func(model(x).float(), *rest)
-        opt.zero_grad(); loss.backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf)
-        finite = finite and bool(torch.isfinite(norm))
-        losses.append(float(loss.detach()))
-        opt.step()
-    return losses, finite
+    for _ in range(epochs):
+        total = 0.0
+        for x, y, *rest in data:
+            loss = loss_func(model(x).float(), y, *rest)
+            opt.zero_grad(); loss.backward()
+            norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf)
+            finite = finite and bool(torch.isfinite(norm))
+            total += float(loss.detach())*len(y)
+            opt.step()
+        losses.append(total/count)
+    return losses, finite, count
 
 # %% ../nbs/02b_training.ipynb #02b-054
 @dataclass

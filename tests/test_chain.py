@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 
+import pandas as pd
 import pytest
 import yaml
 
@@ -13,7 +14,8 @@ from tests.conftest import ROOT
 
 STUDIO = {"train_source": "synthetic_studio", "epochs": 2}
 PROFILE = {
-    "img_size": 48, "stages": ["CE", "KD"], "seeds": [1337], "stage_b": {"img_size": 64, "epochs": 1, "ema": 0.9, "mixup": 0.2},
+    "img_size": 48, "stages": {"CE": None, "KD": None, "DKD": {"epochs": 1, "beta": 1.0}}, "seeds": [1337],
+    "stage_b": {"img_size": 64, "epochs": 1, "ema": 0.9, "mixup": 0.2},
     "teachers": {"RN18": None, "VIT": {"epochs": 4, "model_args": {"embed_dim": 192, "depth": 4, "num_heads": 3}}},
     "ensembles": {"pair": None},
     "notebooks": {"00a_synthetic_faces": {"n": 3000, "video_seconds": 4, "measure_n": 300, "intensity": [1.0, 1.0], "label_noise": 0.0},
@@ -47,8 +49,13 @@ def test_leaves_every_artifact_and_all_lines_go(chain):
         assert [f for f in TRAINING_FILES if not (folder / f).is_file()] == []
     assert [f for f in ENSEMBLE_FILES if not (ensemble / f).is_file()] == []
     assert json.loads((teacher / "args.json").read_text())["parameters"]["init_from"] == "teachers/RN18_seed1337_stageA_img48"
-    taught_by = json.loads((students(run, "KD") / "args.json").read_text())["parameters"]["softlabels"]
-    assert taught_by == "ensembles/pair/softlabels"
+    for stage, before in (("KD", "CE"), ("DKD", "KD")):
+        args = json.loads((students(run, stage) / "args.json").read_text())["parameters"]
+        assert args["softlabels"] == "ensembles/pair/softlabels"
+        assert args["init_from"] == f"students/mobilenetv3_large_100_img48_seed1337_{before}/best.pt"
+    assert json.loads((students(run, "DKD") / "history.json").read_text())["epochs_done"] == 1
+    summary = pd.read_csv(run / "students" / "results_summary_students.csv")
+    assert list(dict.fromkeys(summary["arm"])) == ["CE", "KD pair", "DKD pair"]
     for folder in (teacher, ensemble, students(run, "KD")):
         assert list(folder.glob("*.ipynb")), "no executed notebook"
     for folder in (teacher, ensemble):
@@ -56,7 +63,7 @@ def test_leaves_every_artifact_and_all_lines_go(chain):
             "alignment_report.json", "class_order.json", "hash_manifest.json", "sample_count.txt", "softlabels.npz",
             "softlabels_index.jsonl"]
     assert (teacher / "confusion_out_of_fold.csv").is_file()
-    for f in ("backbone_guard.json", "dkd_unit_test.json", "smoke_test.json", "alignment_report.json"):
+    for f in ("backbone_guard.json", "dkd_unit_test.json", "smoke_test.json", "alignment_report.json", "selective.json"):
         assert (students(run, "KD") / f).is_file()
     assert set(inventory(run)["state"]) == {"whole"}
     assert gates(run).go

@@ -22,9 +22,9 @@ from fer_nb import training
 from fer_nb.images import make_loaders
 from fer_nb.integrity import VIEWS
 from fer_nb.teachers import ArcFaceLoss, Teacher, export_softlabels
-from fer_nb.training import TrainConfig, make_optimizer, seed_everything, train
+from fer_nb.training import TrainConfig, fast_layout, make_optimizer, seed_everything, train
 
-SIZE, BATCH, STEPS, ROUNDS = 48, 64, 8, 5
+SIZE, BATCH, STEPS, ROUNDS = 48, 64, 12, 7
 CONFIG = TrainConfig(ROUNDS + 1, 3e-4, warmup_epochs=1, clip=5.0, seed=1)
 
 
@@ -53,7 +53,7 @@ class ConstantBatch(Callback):
     order = -30
     def __init__(self, arch, batch):
         seed_everything(1)
-        self.net, self.batch, self.loss, self.speeds = Teacher(arch, img_size=SIZE).train(), batch, ArcFaceLoss(), []
+        self.net, self.batch, self.loss, self.speeds = fast_layout(Teacher(arch, img_size=SIZE)).train(), batch, ArcFaceLoss(), []
         self.loss.at_step(1, 1)
         self.optimizer = make_optimizer(self.net, CONFIG).opt
 
@@ -101,7 +101,7 @@ def test_training_over_a_constant_batch(benchmark, data, tmp_path, arch):
 @pytest.mark.parametrize("arch", ["RN18", "B3", "CNXT", "VIT"])
 def test_export_over_forward_passes(benchmark, data, tmp_path, arch):
     seed_everything(1)
-    teacher = Teacher(arch, img_size=SIZE).eval()
+    teacher = fast_layout(Teacher(arch, img_size=SIZE)).eval()
     n = sum(map(len, (data.train, data.val, data.test)))*len(VIEWS)
     x = torch.from_numpy(np.random.default_rng(0).standard_normal((128, 3, SIZE, SIZE), dtype=np.float32))
     ours, bare = [], []
