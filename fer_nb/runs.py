@@ -174,16 +174,20 @@ CHATTER = re.compile(
     r"|RuleException|CalledProcessError|Command 'set|WorkflowError|At least one job|Exiting because|\s*$)")
 
 
-def _snakemake(command: list[str]) -> int:  # the exit code
+def _snakemake(command: list[str], dry_run: bool = False) -> int:  # the exit code
     "Run Snakemake and pass on what a person needs: the stages' own lines, and errors of the workflow itself."
-    env = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "PYTHONUNBUFFERED": "1"}  # threads that wait actively starve their neighbours
+    plan, env = [], {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "PYTHONUNBUFFERED": "1"}  # threads that wait actively starve their neighbours
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env) as p:
         try:
             for line in p.stdout:
-                if not CHATTER.match(line): print(line, end="", flush=True)
+                would = re.match(r"\s+log: (\S+)", line)
+                if would and dry_run: print(f"  would run  {would[1]}")
+                elif dry_run: plan.append(line)
+                elif not CHATTER.match(line): print(line, end="", flush=True)
         except KeyboardInterrupt:  # Snakemake has it too, and stops its jobs
             p.wait()
             raise
+    if p.returncode: print("".join(plan), end="")
     return p.returncode
 
 # %% ../nbs/09a_runs.ipynb #09a-024
@@ -205,6 +209,6 @@ def run_profile(
     if (folder/".snakemake"/"locks").is_dir() and any((folder/".snakemake"/"locks").iterdir()):
         subprocess.run([*snakemake, "--unlock", "--quiet", "all"], check=True)
     quiet = ["--dry-run", "--quiet", "host"] if dry_run else ["--quiet", "rules", "host", "progress", "reason"]
-    if _snakemake([*snakemake, "--rerun-incomplete", "--keep-going", *quiet]):
+    if _snakemake([*snakemake, "--rerun-incomplete", "--keep-going", *quiet], dry_run):
         raise GateError(f"the chain of '{name}' stopped (see above); the same command goes on from there")
     return folder/"report"/"report.html"

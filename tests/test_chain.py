@@ -84,6 +84,9 @@ def test_second_run_does_nothing_and_a_lost_file_is_made_again(chain):
     lost = students(run, "KD") / "reliability_metrics.json"
     before = (students(run, "KD") / "best.pt").read_bytes()
     lost.unlink()
+    told = fer_nb(*command, "--dry-run").stdout.splitlines()
+    assert "  would run  students/mobilenetv3_large_100_img48_seed1337_KD/05_students.ipynb" in told
+    assert not any("03_teachers" in line for line in told) and not lost.exists()
     repaired = fer_nb(*command)
     assert repaired.returncode == 0, (repaired.stdout + repaired.stderr)[-3000:]
     assert lost.is_file() and "05_students" in repaired.stdout and "03_teachers" not in repaired.stdout
