@@ -176,7 +176,8 @@ CHATTER = re.compile(
 
 def _snakemake(command: list[str], dry_run: bool = False) -> int:  # the exit code
     "Run Snakemake and pass on what a person needs: the stages' own lines, and errors of the workflow itself."
-    plan, env = [], {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "PYTHONUNBUFFERED": "1"}  # threads that wait actively starve their neighbours
+    env = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "PYTHONUNBUFFERED": "1"}  # threads that wait actively starve their neighbours
+    plan = []  # of a dry run: shown only where it fails
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env) as p:
         try:
             for line in p.stdout:
