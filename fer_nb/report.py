@@ -25,6 +25,7 @@ from fer_nb.artifacts import (
 )
 from .calibration import draw_bars, draw_confusion, reliability_table, top_label
 from .integrity import gates
+from .summary import arm_labels, arm_of
 
 # %% ../nbs/09b_report.ipynb #09b-005
 class Run:
@@ -35,17 +36,15 @@ class Run:
         self.calibration, self.metrics, self.history = (m.load(folder) for m in (Calibration, ReliabilityMetrics, TrainingHistory))
         self.environment = Environment.load(folder)
 
-    @property
-    def name(self) -> str: return self.calibration.model_name
-    @property
-    def key(self) -> str:
-        "Kind of run, whatever its seed: the group that means and deviations are taken over."
         p = self.args.parameters
-        return f"{self.args.stage} {p['arch']} {p['stage']}" if self.args.stage == "teacher" else f"student {p['stage']}"
+        self.seed, self.arm = p["seed"], arm_of(p) if self.args.stage == "student" else None
+        self.key = f"{self.args.stage} {p.get('arch', '')} {p['stage']}".replace("  ", " ")  # the kind of run, whatever its seed
+
     @property
-    def seed(self) -> int: return self.args.parameters["seed"]
+    def name(self) -> str: return self.calibration.model_name if self.arm is None else f"{self.key}, seed {self.seed}"
     @property
-    def order(self): return self.args.stage != "teacher", self.key, self.seed
+    def order(self):
+        return (False, self.key, self.seed) if self.arm is None else (True, self.arm.order, self.seed)
     @property
     def path(self) -> str: return self.folder.relative_to(self.root).as_posix()
 
@@ -66,6 +65,8 @@ def find_runs(
         try: runs.append(Run(args.parent, root))
         except ArtifactError: continue
     if not runs: raise GateError(f"'{runs_dir}' holds no finished training run")
+    arms = arm_labels(r.arm for r in runs if r.arm)
+    for r in runs: r.key = f"student {arms[r.arm]}" if r.arm else r.key
     return sorted(runs, key=lambda r: r.order)
 
 # %% ../nbs/09b_report.ipynb #09b-007
@@ -100,7 +101,7 @@ def source_columns(t: pd.DataFrame) -> pd.DataFrame:
     shown = {"model": "model", "source": "source", "n": "n", "accuracy": "accuracy", "macro_f1": "macro-F1", "nll": "NLL",
              "raw_ece": "ECE at T = 1", "ece": "ECE at T*", "own_temperature": "source's own T", "own_ece": "ECE at it"}
     t = t[[c for c in shown if c in t]].astype({"n": int})
-    t = t.round({c: 2 if c == "own_temperature" else 3 for c in t.columns[3:]})
+    t = t.round({c: 2 if c == "own_temperature" else 3 for c in t.select_dtypes("float")})
     return t.astype(object).where(t.notna(), "–").rename(columns=shown)  # a source without validation rows has no T of its own
 
 # %% ../nbs/09b_report.ipynb #09b-009
