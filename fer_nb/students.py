@@ -29,7 +29,8 @@ from fer_nb.calibration import (
     confusion_table, evaluate, labels_of, metrics_table, reliability_artifact, selective_report, source_table, votes_of,
 )
 from .ensembles import SplitTargets, split_targets
-from .images import PackedFaces, check_geometry, eval_loader, load_cache
+from .geometry import check_geometry
+from .images import PackedFaces, eval_loader, load_cache
 from .integrity import Softlabels, backbone_guard, check_alignment, load_softlabels, require_backbone
 from .manifests import Manifest, Result, load_manifest
 from .teachers import Teacher, start_as_identity

@@ -10,15 +10,17 @@ __all__ = ['AU_NAMES', 'EMOTION_AUS', 'LEVELS', 'STREAMS', 'SKIN_TONES', 'HAIR_C
            'brow_parts', 'nose_parts', 'eye_parts', 'mouth_lines', 'mouth_parts', 'furrows', 'hair_parts',
            'accessory_parts', 'face_shape', 'project', 'Canvas', 'mix', 'paint_eye', 'paint_mouth', 'paint_person',
            'paint_over', 'relief', 'lamp', 'Camera', 'sample_camera', 'paint_background', 'occluder', 'photograph',
-           'render_face', 'contact_sheet', 'Recipe', 'check_recipe', 'class_shares', 'noisy_label', 'Plan', 'plan_face',
-           'draw', 'plan_table', 'render_faces', 'save_png', 'describe_dataset', 'write_dataset', 'make_timeline',
-           'smoothstep', 'aus_at', 'sway', 'Film', 'plan_film', 'film_frame', 'label_at', 'write_video']
+           'render_face', 'contact_sheet', 'FramedFace', 'framed_face', 'Recipe', 'check_recipe', 'class_shares',
+           'noisy_label', 'Plan', 'plan_face', 'draw', 'plan_table', 'render_faces', 'save_png', 'describe_dataset',
+           'write_dataset', 'make_timeline', 'smoothstep', 'aus_at', 'sway', 'Film', 'plan_film', 'film_frame',
+           'label_at', 'write_video']
 
 # %% ../nbs/00a_synthetic_faces.ipynb #00a-002
 import math
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -621,6 +623,30 @@ def contact_sheet(
     return sheet
 
 # %% ../nbs/00a_synthetic_faces.ipynb #00a-052
+class FramedFace(NamedTuple):
+    "A frame with a face whose place is known."
+    image: np.ndarray  # uint8 (h, w, 3) BGR, as OpenCV reads it
+    box: tuple  # (x, y, w, h) of the head, pixels
+    eyes: np.ndarray  # (2, 2): x and y of both pupils, pixels
+
+
+def framed_face(
+    i: int,  # which person; class i mod 7 as expression
+    roll: float = 0,  # degrees
+    size: int = 110,  # pixels, of the face
+    frame: tuple[int, int] = (170, 190),  # height and width of the frame, pixels
+    seed: int = 1337,
+) -> FramedFace:
+    "Face i in the middle of a frame, rolled."
+    rng = np.random.default_rng([seed, i])
+    who, aus = make_identity(seed, i), sample_expression(CLASSES[i % 7], 0.9, rng)
+    camera = Camera(roll=roll, light_x=0, light_y=0, noise=2)
+    rgb = render_face(who, aus, camera, size, rng=rng, background=paint_background(*frame, 0.5, rng))
+    points = project(face_shape(who, aus)[0], who, (0, 0, roll), 0.47*size, (frame[1]/2, frame[0]/2))
+    corner, far = points["head"].min(0), points["head"].max(0)
+    return FramedFace(rgb[..., ::-1].copy(), (*corner, *(far - corner)), np.concatenate([points["pupilL"], points["pupilR"]]))
+
+# %% ../nbs/00a_synthetic_faces.ipynb #00a-055
 IMBALANCE_ORDER = ("Happy", "Neutral", "Sad", "Fear", "Angry", "Surprise", "Disgust")  # frequent to rare, as in FER2013
 PEOPLE = 400  # identities, shared out to the splits as the images are
 MISTAKEN_FOR = {"Angry": "Disgust", "Disgust": "Angry", "Fear": "Surprise", "Happy": "Neutral", "Sad": "Neutral",
@@ -660,7 +686,7 @@ def check_recipe(r: Recipe):
     band = r.intensity or (0, 1)
     _need(len(band) == 2 and 0 <= band[0] <= band[1] <= 1, "intensity", r.intensity, "(low, high) with 0 <= low <= high <= 1")
 
-# %% ../nbs/00a_synthetic_faces.ipynb #00a-055
+# %% ../nbs/00a_synthetic_faces.ipynb #00a-058
 _R3 = 1.2207440846057596 ** -np.arange(1, 4)  # powers of the root of x**4 = x + 1
 
 
@@ -682,7 +708,7 @@ def noisy_label(label: str, noise: float, rng) -> str:
     other = MISTAKEN_FOR[label] if rng.random() < 2 / 3 else rng.choice([c for c in CLASSES if c != label])
     return str(other) if wrong else label
 
-# %% ../nbs/00a_synthetic_faces.ipynb #00a-056
+# %% ../nbs/00a_synthetic_faces.ipynb #00a-059
 @dataclass(frozen=True)
 class Plan:
     "Everything about one image before it is drawn."
@@ -713,7 +739,7 @@ def plan_face(recipe: Recipe, index: int) -> Plan:
     return Plan(index, noisy_label(true, noise, rng), true, source, ("train", "val", "test")[k], person, intensity, asymmetry,
                 sample_expression(true, intensity, act), sample_camera(source, stream(recipe.seed, "camera", index)))
 
-# %% ../nbs/00a_synthetic_faces.ipynb #00a-057
+# %% ../nbs/00a_synthetic_faces.ipynb #00a-060
 def draw(recipe: Recipe, plan: Plan) -> np.ndarray:  # uint8 (size, size, 3) RGB
     "The picture of a plan."
     return render_face(make_identity(recipe.seed, plan.identity), plan.aus, plan.camera, recipe.size, plan.asymmetry,
@@ -741,7 +767,7 @@ def render_faces(
     plans = [plan_face(recipe, i) for i in range(start, start + n)]
     return np.stack([draw(recipe, p) for p in plans]), plan_table(plans)
 
-# %% ../nbs/00a_synthetic_faces.ipynb #00a-061
+# %% ../nbs/00a_synthetic_faces.ipynb #00a-064
 def _clear(out: Path):
     "Make an empty folder, or take an earlier synthetic dataset away; refuse anything else."
     out.mkdir(parents=True, exist_ok=True)
@@ -790,7 +816,7 @@ def write_dataset(
     describe_dataset(out, recipe, table).save(out)
     return table
 
-# %% ../nbs/00a_synthetic_faces.ipynb #00a-064
+# %% ../nbs/00a_synthetic_faces.ipynb #00a-067
 def make_timeline(
     seconds: float,
     rng: np.random.Generator,
@@ -814,7 +840,7 @@ def smoothstep(x) -> float:
     x = min(1.0, max(0.0, x))
     return x * x * (3 - 2 * x)
 
-# %% ../nbs/00a_synthetic_faces.ipynb #00a-065
+# %% ../nbs/00a_synthetic_faces.ipynb #00a-068
 ONSET_MS = 400  # how long one expression takes to give way to the next
 
 
@@ -841,7 +867,7 @@ def sway(camera: Camera, ms: float, phases) -> Camera:
     yaw, pitch, roll, x, y = (waves * (11, 5, 5, 0.10, 0.05)).tolist()
     return replace(camera, yaw=yaw, pitch=pitch, roll=roll, shift_x=x, shift_y=y)
 
-# %% ../nbs/00a_synthetic_faces.ipynb #00a-066
+# %% ../nbs/00a_synthetic_faces.ipynb #00a-069
 @dataclass(frozen=True)
 class Film:
     "A video before it is drawn: person, place, timeline."
@@ -877,7 +903,7 @@ def label_at(events: pd.DataFrame, ms: float) -> str:
     "The true label at a moment."
     return events.label.iloc[int(np.searchsorted(events.start_ms, ms, side="right")) - 1]
 
-# %% ../nbs/00a_synthetic_faces.ipynb #00a-067
+# %% ../nbs/00a_synthetic_faces.ipynb #00a-070
 def _write_frames(path: Path, film: Film, times, fps: float):
     "Encode a film as Motion JPEG, which every build of OpenCV reads."
     h, w = film.background.shape[:2]

@@ -39,7 +39,8 @@ from fer_nb.artifacts import (
     UsageError, atomic_path, read_npz, write_csv,
 )
 from .calibration import accuracy, ece, macro_f1, nll, report_run
-from .images import Geometry, PackedFaces, eval_loader, load_cache, pack_cache
+from .geometry import Geometry
+from .images import PackedFaces, eval_loader, load_cache, pack_cache
 from .integrity import environment, require_backbone
 from .manifests import audit_manifest, build_manifest, label_sources, load_manifest, validate_manifest
 from .synthetic import write_dataset

@@ -2,6 +2,8 @@
 import os
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 from hypothesis import settings
 
@@ -17,3 +19,10 @@ def real_data() -> Path:
     missing = [n for n in ("fer2013.zip", "ferplus.zip") if not (folder / n).is_file()]
     if missing: pytest.skip(f"real data is not at hand ({', '.join(missing)}): set FER_NB_DATA to its folder")
     return folder
+
+
+def picture(i, size=40, colour=False):
+    "A smooth random picture, grey or BGR."
+    shape = (size, size, 3) if colour else (size, size)
+    noise = np.random.default_rng(i).integers(0, 256, shape, dtype=np.uint8)
+    return cv2.normalize(cv2.GaussianBlur(noise, (0, 0), 2), None, 0, 255, cv2.NORM_MINMAX)

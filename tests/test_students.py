@@ -17,8 +17,10 @@ from fer_nb import students, teachers, training
 from fer_nb.artifacts import CLASSES, GateError, SelectiveReport, UsageError, seal_folder
 from fer_nb.calibration import labels_of, macro_f1
 from fer_nb.ensembles import SplitTargets
-from fer_nb.images import FaceBatches, eval_loader
+from fer_nb.geometry import Geometry
+from fer_nb.images import FaceBatches, eval_loader, pack_cache
 from fer_nb.integrity import VIEWS, Softlabels, load_softlabels, save_softlabels
+from fer_nb.manifests import load_manifest
 from fer_nb.students import Distillation, StudentLoss, Supervision, dkd_loss, kd_loss, start_from
 from fer_nb.training import TrainConfig, load_checkpoint, predict, save_checkpoint
 
@@ -383,8 +385,6 @@ def test_a_teacher_s_checkpoint_is_rebuilt_from_its_meta(data, tmp_path):
 
 
 def test_a_cache_of_another_size_is_refused(finished, folders, tmp_path):
-    from fer_nb.images import Geometry, pack_cache
-    from fer_nb.manifests import load_manifest
     pack_cache(load_manifest(folders[0]), Geometry(size=40), tmp_path / "img40", progress=False)
     with pytest.raises(GateError, match="size: expected 32, got 40"):
         students.evaluate_checkpoint(finished / "ce", folders[0], tmp_path / "img40", resamples=20)

@@ -19,7 +19,8 @@ from torch.nn import functional as F
 from fer_nb import training
 from fer_nb.artifacts import CLASSES, ArtifactError, FerError, GateError, UsageError, seal_folder
 from fer_nb.calibration import confusion, macro_f1
-from fer_nb.images import Augment, FaceBatches, Geometry, PackedFaces, eval_loader, normalise
+from fer_nb.geometry import Geometry
+from fer_nb.images import Augment, FaceBatches, PackedFaces, eval_loader, normalise_unit, unit_batch
 from fer_nb.integrity import VIEWS, check_alignment, load_softlabels
 from fer_nb.teachers import (
     ArcFaceHead, ArcFaceLoss, Mixup, Teacher, add_margin, effective_number_weights, export_out_of_fold, export_softlabels, leave_out,
@@ -625,7 +626,7 @@ def test_an_export_holds_every_split_and_view_as_a_direct_forward_pass_gives_the
     parts = {"train": data.train, "val": data.val, "test": data.test}
     assert s.splits.tolist() == [k for k, p in parts.items() for _ in range(len(p))]
     pixels = np.concatenate([p.gather(np.arange(len(p))) for p in parts.values()])
-    with torch.no_grad():
-        direct = [teacher.eval()(normalise(torch.from_numpy(np.ascontiguousarray(x)), data.geometry)) for x in (pixels, pixels[:, :, ::-1])]
+    batches = [unit_batch(torch.from_numpy(np.ascontiguousarray(x))) for x in (pixels, pixels[:, :, ::-1])]
+    with torch.no_grad(): direct = [teacher.eval()(normalise_unit(x, data.geometry)) for x in batches]
     np.testing.assert_allclose(s.logits, torch.stack(direct, 1), atol=2e-4)
     assert np.abs(s.logits[:, 0] - s.logits[:, 1]).max() > 1e-2  # the views do differ

@@ -21,7 +21,8 @@ import sys, warnings
 warnings.filterwarnings("ignore")
 import torch
 from torch.nn import functional as F
-from fer_nb.images import Augment, FaceBatches, Geometry, eval_loader
+from fer_nb.geometry import Geometry
+from fer_nb.images import Augment, FaceBatches, eval_loader
 from fer_nb.students import make_student
 from fer_nb.synthetic import render_faces
 from fer_nb.training import TrainConfig, seed_everything, train
@@ -45,7 +46,7 @@ class Faces:
     "Embedded faces in memory, with what a loader needs of a dataset."
     def __init__(self, n):
         from fer_nb.calibration import labels_of
-        from fer_nb.images import Geometry
+        from fer_nb.geometry import Geometry
         from fer_nb.synthetic import render_faces
         images, table = render_faces(n, size=32, seed=3)
         self.images, self.labels, self.geometry = images, labels_of(table), Geometry(size=32)
