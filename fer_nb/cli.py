@@ -118,7 +118,7 @@ def student_summarise(a):
 def ensemble_search(a):
     from fer_nb.ensembles import search_ensemble
     print(search_ensemble(a.members, a.manifest, a.out, preset=a.preset, space=a.space, benchmark=a.benchmark, class_aware=a.class_aware,
-                          seed=a.seed))
+                          seed=a.seed, ties=a.ties))
 
 
 def ensemble_export(a):
@@ -223,6 +223,8 @@ def parser():
     c.add_argument("--space", default="logit", help="logit or probability (default: %(default)s)")
     c.add_argument("--benchmark", default="val", metavar="VIEW", help="the view that chooses (default: %(default)s)")
     c.add_argument("--class-aware", action="store_true", help="also try one weight a class")
+    c.add_argument("--ties", type=float, default=1.0, metavar="ERRORS",
+                   help="standard errors of macro-F1 that count as a tie, to be broken by NLL (default: %(default)s)")
     c.add_argument("--seed", type=int, default=1337, help="(default: %(default)s)")
     for name, func, about in (("export", ensemble_export, "write the fused softlabels and the split targets"),
                               ("evaluate", ensemble_evaluate, "report the ensemble and its members on test rows, and seal the folder")):

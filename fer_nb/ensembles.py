@@ -8,12 +8,12 @@ __all__ = ['SPACES', 'PRESETS', 'REPORT_VIEW', 'EXPORTED', 'EVALUATED', 'SEARCHE
            'open_manifest', 'training_view', 'require_separate', 'benchmark_rows', 'check_member', 'relative',
            'common_views', 'check_members', 'require_members', 'scores', 'score_weights', 'simplex_grid', 'better',
            'best_of', 'transfers', 'climb', 'WeightSearch', 'default_step', 'check_benchmark', 'search_weights',
-           'ClassWeightSearch', 'class_scores', 'climb_classes', 'search_class_weights', 'Panel', 'panel',
-           'fused_softlabels', 'config_weights', 'open_members', 'replay', 'start_over', 'check_out', 'chosen_members',
-           'gated_members', 'search_ensemble', 'Exported', 'check_export', 'export_ensemble', 'SplitTargets',
-           'split_targets', 'model_metrics', 'gains', 'error_correlation', 'evaluate_ensemble', 'require_replay',
-           'seal', 'gate_lines', 'config_lines', 'metrics_lines', 'draw_models', 'class_f1_plot', 'source_plot',
-           'ece_plot', 'correlation_plot', 'simplex_points', 'simplex_plot']
+           'macro_f1_error', 'ClassWeightSearch', 'class_scores', 'climb_classes', 'search_class_weights', 'Panel',
+           'panel', 'fused_softlabels', 'config_weights', 'open_members', 'replay', 'start_over', 'check_out',
+           'chosen_members', 'gated_members', 'search_ensemble', 'Exported', 'check_export', 'export_ensemble',
+           'SplitTargets', 'split_targets', 'model_metrics', 'gains', 'error_correlation', 'evaluate_ensemble',
+           'require_replay', 'seal', 'gate_lines', 'config_lines', 'metrics_lines', 'draw_models', 'class_f1_plot',
+           'source_plot', 'ece_plot', 'correlation_plot', 'simplex_points', 'simplex_plot']
 
 # %% ../nbs/04_ensembles.ipynb #04-002
 import os
@@ -36,7 +36,7 @@ from fer_nb.artifacts import (
 )
 from fer_nb.calibration import (
     METRICS, accuracy, brier, check_folds, class_names, ece, evaluate, labels_of, log_softmax, macro_f1, nll, paired_interval, per_class,
-    predictions, prf, report_run, select_temperature, stratified_folds,
+    predictions, prf, report_run, select_temperature, stratified_folds, weight_chunks,
 )
 from .integrity import VIEWS, Softlabels, check_alignment, load_softlabels, require_alignment, save_softlabels
 from .manifests import Manifest, Result, label_sources, load_manifest
@@ -426,6 +426,7 @@ def search_weights(
     refine: bool = True,  # climb from the grid's best point
     least: float = 0.005,  # smallest weight that the refinement moves
     names=None,  # of the members
+    ties: float = 0.0,  # standard errors of macro-F1 that count as a tie
 ) -> WeightSearch:
     "The weights of highest macro-F1 on the benchmark, ties by NLL: simplex grid, then local refinement."
     log_p, y, names = check_benchmark(member_log_probs, labels, names)
@@ -440,14 +441,27 @@ def search_weights(
     if refine and m > 1: weights, at = climb(weights, at, [move], step/2, least, seen)
     table = _tried(names, "grid", grid, f1, loss)
     if seen: table = pd.concat([table, _tried(names, "refine", *map(np.array, zip(*seen)))], ignore_index=True)
+    if ties and m > 1:
+        cap = at[0] - ties*macro_f1_error(fuse(log_p, weights, space), y)
+        i, chosen = best_of(np.minimum(table["macro_f1"], cap), table["nll"].to_numpy()), []
+        weights = table[[f"w_{n}" for n in names]].to_numpy()[i]
+        def even(w, s): return (t := move(w, s))[0], np.minimum(t[1], cap), t[2]
+        if refine: weights, _ = climb(weights, (min(table["macro_f1"][i], cap), table["nll"][i]), [even], step/2, least, chosen)
+        if chosen: table = pd.concat([table, _tried(names, "ties", (t := np.array([w for w, *_ in chosen])), *score(t))], ignore_index=True)
+        at = tuple(float(v[0]) for v in score(weights[None]))
     return WeightSearch(table, names, weights, *at, dict(zip(names, alone_f1.tolist())), names[best_of(alone_f1, alone_nll)], len(y), space)
+
+
+def macro_f1_error(logits, labels, resamples: int = 200, seed: int = 1337) -> float:
+    "Standard error of macro-F1, by the bootstrap over rows."
+    return float(np.std(np.concatenate([macro_f1(logits, labels, weights=w) for w in weight_chunks(len(labels), resamples, seed)]), ddof=1))
 
 
 def _tried(names, phase: str, weights, f1, loss) -> pd.DataFrame:
     "One phase of a search as a table."
     return pd.DataFrame(weights, columns=[f"w_{n}" for n in names]).assign(macro_f1=f1, nll=loss, phase=phase)
 
-# %% ../nbs/04_ensembles.ipynb #04-040
+# %% ../nbs/04_ensembles.ipynb #04-042
 @dataclass(repr=False)
 class ClassWeightSearch(Result):
     "Class-aware weights, and whether they were worth it."
@@ -466,7 +480,7 @@ class ClassWeightSearch(Result):
 
 
 
-# %% ../nbs/04_ensembles.ipynb #04-042
+# %% ../nbs/04_ensembles.ipynb #04-044
 def class_scores(
     log_p,  # (M, N, K)
     y,  # (N,)
@@ -496,7 +510,7 @@ def climb_classes(log_p, y, start: np.ndarray, space: str, steps: tuple[float, f
     f1, loss = score_weights(log_p, y, w[None], space)
     return climb(w, (float(f1[0]), float(loss[0])), [move(c) for c in range(k)], *steps)[0]
 
-# %% ../nbs/04_ensembles.ipynb #04-044
+# %% ../nbs/04_ensembles.ipynb #04-046
 def search_class_weights(
     member_log_probs,  # (M, N, K): calibrated, benchmark rows only
     labels,  # (N,)
@@ -525,7 +539,7 @@ def search_class_weights(
         macro_f1_scalar=macro_f1(fuse(log_p, start, space), y), macro_f1_class=macro_f1(fuse(log_p, fitted, space), y))
     return ClassWeightSearch(fitted if report.accepted else np.repeat(start[:, None], log_p.shape[-1], 1), fitted, names, report)
 
-# %% ../nbs/04_ensembles.ipynb #04-048
+# %% ../nbs/04_ensembles.ipynb #04-050
 @dataclass
 class Panel:
     "Members' answers to the same rows in the same order."
@@ -562,7 +576,7 @@ def fused_softlabels(p: Panel, weights, space: str, temperature: float) -> Softl
     fused = fuse(p.log_probs(), weights, space).astype(np.float32)
     return Softlabels(p.ids, p.sha256, fused, p.views, float(temperature), 1.0, p.dataset_index_id, p.splits)
 
-# %% ../nbs/04_ensembles.ipynb #04-049
+# %% ../nbs/04_ensembles.ipynb #04-051
 def config_weights(config: EnsembleConfig) -> np.ndarray:  # (M,) or (M, 7)
     "A configuration's weights; one a member unless it is class-aware."
     w = np.array([m.weights for m in config.members])
@@ -593,7 +607,7 @@ def replay(
     config = EnsembleConfig.load(folder)
     return fused_softlabels(panel(open_members(folder, config)), config_weights(config), config.space, config.temperature)
 
-# %% ../nbs/04_ensembles.ipynb #04-051
+# %% ../nbs/04_ensembles.ipynb #04-053
 EXPORTED = ("split_targets.npz", "alignment_report.json")
 EVALUATED = ("calibration.json", "reliability_metrics.json", "selective.json", "confusion.csv", "metrics_by_source.csv", "evaluation.npz",
              "ensemble_metrics.json")
@@ -628,7 +642,7 @@ def chosen_members(dirs, preset: str | None) -> tuple[list[Path], np.ndarray | N
     rows, weights = preset_members(preset, [str(a.parameters.get("arch")) for a in args])
     return [dirs[i] for i in rows], weights
 
-# %% ../nbs/04_ensembles.ipynb #04-052
+# %% ../nbs/04_ensembles.ipynb #04-054
 def _benchmark(manifest, rows, view: str, found: WeightSearch, weights, log_p, y, space: str) -> Benchmark:
     "What the benchmark was, and what it said of the chosen weights."
     f1, loss = score_weights(log_p, y, [weights], space)
@@ -655,7 +669,7 @@ def gated_members(dirs, manifest: Manifest, out) -> tuple[list[Member], str, str
     for m, name in zip(members, member_names(dirs)): m.name = name
     return members, view, source
 
-# %% ../nbs/04_ensembles.ipynb #04-053
+# %% ../nbs/04_ensembles.ipynb #04-055
 def search_ensemble(
     member_dirs,  # run folders of the members
     manifest_dir,  # a frozen manifest's folder, or a Manifest
@@ -670,6 +684,7 @@ def search_ensemble(
     folds: int = 5,  # of the class-aware cross-validation
     resamples: int = 1000,  # of its bootstrap
     seed: int = 1337,
+    ties: float = 1.0,  # standard errors of macro-F1 that count as a tie, to be broken by NLL
 ) -> EnsembleConfig:
     "Gate the members, choose weights and temperature on the benchmark, and write down how."
     if space not in SPACES: raise UsageError(f"space '{space}': give one of {', '.join(SPACES)}")
@@ -682,7 +697,7 @@ def search_ensemble(
     p, y = panel(members), labels_of(rows)
     at = p.rows(rows["id"])
     log_p = p.log_probs()[:, at, 0]
-    found = search_weights(log_p, y, space, step, refine, names=p.names) if fixed is None else search_weights(
+    found = search_weights(log_p, y, space, step, refine, names=p.names, ties=ties) if fixed is None else search_weights(
         log_p, y, space, step=1.0, refine=False, names=p.names)  # a preset only needs the members' own scores
     scalar = found.weights if fixed is None else fixed
     tried = search_class_weights(log_p, y, scalar, space, folds, step, resamples, seed, p.names) if class_aware else None
@@ -698,7 +713,7 @@ def search_ensemble(
     config.save(out)
     return config
 
-# %% ../nbs/04_ensembles.ipynb #04-055
+# %% ../nbs/04_ensembles.ipynb #04-057
 @dataclass(repr=False)
 class Exported(Result):
     "Fused and split supervision on the disk."
@@ -725,7 +740,7 @@ def check_export(folder, manifest: Manifest, config: EnsembleConfig) -> Alignmen
     found = {k: every(k) for k in keys} | {"teacher_dir": Path(folder).name, "passed": not notes, "notes": notes}
     return reports[0].model_copy(update=found)
 
-# %% ../nbs/04_ensembles.ipynb #04-056
+# %% ../nbs/04_ensembles.ipynb #04-058
 def export_ensemble(
     folder,  # an ensemble's folder, searched
     manifest_dir,  # a frozen manifest's folder, or a Manifest
@@ -760,7 +775,7 @@ def split_targets(
     plain = {"names": z["names"].tolist(), "views": tuple(z["views"].tolist()), "dataset_index_id": str(z["dataset_index_id"])}
     return SplitTargets(**z | plain)
 
-# %% ../nbs/04_ensembles.ipynb #04-058
+# %% ../nbs/04_ensembles.ipynb #04-060
 def model_metrics(name: str, logits, rows: pd.DataFrame, temperature: float, resamples: int, seed: int) -> ModelMetrics:
     "One model on the report's rows, whole and by source."
     z, y, sources = np.asarray(logits, dtype=np.float64), labels_of(rows), rows["source"].to_numpy()
@@ -795,7 +810,7 @@ def error_correlation(
     with np.errstate(invalid="ignore", divide="ignore"): phi = off @ off.T/np.outer(size, size)
     return np.where(np.eye(len(phi), dtype=bool), 1.0, np.nan_to_num(phi))
 
-# %% ../nbs/04_ensembles.ipynb #04-060
+# %% ../nbs/04_ensembles.ipynb #04-062
 def evaluate_ensemble(
     folder,  # an exported ensemble's folder
     manifest_dir,  # a frozen manifest's folder, or a Manifest
@@ -845,7 +860,7 @@ def seal(folder):
     if missing: raise GateError(f"{folder} is unfinished: {missing[0]} is missing; search, export and evaluate it first")
     return seal_folder(folder, EnsembleConfig.load(folder).dataset_index_id)
 
-# %% ../nbs/04_ensembles.ipynb #04-062
+# %% ../nbs/04_ensembles.ipynb #04-064
 def gate_lines(self: EnsembleGate) -> list:
     "A gate for people."
     keys = ("class_order_match", "index_id_match", "sample_count_match", "sample_content_match", "views_match", "calibrated")
@@ -870,7 +885,7 @@ def config_lines(self: EnsembleConfig) -> list:
                      f"against {c.cv_macro_f1_scalar:.4f}, gain {c.cv_gain.show(signed=True)}")
     return out
 
-# %% ../nbs/04_ensembles.ipynb #04-063
+# %% ../nbs/04_ensembles.ipynb #04-065
 def metrics_lines(self: EnsembleMetrics) -> list:
     "A report for people."
     models = [*self.members, self.ensemble]
@@ -885,7 +900,7 @@ def metrics_lines(self: EnsembleMetrics) -> list:
 for _model, _lines in ((EnsembleGate, gate_lines), (EnsembleConfig, config_lines), (EnsembleMetrics, metrics_lines)):
     _model.lines, _model.__str__, _model.__repr__, _model._repr_markdown_ = _lines, Result.__str__, Result.__str__, Result._repr_markdown_
 
-# %% ../nbs/04_ensembles.ipynb #04-065
+# %% ../nbs/04_ensembles.ipynb #04-067
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")  # Okabe and Ito
 MARKS = "osv^<>DX"
 
@@ -907,7 +922,7 @@ def draw_models(ax, metrics: EnsembleMetrics, values, labels: list[str]):
     for x in at[:-1] + 0.5: ax.axvline(x, color="0.9", lw=0.8, zorder=0)
     ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
 
-# %% ../nbs/04_ensembles.ipynb #04-066
+# %% ../nbs/04_ensembles.ipynb #04-068
 def class_f1_plot(metrics: EnsembleMetrics):
     "F1 of each class, members and ensemble, on the report's rows."
     fig, ax = _figure()
@@ -927,7 +942,7 @@ def source_plot(metrics: EnsembleMetrics):
     plt.close(fig)
     return fig
 
-# %% ../nbs/04_ensembles.ipynb #04-067
+# %% ../nbs/04_ensembles.ipynb #04-069
 def ece_plot(metrics: EnsembleMetrics):
     "ECE before and after scaling, and what a calibrated model would stay below at this n."
     models = [*metrics.members, metrics.ensemble]
@@ -960,7 +975,7 @@ def correlation_plot(metrics: EnsembleMetrics):
     plt.close(fig)
     return fig
 
-# %% ../nbs/04_ensembles.ipynb #04-069
+# %% ../nbs/04_ensembles.ipynb #04-071
 def simplex_points(
     log_p, y, weights: np.ndarray, space: str, step: float,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # members drawn, points (P, 2 or 3) summing to 1, macro-F1 (P,)
@@ -983,7 +998,7 @@ def _draw_triangle(fig, ax, points, f1, chosen, names):
     ax.set(xlim=(-0.15, 1.15), ylim=(-0.15, 1.02)); ax.set_aspect("equal"); ax.axis("off")
     fig.colorbar(image, ax=ax, label="macro-F1", shrink=0.8)
 
-# %% ../nbs/04_ensembles.ipynb #04-070
+# %% ../nbs/04_ensembles.ipynb #04-072
 def simplex_plot(
     member_log_probs,  # (M, N, K), benchmark rows
     labels,  # (N,)

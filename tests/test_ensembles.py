@@ -334,6 +334,19 @@ def test_the_search_never_ends_below_a_member(seed, space, m):
     assert abs(found.weights.sum() - 1) < 1e-9 and (found.weights >= 0).all()
 
 
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_ties_within_a_standard_error_go_to_nll(seed):
+    p, y = noisy_members(600, (2.0, 2.2, 3.5), seed)
+    bare, tied = (ensembles.search_weights(p, y, ties=t) for t in (0.0, 1.0))
+    error = ensembles.macro_f1_error(ensembles.fuse(p, bare.weights), y)
+    assert 0.005 < error < 0.05
+    assert tied.nll <= bare.nll + 1e-12 and tied.macro_f1 >= bare.macro_f1 - error - 1e-9
+    within = tied.table[tied.table["macro_f1"] >= bare.macro_f1 - error - 1e-12]
+    assert tied.nll <= within["nll"].min() + 1e-12  # of all that was tried, none in reach knows more
+    assert tied.macro_f1 == pytest.approx(macro_f1(ensembles.fuse(p, tied.weights), y))
+    assert ensembles.search_weights(p[:1], y, ties=1.0).weights.tolist() == [1.0]
+
+
 def test_the_search_finds_a_planted_optimum():
     "Member 2 is the truth plus noise, member 3 the same noise with the other sign: only their equal mixture is clean; member 1 is noise."
     rng = np.random.default_rng(0)
