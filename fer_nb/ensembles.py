@@ -331,6 +331,7 @@ def simplex_grid(
     k = round(1/step) if 0 < step <= 1 else 0
     if k < 1 or abs(k*step - 1) > 1e-9: raise UsageError(f"step {step}: give 1 divided by a whole number, such as 0.05 or 0.1")
     if m < 1: raise UsageError(f"{m} members: give at least one")
+    if m == 1: return np.ones((1, 1))
     cuts = np.array(list(combinations_with_replacement(range(k + 1), m - 1)), dtype=int).reshape(-1, m - 1)
     edges = np.pad(cuts, ((0, 0), (1, 1)), constant_values=((0, 0), (0, k)))
     return np.diff(edges, axis=1)/k
