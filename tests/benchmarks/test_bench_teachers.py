@@ -30,7 +30,7 @@ CONFIG = TrainConfig(ROUNDS + 1, 3e-4, warmup_epochs=1, clip=5.0, seed=1)
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return training.open_data(*training.embedded_data(tmp_path_factory.mktemp("faces"), n=1000, img_size=SIZE))
+    return training.open_data(*training.embedded_data(tmp_path_factory.mktemp("faces"), n=1200, img_size=SIZE))
 
 
 @pytest.fixture(autouse=True)
