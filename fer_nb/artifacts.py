@@ -11,7 +11,8 @@ __all__ = ['CLASSES', 'STAGES', 'SELECTION_RULE', 'class_order_hash', 'FerError'
            'VectorTemperatureReport', 'Calibration', 'Interval', 'ClassMetrics', 'ReliabilityMetrics', 'ClassCoverage',
            'SelectiveReport', 'BackboneGuard', 'AlignmentReport', 'DKDUnitTest', 'SmokeTest', 'MemberCheck',
            'EnsembleGate', 'EnsembleMember', 'Benchmark', 'ClassWeightReport', 'EnsembleConfig', 'ModelMetrics', 'Gain',
-           'EnsembleMetrics', 'seal_folder', 'unseal', 'check_seal', 'artifact_models', 'inventory']
+           'EnsembleMetrics', 'SessionInfo', 'Estimate', 'LockTimes', 'SessionClass', 'LabelScores', 'StageLatency',
+           'ScoreResults', 'StabiliserChoice', 'seal_folder', 'unseal', 'check_seal', 'artifact_models', 'inventory']
 
 # %% ../nbs/00_artifacts.ipynb #00-002
 import hashlib
@@ -721,6 +722,143 @@ class EnsembleMetrics(Artifact):
         return next(g for g in self.gains if g.metric == metric and g.chosen_on == (chosen_on or self.benchmark.view))
 
 # %% ../nbs/00_artifacts.ipynb #00-050
+class SessionInfo(Artifact):
+    "What a real-time session ran with: enough to replay it, and nothing that shows a person."
+    filename: ClassVar[str] = "session.json"
+    source: str  # camera, video, images, synthetic, pushed
+    source_name: str  # the file's or folder's own name, never its path
+    fps: float
+    detector: str
+    model: str
+    checkpoint_sha256: str | None = None
+    dataset_index_id: str | None = None
+    geometry: dict[str, Any]
+    temperature: float
+    settings: dict[str, Any]  # of the stabiliser, at the start; later changes stand in tuning.csv
+    bias: dict[str, float] = {}  # added to the logits of each class, at the start
+    clahe: bool = True
+    images_written: bool = False  # --save-clips together with --consent
+    packages: dict[str, str]
+    platform: str
+    started: str
+    ended: str | None = None  # None: it was killed
+    end_reason: str | None = None
+    frames: int = 0
+
+# %% ../nbs/00_artifacts.ipynb #00-051
+class Estimate(BaseModel):
+    "A value with its 95% interval, where there is one: few segments can't say."
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+    def show(self, digits: int = 3, signed: bool = False) -> str:
+        "As text: value [low, high]."
+        f = f"{'+' if signed else ''}.{digits}f"
+        return f"{self.value:{f}}" + ("" if self.low is None else f" [{self.low:{f}}, {self.high:{f}}]")
+
+
+class LockTimes(BaseModel):
+    "How long the label took to settle on the truth, over the scored segments."
+    segments: int
+    locked: int  # the others never settled: they are counted, not averaged
+    mean_ms: float | None = None
+    median_ms: float | None = None
+    p90_ms: float | None = None
+
+
+class SessionClass(BaseModel):
+    "One class on the scored frames of a session."
+    name: str
+    support: int  # scored frames of this truth
+    segments: int  # scored segments of this truth
+    precision: float
+    recall: float
+    f1: float
+    predicted: int  # scored frames that carry this label
+    raw_precision: float
+    raw_recall: float
+    raw_f1: float
+
+
+class LabelScores(BaseModel):
+    "One kind of label, shown or raw, against the truth."
+    accuracy: Estimate | None = None  # null: no frame could be scored
+    macro_f1: Estimate | None = None  # over the classes that occur in the scored truth
+    jitter_per_min: float | None = None  # label changes a minute with a face; null: no such time
+    time_to_lock: LockTimes
+    unstable: float | None = None  # share of the scored frames; an error in accuracy and F1
+    no_face: float | None = None  # likewise
+
+
+class StageLatency(BaseModel):
+    "Milliseconds of one stage of the pipeline, over frames."
+    n: int
+    mean: float
+    p50: float
+    p90: float
+    p99: float
+
+# %% ../nbs/00_artifacts.ipynb #00-052
+class ScoreResults(Artifact):
+    "How a session's labels stand against the truth, transition-fair, smoothed beside raw."
+    filename: ClassVar[str] = "score_results.json"
+    session: str
+    truth: str  # "manual labels", or the name of the events file
+    source: str
+    detector: str
+    model: str
+    settings: dict[str, Any] = {}  # of the stabiliser at the start; empty where they are not known
+    tuned_live: bool = False  # settings were changed while it ran
+    frames: int  # labelled faces and frames without a face: one row a frame
+    seconds: float
+    labelled_frames: int
+    scored_frames: int
+    segments: int  # of one label
+    short_segments: int  # of them, not scored
+    scored_segments: int
+    shown: LabelScores
+    raw: LabelScores
+    gain_accuracy: Estimate | None = None  # shown - raw on the same frames
+    gain_macro_f1: Estimate | None = None
+    truth_changes_per_min: float | None = None  # of the label of the truth, in the time that jitter counts
+    unstable_frames: int  # of all frames
+    no_face_frames: int
+    per_class: list[SessionClass]  # the classes that occur in the scored truth
+    confusion: list[list[int]]  # scored frames, seven true rows x nine shown columns: the classes, (unstable), (no face)
+    fps: float | None = None  # frames / wall time
+    latency_ms: dict[str, StageLatency] = {}  # stage -> milliseconds; "total" is their sum
+    min_segment_ms: float = 600.0
+    transition_ms: float = 250.0
+    lock_hold_ms: float = 600.0
+    notes: list[str] = []
+    class_order_hash: str = class_order_hash()
+    resamples: int  # of the bootstrap over segments
+    seed: int
+    scored_at: str  # ISO 8601, UTC
+
+# %% ../nbs/00_artifacts.ipynb #00-053
+class StabiliserChoice(Artifact):
+    "The stabiliser's settings that a search over one session chose, and what they are worth on frames that didn't choose."
+    filename: ClassVar[str] = "stabiliser.json"
+    session: str
+    settings: dict[str, float | int]  # ema, delta, window, min_count
+    jitter_limit: float  # label changes a minute
+    macro_f1: float  # on the frames that chose: optimistic
+    jitter_per_min: float
+    session_macro_f1: float  # of the settings that the session ran with
+    session_jitter_per_min: float | None = None
+    half_settings: dict[str, float | int] | None = None  # chosen on the first half of the segments; null: none, or too few segments
+    half_macro_f1: float | None = None  # of half_settings, on the second half
+    half_jitter_per_min: float | None = None
+    half_session_macro_f1: float | None = None  # of the session's own settings, on the second half
+    scored_frames: int
+    scored_segments: int
+    tried: int  # settings
+    rule: str = "max macro-F1 -> min jitter -> min median time to lock, jitter <= limit"
+    created: str  # ISO 8601, UTC
+
+# %% ../nbs/00_artifacts.ipynb #00-055
 def seal_folder(
     folder,  # a folder whose files are complete
     dataset_index_id: str,  # of the dataset behind it
@@ -758,7 +896,7 @@ def check_seal(
                                 expected=f"sha256 {digest[:12]}…")
     return seal
 
-# %% ../nbs/00_artifacts.ipynb #00-053
+# %% ../nbs/00_artifacts.ipynb #00-058
 def artifact_models() -> dict[str, type[Artifact]]:
     "Every artifact model by its file name."
     return {c.filename: c for c in Artifact.__subclasses__() if c.filename}

@@ -131,6 +131,46 @@ def ensemble_evaluate(a):
     print(evaluate_ensemble(a.dir, a.manifest))
 
 
+def predict(a):
+    from fer_nb.pictures import predict_pictures
+    found = predict_pictures(a.images, a.model, a.detector, a.min_face, whole=a.whole, say=lambda line: print(line, file=sys.stderr))
+    print(found.to_json() if a.json else found)
+    return 0 if found.found else 1
+
+
+STABILISER = (("ema", float, "weight of the past"), ("delta", float, "lead that a new label needs"), ("window", int, "labels that vote"),
+              ("min_count", int, "votes that a label needs"))
+
+
+def _stabiliser(a):
+    "The stabiliser's settings that were given."
+    return {name: getattr(a, name) for name, *_ in STABILISER if getattr(a, name) is not None}
+
+
+def demo(a):
+    from fer_nb.realtime import run_demo
+    out = None if a.no_log else a.out or f"runs/demo/{time.strftime('%Y%m%d-%H%M%S')}"
+    run_demo(a.source, a.model, a.detector, out, a.headless, a.seconds, min_face=a.min_face, save_clips=a.save_clips, consent=a.consent,
+             **_stabiliser(a))
+
+
+def score(a):
+    from fer_nb.scoring import score_session
+    print(score_session(a.session, a.truth))
+
+
+def replay(a):
+    from fer_nb.scoring import replay
+    again = replay(a.session, a.truth, **_stabiliser(a))
+    if a.out: again.save(a.out)
+    print(again)
+
+
+def tune(a):
+    from fer_nb.scoring import tune
+    print(tune(a.session, a.jitter_limit, a.truth))
+
+
 def report(a):
     from fer_nb.report import render
     print(f"report: {_short(render(a.notebook, a.html))}")
@@ -182,6 +222,9 @@ def parser():
     def parameters(c):
         c.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="one parameter; may be repeated")
         c.add_argument("--parameters", default="{}", metavar="JSON", help="many parameters, as a JSON object")
+
+    def stabiliser(c):
+        for name, kind, about in STABILISER: c.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="X", help=about)
 
     m = sub.add_parser("manifest", help="build, validate and audit the table of all images").add_subparsers(metavar="ACTION", required=True)
     c = command(m, "build", manifest_build, "read datasets into one frozen manifest of seven classes")
@@ -264,6 +307,42 @@ def parser():
     c.add_argument("--out", default="", metavar="DIR", help="run folder (default: runs/PROFILE)")
     c.add_argument("--cores", type=int, metavar="N", help="cores to use (default: all)")
     c.add_argument("--dry-run", action="store_true", help="only say what would run")
+
+    c = command(sub, "predict", predict, "find the faces of pictures and say what they show; exits 1 when there is none in any")
+    c.add_argument("images", nargs="+", metavar="IMAGE")
+    c.add_argument("--model", required=True, metavar="FILE", help="an exported .onnx, or a run's best.pt")
+    c.add_argument("--detector", default="auto", metavar="NAME", help="auto, yunet, dnn, haar (default: %(default)s)")
+    c.add_argument("--min-face", type=float, default=48, metavar="PIXELS", help="leave smaller faces out (default: %(default)s)")
+    c.add_argument("--whole", action="store_true", help="the pictures are faces already: don't look for any")
+    c.add_argument("--json", action="store_true", help="all probabilities, as JSON")
+
+    c = command(sub, "demo", demo, "label faces live, in a window or without one; numbers are logged, no pictures")
+    c.add_argument("--source", default="0", metavar="WHAT",
+                   help="a camera's number, a video, a picture, a folder, synthetic:SECONDS (default: %(default)s)")
+    c.add_argument("--model", required=True, metavar="FILE", help="an exported .onnx, or a run's best.pt")
+    c.add_argument("--detector", default="auto", metavar="NAME",
+                   help="auto (YuNet, or Haar without it), yunet, dnn, haar (default: %(default)s)")
+    c.add_argument("--headless", action="store_true", help="no window")
+    c.add_argument("--out", default="", metavar="DIR", help="the session's folder (default: runs/demo/DATE-TIME)")
+    c.add_argument("--no-log", action="store_true", help="write nothing at all")
+    c.add_argument("--seconds", type=float, metavar="S", help="stop after so much of the source's time (with --headless)")
+    c.add_argument("--min-face", type=float, default=96, metavar="PIXELS", help="leave smaller faces out (default: %(default)s)")
+    stabiliser(c)
+    c.add_argument("--save-clips", action="store_true", help="keep the pictures as video; only together with --consent")
+    c.add_argument("--consent", action="store_true", help="everybody in front of the camera has agreed to that")
+
+    def session(name, func, about):
+        c = command(sub, name, func, about)
+        c.add_argument("session", metavar="SESSION", help="a demo's folder")
+        c.add_argument("--truth", metavar="CSV", help="an events.csv to judge by, in place of the session's own labels")
+        return c
+
+    session("score", score, "score a session fairly: labels near a transition don't count, (unstable) does")
+    c = session("replay", replay, "compute a session's labels again from its probabilities, with other settings where given")
+    stabiliser(c)
+    c.add_argument("--out", metavar="CSV", help="write the labels, a row a frame")
+    c = session("tune", tune, "search the stabiliser's settings for the best macro-F1 at a jitter limit")
+    c.add_argument("--jitter-limit", type=float, default=30, metavar="N", help="label changes a minute (default: %(default)s)")
 
     c = command(sub, "gates", gates, "print the go/no-go checklist of a run folder; exits 1 on any NO-GO")
     c.add_argument("run_dir", metavar="RUN_DIR", help="a run, or a folder of runs")

@@ -8,6 +8,7 @@ __all__ = ['KERNELS', 'Geometry', 'check_geometry', 'eye_angle', 'square_crop', 
 
 # %% ../nbs/01a_geometry.ipynb #01a-003
 import json
+import math
 from typing import Literal
 
 import cv2
@@ -103,14 +104,20 @@ def _crop_matrix(
     if angle == 0: m[:, 2] = np.floor(m[:, 2] + 0.5)
     return m
 
+
+def _warp_side(side: int, size: int | None) -> int:
+    "The side to warp to, for a square of `side` pixels that will be resized to `size`."
+    return side if size is None or side <= 2*size else size*math.ceil(side/(2*size))
+
 # %% ../nbs/01a_geometry.ipynb #01a-015
 def square_crop(
     image: np.ndarray,  # (H, W) or (H, W, 3), uint8
     margin: float = 0.30,  # added to the longer side of the box, as a share of it
     box=None,  # (x, y, w, h) of the face in pixels; the whole image, without margin, where None
     eyes=None,  # two (x, y) in pixels, or None for no rotation
+    size: int | None = None,  # pixels that it will be resized to; None: not known
 ) -> np.ndarray:  # (side, side) or (side, side, 3)
-    "The face as an upright square, at the frame's own resolution."
+    "The face as an upright square, at the frame's own resolution, or less where that is more than twice `size`."
     height, width = image.shape[:2]
     angle = 0.0 if eyes is None else eye_angle(eyes)
     if box is None:
@@ -120,8 +127,9 @@ def square_crop(
     if not (w > 0 and h > 0 and x < width and y < height and x + w > 0 and y + h > 0):
         raise UsageError(f"box (x={x:g}, y={y:g}, w={w:g}, h={h:g}) does not lie in an image of {width}×{height} pixels")
     side = max(1, round(max(w, h)*(1 + margin)))
-    m = _crop_matrix((x, y, w, h), side, angle)
-    return cv2.warpAffine(image, m, (side, side), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    m, out = _crop_matrix((x, y, w, h), side, angle), _warp_side(side, size)
+    if out != side: m = m*(out/side) + [[0, 0, (out/side - 1)/2]]
+    return cv2.warpAffine(image, m, (out, out), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
 
 # %% ../nbs/01a_geometry.ipynb #01a-019
 def equalise(
@@ -157,7 +165,7 @@ def prepare_pixels(
     "Align, crop, resize, equalise."
     if image.dtype != np.uint8 or not (image.ndim == 2 or image.ndim == 3 and image.shape[2] == 3) or 0 in image.shape:
         raise UsageError(f"expected a uint8 image (H, W) or (H, W, 3), got {image.dtype} {image.shape}")
-    face = square_crop(image, geometry.margin, box, eyes)
+    face = square_crop(image, geometry.margin, box, eyes, geometry.size)
     face = equalise(resize(face, geometry), geometry.clahe)
     return face if face.ndim == 2 else cv2.cvtColor(face, cv2.COLOR_BGR2RGB)
 

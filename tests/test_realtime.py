@@ -1,0 +1,418 @@
+"""The stabiliser's properties, labels by hand, sessions that are killed, disks that are full, cameras that vanish, and privacy."""
+import contextlib
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fer_nb import cli, realtime
+from fer_nb.artifacts import CLASSES, FerError, GateError, SessionInfo, UsageError
+from fer_nb.detectors import Detection, Haar, YuNet
+from fer_nb.realtime import (
+    BAR, LINE, NO_FACE, PROBS, UNSTABLE, CameraSource, Pipeline, Player, SourceLost, Stabilizer, SyntheticSource, Timeline,
+    bar_class_at, draw, open_pipeline, open_source, run_demo,
+)
+from tests.conftest import model_paths
+
+ROOT = Path(__file__).resolve().parent.parent
+PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".avi", ".mp4", ".webp", ".npy", ".npz", ".gif", ".tif", ".tiff"}
+
+
+@st.composite
+def streams(draw_, least=1, most=60):
+    "Probabilities and the times of their frames."
+    n = draw_(st.integers(least, most))
+    rng = np.random.default_rng(draw_(st.integers(0, 2**32 - 1)))
+    return rng.dirichlet(np.full(7, draw_(st.sampled_from([0.2, 1.0, 5.0]))), n), np.cumsum(rng.uniform(0.005, 0.2, n))
+
+
+settings_ = st.fixed_dictionaries({"ema": st.floats(0, 0.99), "delta": st.floats(0, 1),
+                                   "window": st.integers(1, 40), "min_count": st.integers(1, 40)})
+
+
+@given(settings_, st.integers(0, 6), st.floats(0.2, 1))
+def test_a_constant_input_locks_and_stays(settings, k, top):
+    p = np.full(7, (1 - top)/6)
+    p[k] = top
+    s = Stabilizer(**settings)
+    labels = [s.update(p, i/30) for i in range(60)]
+    first = min(settings["min_count"], settings["window"]) - 1
+    assert labels == [UNSTABLE]*first + [CLASSES[k]]*(60 - first)
+
+
+@given(streams(), st.integers(1, 20))
+def test_delta_one_never_switches(stream, window):
+    s = Stabilizer(delta=1.0, window=window)
+    labels = {s.update(p, t) for p, t in zip(*stream, strict=True)} - {UNSTABLE}
+    assert labels <= {CLASSES[stream[0][0].argmax()]}
+
+
+@given(streams(), st.floats(0, 0.99), st.floats(0, 1), st.integers(1, 40))
+def test_window_one_is_no_vote(stream, ema, delta, min_count):
+    s = Stabilizer(ema=ema, delta=delta, window=1, min_count=min_count)
+    for p, t in zip(*stream, strict=True): assert s.update(p, t) == CLASSES[s.held]
+
+
+@given(streams())
+def test_with_everything_off_the_label_is_the_largest_probability(stream):
+    s = Stabilizer(ema=0, delta=0, window=1)
+    assert [s.update(p, t) for p, t in zip(*stream, strict=True)] == [CLASSES[p.argmax()] for p in stream[0]]
+
+
+def longhand(probs, times, ema, delta, window, min_count):
+    "METHODS' stabiliser once more, with lists and loops."
+    smooth, held, labels, out = None, None, [], []
+    for i, (p, t) in enumerate(zip(probs.tolist(), times.tolist(), strict=True)):
+        if smooth is None: smooth = p
+        else:
+            past = ema**(30*(t - times[i - 1]))
+            smooth = [past*a + (1 - past)*b for a, b in zip(smooth, p, strict=True)]
+        top = max(range(7), key=lambda k: smooth[k])
+        if held is None or smooth[top] > smooth[held] + delta: held = top
+        labels.append(held)
+        counts = Counter(labels[-window:])
+        most = max(counts.values())
+        winners = [k for k, n in counts.items() if n == most]
+        winner = held if held in winners else next(k for k in labels[-window:] if k in winners)
+        out.append(CLASSES[winner] if most >= min(min_count, window) else UNSTABLE)
+    return out
+
+
+@given(streams(), settings_)
+def test_it_is_the_formula_of_the_plan(stream, settings):
+    s = Stabilizer(**settings)
+    assert [s.update(p, t) for p, t in zip(*stream, strict=True)] == longhand(*stream, **settings)
+
+
+@given(streams(least=5), st.integers(1, 100))
+def test_changes_in_mid_stream_keep_what_was_seen(stream, window):
+    "A window that is made shorter, then longer again, never holds more than it may."
+    s = Stabilizer()
+    for i, (p, t) in enumerate(zip(*stream, strict=True)):
+        s.set(window=window if i % 2 else 15)
+        s.update(p, t)
+        assert len(s.votes) <= s.window and abs(s.smoothed.sum() - 1) < 1e-9
+
+
+def test_what_it_refuses():
+    s = Stabilizer()
+    for bad in ([0.5]*6, [np.nan]*7): pytest.raises(UsageError, s.update, bad, 0.0)
+    with pytest.raises(UsageError, match="ema is 1.5: give a number from 0 to 0.99"): s.set(ema=1.5)
+    with pytest.raises(UsageError, match="threshold_Sad is -1"): s.set(threshold_Sad=-1)
+    with pytest.raises(UsageError, match="window is 'ten'"): s.set(window="ten")
+    assert s.settings == Stabilizer().settings
+
+
+paints = st.lists(st.tuples(st.sampled_from(["paint", "clear", "split", "merge", "relabel"]), st.integers(0, 7), st.integers(0, 40),
+                            st.integers(0, 12)), max_size=25)
+
+
+@given(paints)
+def test_a_timeline_is_a_label_a_frame(acts):
+    "Whatever is painted, cleared, cut and joined: stretches stay in order, apart, and say what a list of labels says."
+    t, plain = Timeline(), [0]*60
+    for what, label, start, more in acts:
+        stretch = next((s for s in t.stretches if s.start <= start <= s.end), None)
+        before = t.stretches[t.stretches.index(stretch) - 1] if stretch and t.stretches.index(stretch) else None
+        if what == "paint": t.paint(label, start, start + more)
+        elif what == "clear": t.clear(start, start + more)
+        else:
+            with contextlib.suppress(UsageError): getattr(t, what)(start, *([label] if what == "relabel" else []))
+        if what in ("paint", "clear"): plain[start:start + more + 1] = [label if what == "paint" else 0]*(more + 1)
+        elif what == "merge" and before: plain[before.start:stretch.end + 1] = [before.label]*(stretch.end + 1 - before.start)
+        elif what == "relabel" and stretch: plain[stretch.start:stretch.end + 1] = [label]*(stretch.end + 1 - stretch.start)
+        assert [t.at(f) for f in range(60)] == plain
+        assert all(a.end < b.start for a, b in zip(t.stretches, t.stretches[1:], strict=False))
+        assert all(s.start <= s.end and s.label for s in t.stretches)
+
+
+class Finder:
+    "A detector that knows where the drawn head is."
+    name = "known"
+    def __init__(self, boxes=((80, 40, 160, 160),)): self.boxes = boxes
+    def detect(self, frame): return [Detection(tuple(map(float, b))) for b in self.boxes]
+
+
+def rows(folder, name="per_frame.csv"): return pd.read_csv(Path(folder)/name, keep_default_na=False)
+
+
+def test_a_session_leaves_numbers_and_one_shown_label_a_frame(demo_model, tmp_path):
+    source = SyntheticSource(4, 20, seed=3)
+    with open_pipeline(source, demo_model, Finder(), tmp_path/"s", say=lambda _: None) as p:
+        while r := p.step():
+            if r.index == 9: p.label(4)
+            if r.index == 29: p.label(0)
+            if r.index == 39: p.set("ema", 0.5)
+    t = rows(tmp_path/"s")
+    assert t.frame_index.tolist() == list(range(80)) and (t.pred_label != "").all()
+    assert t.manual_label.tolist() == [""]*10 + ["Happy"]*20 + [""]*50
+    p = t[PROBS].astype(float).to_numpy()
+    assert np.allclose(p.sum(1), 1, atol=4e-6) and t.raw_label.tolist() == [CLASSES[k] for k in p.argmax(1)]
+    assert rows(tmp_path/"s", "tuning.csv").to_numpy().tolist() == [[40, 40, "ema", 0.5]]
+    events = rows(tmp_path/"s", "events.csv").query("source == 'manual'")
+    assert events.iloc[:, :5].to_numpy().tolist() == [["Happy", 10, 29, 0.5, 1.45]]
+    info = SessionInfo.load(tmp_path/"s")
+    assert (info.frames, info.end_reason, info.source, info.images_written) == (80, "closed", "synthetic", False)
+    assert not [f for f in (tmp_path/"s").rglob("*") if f.suffix.lower() in PICTURES]
+    assert str(tmp_path) not in "".join(f.read_text() for f in (tmp_path/"s").iterdir())  # names, not places
+    with pytest.raises(UsageError, match="holds a session already"): open_pipeline(SyntheticSource(1), demo_model, Finder(), tmp_path/"s")
+
+
+def test_several_faces_have_a_row_each_and_the_largest_is_labelled(demo_model, tmp_path):
+    finder = Finder(((20, 40, 100, 100), (180, 40, 120, 120)))
+    with open_pipeline(SyntheticSource(1, 20), demo_model, finder, tmp_path/"s") as p:
+        while r := p.step(): assert r.main is r.faces[1]
+    t = rows(tmp_path/"s")
+    assert len(t) == 40 and t.groupby("frame_index").face_id.apply(set).tolist() == [{1, 2}]*20
+    assert set(t[t.pred_label != ""].box) == {"180.0 40.0 120.0 120.0"} and set(t[t.pred_label == ""].box) == {"20.0 40.0 100.0 100.0"}
+
+
+def test_another_largest_face_makes_the_stabiliser_forget(demo_model, tmp_path):
+    finder = Finder(((20, 40, 100, 100), (180, 40, 120, 120)))
+    with open_pipeline(SyntheticSource(2, 20), demo_model, finder, tmp_path/"s") as p:
+        while r := p.step():
+            if r.index == 10: finder.boxes = ((20, 40, 129, 129), (180, 40, 120, 120))  # larger, by less than a fifth of its area
+            if r.index == 20: finder.boxes = ((20, 40, 140, 140), (180, 40, 120, 120))
+    left = rows(tmp_path/"s").query("pred_label != ''").set_index("frame_index").box.str.startswith("20.0")
+    assert not left[:21].any() and left[21:].all()
+    assert rows(tmp_path/"s", "tuning.csv").to_numpy().tolist() == [[21, 21, "reset", 1]]
+
+
+def test_going_back_logs_no_frame_twice_and_repaints(demo_model, tmp_path):
+    with open_pipeline(SyntheticSource(3, 20), demo_model, Finder(), tmp_path/"s") as p:
+        player = Player(p)
+        for _ in range(30): player.tick()
+        player.press("4")
+        for _ in range(20): player.tick()  # 30 to 49 are Happy
+        p.seek(35)
+        player.press("5")
+        for _ in range(5): player.tick()  # 35 to 39 become Sad
+        player.press("0")
+        while player.tick(): pass  # the rest has no label
+        player.press("u")  # … it goes on as Sad after all
+    t = rows(tmp_path/"s")
+    assert t.frame_index.tolist() == list(range(60))
+    assert t.manual_label.tolist() == [""]*30 + ["Happy"]*5 + ["Sad"]*25
+    assert rows(tmp_path/"s", "tuning.csv")[["frame_index", "update", "name"]].to_numpy().tolist() == [[35, 50, "reset"], [50, 50, "reset"]]
+
+
+def test_labels_on_a_video_that_stands_still(demo_model, tmp_path):
+    with open_pipeline(SyntheticSource(2, 20), demo_model, Finder(), tmp_path/"s") as p:
+        player = Player(p)
+        player.press("2")
+        for _ in range(10): player.tick()
+        player.press(" ")
+        assert player.paused and player.tick().index == 9
+        player.press("7")
+        assert player.tick().index == 9 and player.result.manual == 7
+        player.press(".")
+        assert player.result.index == 10 and not player.message
+        player.press(",")
+        player.press(",")
+        assert player.result.index == 8 and player.result.manual == 2
+        player.press("k")
+        player.press("j")
+        player.press("k")
+        player.press("k")
+        assert player.message == "no label to cut at frame 8"
+    assert rows(tmp_path/"s").manual_label.tolist() == ["Disgust"]*9 + ["Neutral"] + [""]
+    events = rows(tmp_path/"s", "events.csv").query("source == 'manual'")
+    assert events[["start_frame", "end_frame"]].to_numpy().tolist() == [[0, 7], [8, 8], [9, 9]]
+
+
+def test_every_key_that_tunes_is_logged(demo_model, tmp_path):
+    with open_pipeline(SyntheticSource(1, 20), demo_model, Finder(), tmp_path/"s") as p:
+        player = Player(p)
+        player.tick()
+        for key in "[]]-=vbnmc": player.press(key)
+        player.press("o")
+        assert not player.overlay and not player.done
+        player.press("q")
+        assert player.done
+    changes = rows(tmp_path/"s", "tuning.csv")
+    assert changes.name.tolist() == ["ema", "ema", "ema", "delta", "delta", "window", "window", "min_count", "min_count", "clahe"]
+    assert changes.value.tolist() == [0.65, 0.7, 0.75, 0.07, 0.08, 14, 15, 7, 8, 0]
+
+
+def test_thresholds_and_bias_have_versions(demo_model, tmp_path):
+    with open_pipeline(SyntheticSource(1, 20), demo_model, Finder(), tmp_path/"s") as p:
+        p.step()
+        p.set("threshold_Sad", 0.4)
+        p.set("bias_Happy", -0.2)
+        p.set("bias_Happy", 0.5)
+        with pytest.raises(UsageError, match="from -0.5 to 0.5"): p.set("bias_Happy", 0.6)
+        with pytest.raises(UsageError, match="there is no setting 'bias_Joy'"): p.set("bias_Joy", 0.1)
+        assert p.predictor.bias[3] == 0.5
+    bias, thresholds = (json.loads((tmp_path/"s"/f).read_text()) for f in ("logit_bias.json", "thresholds.json"))
+    assert (bias["version"], bias["values"]["Happy"], [h["values"]["Happy"] for h in bias["history"]]) == (3, 0.5, [0, -0.2])
+    assert (thresholds["version"], thresholds["values"]["Sad"]) == (2, 0.4)
+
+
+SLOW = """
+import sys, time
+sys.path.insert(0, {root!r})
+from fer_nb.detectors import Haar
+from fer_nb.realtime import SyntheticSource, open_pipeline
+p = open_pipeline(SyntheticSource(600, 30), {model!r}, Haar(60), {out!r}, say=print)
+p.label(3)
+while p.step(): print(p.last.index, time.time(), flush=True)
+"""
+
+
+def test_a_killed_session_keeps_all_but_its_last_second(demo_model, tmp_path):
+    code = SLOW.format(root=str(ROOT), model=str(demo_model), out=str(tmp_path/"s"))
+    run = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    seen = [run.stdout.readline().split() for _ in range(3)]
+    end = time.time() + 3.5
+    while time.time() < end: seen.append(run.stdout.readline().split())
+    run.send_signal(signal.SIGKILL)
+    killed = time.time()
+    seen += [line.split() for line in run.stdout.read().splitlines()]
+    run.wait()
+    text = (tmp_path/"s"/"per_frame.csv").read_text()
+    last = int(text[:text.rindex("\n")].rsplit("\n", 1)[-1].split(",")[0])
+    at = {int(i): float(t) for i, t in (s for s in seen if len(s) == 2)}
+    lost = [t for i, t in at.items() if i > last]
+    assert last > 5 and (not lost or killed - min(lost) < 1.5), "more than a second (and a frame) is lost"
+    events = rows(tmp_path/"s", "events.csv").query("source == 'manual'")
+    assert events.label.tolist() == ["Fear"] and abs(events.end_frame.iloc[0] - last) <= 40
+    assert SessionInfo.load(tmp_path/"s").ended is None
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGXFSZ"), reason="no limit on a file's size here")
+def test_a_full_disk_ends_with_one_line_and_saved_rows(demo_model, tmp_path):
+    code = f"""
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+from fer_nb.cli import main
+sys.exit(main(["demo", "--source", "synthetic:60", "--headless", "--detector", "haar", "--min-face", "60",
+               "--model", {str(demo_model)!r}, "--out", {str(tmp_path/'s')!r}]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "the session can't be written any further: File too large" in done.stderr.strip().splitlines()[-1]
+    text = (tmp_path/"s"/"per_frame.csv").read_text()
+    whole = text[:text.rindex("\n")].splitlines()
+    assert len(whole) > 50 and all(len(line.split(",")) == len(whole[0].split(",")) for line in whole)
+
+
+class Unplugged:
+    "A camera that gives five pictures and is gone."
+    def __init__(self, *_): self.left = 5
+    def isOpened(self): return True
+    def get(self, _): return 30.0
+    def set(self, *_): return True
+    def release(self): pass
+    def read(self):
+        self.left -= 1
+        return (True, np.full((240, 320, 3), 90, np.uint8)) if self.left >= 0 else (False, None)
+
+
+def test_a_camera_that_vanishes(demo_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(realtime, "_capture", Unplugged)
+    source = CameraSource(0, patience=0.1)
+    said = []
+    with pytest.raises(SourceLost, match="camera 0 gives no more pictures .after frame 5.: was it unplugged"):
+        run_demo(source, demo_model, Finder(), tmp_path/"s", headless=True, say=said.append)
+    assert len(rows(tmp_path/"s")) == 5 and "unplugged" in SessionInfo.load(tmp_path/"s").end_reason
+    assert "5 frames in" in said[-1] and "session:" in said[-1]
+
+
+def test_no_camera_is_one_line(capsys):
+    if any(Path("/dev").glob("video*")) or sys.platform != "linux": pytest.skip("there may be a camera here")
+    assert cli.main(["demo", "--source", "0", "--headless", "--model", "x.onnx"]) != 0
+    with pytest.raises(UsageError, match="no camera 0 can be opened"): open_source("0")
+
+
+def test_pictures_are_kept_only_when_asked_for_twice(demo_model, tmp_path):
+    for flags in ({"save_clips": True}, {"consent": True}):
+        with pytest.raises(UsageError, match="--save-clips and --consent together"):
+            open_pipeline(SyntheticSource(1), demo_model, Finder(), tmp_path/"no", **flags)
+    assert not (tmp_path/"no").exists()
+    with open_pipeline(SyntheticSource(1, 20), demo_model, Finder(), tmp_path/"yes", save_clips=True, consent=True) as p:
+        while p.step(): pass
+    clip = open_source(tmp_path/"yes"/"clips"/"frame_0000000.avi")
+    assert clip.frames == 20 and SessionInfo.load(tmp_path/"yes").images_written
+
+
+def test_a_click_hits_the_label_that_is_drawn_there(demo_model):
+    p = Pipeline(SyntheticSource(1, 20), Finder(), realtime.Predictor(demo_model))
+    view = draw(p.step(), p)
+    h, w = view.shape[:2]
+    hits = [bar_class_at(round((k + 0.5)*w/8), h - LINE - BAR//2, w, h) for k in range(8)]
+    assert hits == list(range(8))
+    assert {bar_class_at(x, h - LINE - BAR//2, w, h) for x in range(w)} == set(range(8))
+    assert bar_class_at(5, 5, w, h) is None and bar_class_at(5, h - 2, w, h) is None
+
+
+def test_a_pipeline_without_a_session_writes_nothing_and_labels_nothing(demo_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with open_pipeline(SyntheticSource(1, 20), demo_model, Finder()) as p:
+        player = Player(p)
+        player.tick()
+        player.press("3")
+        assert player.message == "labels need a session: give --out"
+        while player.tick(): pass
+    assert not list(tmp_path.iterdir()) and p.tally.labels.total() == 20
+
+
+def test_the_command_without_a_window(demo_model, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("DISPLAY", raising=False)
+    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    args = ["demo", "--source", "synthetic:2", "--model", str(demo_model), "--detector", "haar", "--min-face", "60",
+            "--out", str(tmp_path/"s")]
+    if sys.platform == "linux":
+        assert cli.main(args) == 2
+        assert "no window can be opened" in capsys.readouterr().err and not (tmp_path/"s").exists()
+    assert not cli.main([*args, "--headless", "--ema", "0.5"])
+    out = capsys.readouterr().out
+    assert "40 frames in" in out and "p99" in out and "No picture is stored" in out
+    assert SessionInfo.load(tmp_path/"s").settings["ema"] == 0.5
+    for bad, says in ((["--source", "nowhere.mp4"], "nowhere.mp4 doesn't exist"), (["--ema", "2"], "ema is 2"),
+                      (["--detector", "best"], "there is no detector 'best'"), (["--save-clips"], "--save-clips and --consent together")):
+        assert cli.main([*args, "--headless", "--out", str(tmp_path/"t"), *bad]) == 2
+        assert says in capsys.readouterr().err and not (tmp_path/"t").exists()
+
+
+# ---- real video
+
+
+def test_a_real_face_is_found_and_labelled_in_every_frame(demo_model, tmp_path, film_path):
+    film = film_path("WolfgangLanger_Pexels.mp4")
+    tally = run_demo(film, demo_model, YuNet(*model_paths("yunet")), tmp_path/"s", headless=True, say=lambda _: None)
+    t = rows(tmp_path/"s")
+    assert tally.labels.total() == 472 and len(t) == 472 and (t.pred_label != NO_FACE).all() and set(t.face_id) == {1}
+
+
+def test_a_video_without_a_face_says_so_and_nothing_else(demo_model, tmp_path, film_path):
+    run_demo(film_path("no_face.mp4"), demo_model, YuNet(*model_paths("yunet")), tmp_path/"s", headless=True, say=lambda _: None)
+    t = rows(tmp_path/"s")
+    assert len(t) and set(t.pred_label) == {NO_FACE} and (t[["face_id", "box", "raw_label", *PROBS]] == "").all(axis=None)
+
+
+def test_a_picture_of_several_people_gives_a_row_a_face(demo_model, tmp_path, film_path):
+    crowd, finder = film_path("multi_face.jpg"), YuNet(*model_paths("yunet"), width=640, min_face=20)
+    faces = len(finder.detect(cv2.imread(str(crowd))))
+    run_demo(crowd, demo_model, finder, tmp_path/"s", headless=True, say=lambda _: None)
+    t = rows(tmp_path/"s")
+    assert faces >= 2 and len(t) == faces == t.face_id.nunique() and (t.pred_label != "").sum() == 1
+
+
+def test_haar_serves_where_nothing_else_is_at_hand(demo_model, tmp_path):
+    run_demo("synthetic:3", demo_model, Haar(60), tmp_path/"s", headless=True, say=lambda _: None)
+    assert (rows(tmp_path/"s").pred_label != NO_FACE).mean() > 0.7
+
+
+def test_errors_are_ours():
+    assert issubclass(SourceLost, GateError) and issubclass(GateError, FerError)
