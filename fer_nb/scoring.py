@@ -40,7 +40,7 @@ from fer_nb.artifacts import (
 from .calibration import BLUE, ORANGE, percentile_interval, prf, softmax, weight_chunks
 from .detectors import Detection
 from .manifests import Result
-from .realtime import NO_FACE, PROBS, TUNABLE, UNSTABLE, Face, SessionLog, Stabilizer
+from .realtime import NO_FACE, PROBS, TRUTH, TUNABLE, UNSTABLE, Face, SessionLog, Stabilizer
 from .realtime import Result as FrameResult
 
 # %% ../nbs/06a_session_scores.ipynb #06a-006
@@ -376,12 +376,14 @@ def truth_of(
     truth=None,  # an events.csv to use in place of the session's own labels
 ) -> tuple[np.ndarray, str, list[str]]:  # (N,) codes of the main rows as they stand, where from, notes
     "The true label of every main row."
-    rows, own = session.main["manual_label"].to_numpy(), session.folder/"events.csv"
+    rows, own, drawn = session.main["manual_label"].to_numpy(), session.folder/"events.csv", session.folder/TRUTH
+    if truth is None and drawn.is_file() and (rows < 0).all(): truth = drawn  # a drawn face, whose expressions are known
     if truth is None and (session.earlier or not own.is_file()): return rows, "manual labels", []
     if truth is not None and not Path(truth).is_file(): raise UsageError(f"'{truth}' is no file: give an events.csv")
     events, unit = read_events(own if truth is None else truth)
     time_us = np.rint(session.main["time_sec"].to_numpy()*1e6)
     codes = labels_at(events, time_us/1000 if unit == "ms" else session.main["frame_index"].to_numpy())
+    if truth == drawn: return codes, f"what was drawn ({TRUTH})", []
     if truth is not None: return codes, f"events of {Path(truth).resolve().parent.name}/{Path(truth).name}", []
     differ = int((codes != rows).sum())
     note = f"events.csv labels {differ:,} frames otherwise than their rows in per_frame.csv, and counts"
@@ -624,13 +626,14 @@ def compared(columns: dict, gain: tuple = ()) -> tuple:
     def row(name, tell, last=""): return (name, *map(tell, kinds), *[last]*more)
     def told(e, signed=False): return e.show(signed=signed) if e else "–"
     def lock(form, key): return lambda s: _n(getattr(s.time_to_lock, key), form)
-    return ("", *columns, *["gain"]*more), [
+    rows = [
         row("accuracy", lambda s: told(s.accuracy), told(gain[0], True) if more else ""),
         row("macro-F1", lambda s: told(s.macro_f1), told(gain[1], True) if more else ""),
         row("unstable", lambda s: _n(s.unstable, ".1%")), row("no face", lambda s: _n(s.no_face, ".1%")),
         row("label changes a minute", lambda s: _n(s.jitter_per_min)),
         row("segments locked", lambda s: f"{s.time_to_lock.locked} of {s.time_to_lock.segments}"),
         *(row(f"time to lock, {k}, ms", lock(".0f", f"{k}_ms")) for k in ("median", "mean", "p90"))]
+    return ("", *columns, *["gain"]*more), [x for x in rows if not set(x[1:]) <= {"–", "0 of 0", ""}]
 
 
 def latency_table(latency_ms: dict) -> tuple:
@@ -652,9 +655,9 @@ class SessionScore(Result):
                f"labelled frames are scored, in {r.scored_segments} of {r.segments} segments: none shorter than {r.min_segment_ms:.0f} ms, "
                f"no frame within {r.transition_ms:.0f} ms of a change. {UNSTABLE} and {NO_FACE} are errors.",
                compared({"shown": r.shown, "raw": r.raw}, (r.gain_accuracy, r.gain_macro_f1))]
-        changes = f"The truth changes {_n(r.truth_changes_per_min)} times a minute."
+        changes = f"The truth changes {_n(r.truth_changes_per_min)} times a minute." if r.segments else ""
         how = f"Intervals: 95%, bootstrap over {r.scored_segments} segments, {r.resamples:,} resamples. "
-        out.append((how if r.gain_macro_f1 and r.gain_macro_f1.low is not None else "") + changes)
+        if r.segments: out.append((how if r.gain_macro_f1 and r.gain_macro_f1.low is not None else "") + changes)
         heads = ("class", "segments", "frames", "precision", "recall", "F1", "raw F1")
         rows = [(c.name, c.segments, c.support, *(f"{x:.3f}" for x in (c.precision, c.recall, c.f1, c.raw_f1))) for c in r.per_class]
         if rows: out.append((heads, rows))
