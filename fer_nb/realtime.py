@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['UNSTABLE', 'NO_FACE', 'TUNABLE', 'STAGES_TIMED', 'PROBS', 'COLUMNS', 'TRUTH', 'EVENT_COLUMNS', 'CONSENT', 'PALETTE',
-           'INK', 'PAPER', 'FAINT', 'DIM', 'VIEW_HEIGHT', 'PANEL', 'BAR', 'LINE', 'STEPS', 'JUMPS', 'Stabilizer',
-           'update', 'Frame', 'SourceLost', 'Source', 'VideoSource', 'ImageSource', 'CameraSource', 'SyntheticSource',
+           'INK', 'PAPER', 'FAINT', 'DIM', 'VIEW_HEIGHT', 'PANEL', 'BAR', 'LINE', 'STEPS', 'Stabilizer', 'update',
+           'Frame', 'SourceLost', 'Source', 'VideoSource', 'ImageSource', 'CameraSource', 'SyntheticSource',
            'PushedSource', 'open_source', 'Stretch', 'Timeline', 'Face', 'Result', 'Tally', 'SessionLog', 'Pipeline',
            'session_info', 'own_thresholds', 'open_pipeline', 'Clips', 'label_colour', 'fit', 'draw_faces',
            'draw_panel', 'draw_bar', 'bar_class_at', 'privacy_line', 'draw', 'Player', 'window_problem', 'run_window',
@@ -1013,7 +1013,6 @@ def draw(
 # %% ../nbs/06_realtime_demo.ipynb #06-054
 STEPS = {"[": ("ema", -0.05), "]": ("ema", 0.05), "-": ("delta", -0.01), "=": ("delta", 0.01), "v": ("window", -1), "b": ("window", 1),
          "n": ("min_count", -1), "m": ("min_count", 1)}
-JUMPS = {",": -1, ".": 0, "<": -2.0, ">": 2.0}  # frames (whole numbers), seconds (others), from the frame that comes next
 
 
 class Player:
@@ -1035,8 +1034,8 @@ class Player:
         return self.result
 
     def go(self, index: int):
-        "Show another frame."
-        self.pipeline.seek(index)
+        "Show another frame; the next one is simply the next."
+        if index != self.pipeline.source.index: self.pipeline.seek(index)
         self.result = self.pipeline.step() or self.result
 
     def nudge(self, name: str, by: float):

@@ -225,9 +225,9 @@ def test_labels_on_a_video_that_stands_still(demo_model, tmp_path):
         player.press("k")
         player.press("k")
         assert player.message == "no label to cut at frame 8"
-    assert rows(tmp_path/"s").manual_label.tolist() == ["Disgust"]*9 + ["Neutral"] + [""]
+    assert rows(tmp_path/"s").manual_label.tolist() == ["Disgust"]*9 + ["Neutral"]*2
     events = rows(tmp_path/"s", "events.csv").query("source == 'manual'")
-    assert events[["start_frame", "end_frame"]].to_numpy().tolist() == [[0, 7], [8, 8], [9, 9]]
+    assert events[["start_frame", "end_frame"]].to_numpy().tolist() == [[0, 7], [8, 8], [9, 10]]
 
 
 def test_every_key_that_tunes_is_logged(demo_model, tmp_path):
@@ -327,6 +327,50 @@ def test_a_camera_that_vanishes(demo_model, tmp_path, monkeypatch):
         run_demo(source, demo_model, Finder(), tmp_path/"s", headless=True, say=said.append)
     assert len(rows(tmp_path/"s")) == 5 and "unplugged" in SessionInfo.load(tmp_path/"s").end_reason
     assert "5 frames in" in said[-1] and "session:" in said[-1]
+
+
+def test_a_video_that_breaks_off(demo_model, tmp_path, capsys):
+    film, whole = SyntheticSource(3, 20), tmp_path/"whole.avi"
+    writer = cv2.VideoWriter(str(whole), cv2.VideoWriter_fourcc(*"MJPG"), 20, (320, 240))
+    while frame := film.read(): writer.write(frame.image)
+    writer.release()
+    part = tmp_path/"part.avi"
+    part.write_bytes(whole.read_bytes()[:whole.stat().st_size//2])
+    args = ["demo", "--source", str(part), "--model", str(demo_model), "--detector", "haar", "--min-face", "60", "--headless"]
+    assert cli.main([*args, "--out", str(tmp_path/"s")]) == 1
+    said = capsys.readouterr()
+    assert said.err.strip().startswith("fer-nb: part.avi breaks off after frame") and "Traceback" not in said.err
+    logged = rows(tmp_path/"s").frame_index.tolist()
+    assert 20 < len(logged) < 40 and logged == list(range(len(logged)))
+    assert SessionInfo.load(tmp_path/"s").end_reason.startswith("part.avi breaks off") and "session:" in said.out
+
+
+class Screen:
+    "OpenCV's windows without a screen: keys come from a list, and what is shown is kept."
+    def __init__(self, keys, clicks=()): self.keys, self.clicks, self.views, self.mouse = list(keys), dict(clicks), [], None
+    def install(self, monkeypatch):
+        monkeypatch.setattr(realtime, "window_problem", lambda: None)
+        for name, f in {"namedWindow": lambda *a: None, "setMouseCallback": lambda title, f: setattr(self, "mouse", f),
+                        "imshow": lambda title, view: self.views.append(view), "waitKey": self.wait,
+                        "getWindowProperty": lambda *a: 1.0, "destroyAllWindows": lambda: None}.items():
+            monkeypatch.setattr(cv2, name, f)
+    def wait(self, ms):
+        assert ms >= 1  # 0 would wait for ever
+        k = self.clicks.get(len(self.views))
+        if k is not None:
+            h, w = self.views[-1].shape[:2]
+            self.mouse(cv2.EVENT_LBUTTONDOWN, round((k + 0.5)*w/8), h - LINE - BAR//2, 0, None)
+        return ord(self.keys.pop(0)) if self.keys else ord("q")
+
+
+def test_the_window_takes_keys_and_clicks(demo_model, tmp_path, monkeypatch):
+    screen = Screen("..3.]..o.. q", {8: 6})
+    screen.install(monkeypatch)
+    run_demo(SyntheticSource(3, 20), demo_model, Finder(), tmp_path/"s", say=lambda _: None)
+    manual = rows(tmp_path/"s").manual_label
+    assert set(manual) >= {"Fear", "Surprise"} and SessionInfo.load(tmp_path/"s").end_reason == "the window was closed"
+    assert rows(tmp_path/"s", "tuning.csv").name.tolist() == ["ema"]
+    assert screen.views[0].shape[1] > screen.views[-1].shape[1]  # without its panel after `o`
 
 
 def test_no_camera_is_one_line(capsys):
