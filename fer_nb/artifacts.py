@@ -44,6 +44,10 @@ class FerError(Exception):
     "An error that a person can act on, told in one line."
     exit_code = 1
 
+    def _render_traceback_(self) -> list[str]:
+        "The same line in a notebook, in place of a traceback."
+        return [f"{type(self).__name__}: {self}"]
+
 
 class UsageError(FerError):
     "A wrong argument: a path, a name, a number out of range."

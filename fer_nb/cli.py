@@ -148,10 +148,18 @@ def _stabiliser(a):
 
 
 def demo(a):
+    if a.browser: return demo_in_browser(a)
     from fer_nb.realtime import run_demo
     out = None if a.no_log else a.out or f"runs/demo/{time.strftime('%Y%m%d-%H%M%S')}"
-    run_demo(a.source, a.model, a.detector, out, a.headless, a.seconds, min_face=a.min_face, save_clips=a.save_clips, consent=a.consent,
+    run_demo(a.source or "0", a.model, a.detector, out, a.headless, a.seconds, min_face=a.min_face, save_clips=a.save_clips, consent=a.consent,
              **_stabiliser(a))
+
+
+def demo_in_browser(a):
+    from fer_nb.widget import serve_cell
+    if a.headless or a.no_log or a.seconds: raise UsageError("--browser goes with neither --headless nor --no-log nor --seconds")
+    serve_cell(a.model, a.source or "browser", a.detector, a.out or "runs/demo", min_face=a.min_face, save_clips=a.save_clips, consent=a.consent,
+               **_stabiliser(a))
 
 
 def score(a):
@@ -317,12 +325,13 @@ def parser():
     c.add_argument("--json", action="store_true", help="all probabilities, as JSON")
 
     c = command(sub, "demo", demo, "label faces live, in a window or without one; numbers are logged, no pictures")
-    c.add_argument("--source", default="0", metavar="WHAT",
-                   help="a camera's number, a video, a picture, a folder, synthetic:SECONDS (default: %(default)s)")
+    c.add_argument("--source", metavar="WHAT",
+                   help="a camera's number, a video, a picture, a folder, synthetic:SECONDS (default: camera 0, or the browser's)")
     c.add_argument("--model", required=True, metavar="FILE", help="an exported .onnx, or a run's best.pt")
     c.add_argument("--detector", default="auto", metavar="NAME",
                    help="auto (YuNet, or Haar without it), yunet, dnn, haar (default: %(default)s)")
     c.add_argument("--headless", action="store_true", help="no window")
+    c.add_argument("--browser", action="store_true", help="a page in the browser in place of the window, with the browser's own camera")
     c.add_argument("--out", default="", metavar="DIR", help="the session's folder (default: runs/demo/DATE-TIME)")
     c.add_argument("--no-log", action="store_true", help="write nothing at all")
     c.add_argument("--seconds", type=float, metavar="S", help="stop after so much of the source's time (with --headless)")

@@ -315,7 +315,7 @@ class Stretch:
     start: int  # first frame
     end: int  # last frame
 
-
+# %% ../nbs/06_realtime_demo.ipynb #06-022
 class Timeline:
     "Stretches of labels over frames, in order, none over another."
     def __init__(self): self.stretches: list[Stretch] = []
@@ -367,9 +367,10 @@ class Timeline:
         if label: self.stretches[k].label = label
         else: del self.stretches[k]
 
-    def copy(self) -> list[Stretch]: return [replace(s) for s in self.stretches]
+    def copy(self) -> list[Stretch]:
+        return [replace(s) for s in self.stretches]
 
-# %% ../nbs/06_realtime_demo.ipynb #06-024
+# %% ../nbs/06_realtime_demo.ipynb #06-025
 STAGES_TIMED = ("decode", "detect", "align", "classify", "stabilise", "log")
 
 
@@ -399,7 +400,7 @@ class Result:
         "What the frame took, from the picture to the label."
         return sum(v for k, v in self.latency.items() if k not in ("decode", "log"))
 
-# %% ../nbs/06_realtime_demo.ipynb #06-026
+# %% ../nbs/06_realtime_demo.ipynb #06-027
 class Tally:
     "Labels, faces and times of a run, whether it is logged or not."
     def __init__(self, what: str = ""):
@@ -428,7 +429,7 @@ class Tally:
                 f"faces: {', '.join(f'{k} in {v} frames' for k, v in sorted(self.faces.items()))}\n\n"
                 + tabulate(rows, ("stage", "mean, ms", "p50", "p90", "p99"), floatfmt=".2f"))
 
-# %% ../nbs/06_realtime_demo.ipynb #06-028
+# %% ../nbs/06_realtime_demo.ipynb #06-029
 PROBS = [f"prob_{c}" for c in CLASSES]
 COLUMNS = {
     "per_frame.csv": ["frame_index", "time_sec", "face_id", "box", "manual_label", "raw_label", "pred_label", *PROBS,
@@ -439,7 +440,7 @@ COLUMNS = {
 TRUTH = "truth.csv"  # what was drawn, beside the session of a drawn face
 EVENT_COLUMNS = ["label", "start_frame", "end_frame", "start_sec", "end_sec", "source"]
 
-# %% ../nbs/06_realtime_demo.ipynb #06-029
+# %% ../nbs/06_realtime_demo.ipynb #06-030
 def _saved(write):
     "A writing method of the log: what the disk refuses becomes one clear line, after which the log is closed."
     @wraps(write)
@@ -490,7 +491,7 @@ class SessionLog:
         for f in self.files.values():
             with suppress(OSError): f.close()
 
-# %% ../nbs/06_realtime_demo.ipynb #06-030
+# %% ../nbs/06_realtime_demo.ipynb #06-031
 def _events(timeline: Timeline, times: dict, source: str) -> list[tuple]:
     "Rows of events.csv."
     return [(CLASSES[s.label - 1], s.start, s.end, times.get(s.start, ""), times.get(s.end, ""), source) for s in timeline.stretches]
@@ -538,7 +539,7 @@ def frame(self: SessionLog,
     result.latency["log"] = 1e3*(time.perf_counter() - started)
     self.rows["latency.csv"].writerow([index, f"{wall_sec:.6f}", *(f"{result.latency[s]:.3f}" for s in STAGES_TIMED)])
 
-# %% ../nbs/06_realtime_demo.ipynb #06-031
+# %% ../nbs/06_realtime_demo.ipynb #06-032
 @patch
 @_saved
 def change(self: SessionLog,
@@ -580,7 +581,7 @@ def close(self: SessionLog,
     self.info.save(self.folder)
     self.closed = True
 
-# %% ../nbs/06_realtime_demo.ipynb #06-033
+# %% ../nbs/06_realtime_demo.ipynb #06-034
 class Pipeline:
     "From a source to labels; safe to drive from one thread and tune from another."
     def __init__(self,
@@ -614,7 +615,7 @@ class Pipeline:
             if self.clips: self.clips.close()
             if self.log: self.log.close(reason)
 
-# %% ../nbs/06_realtime_demo.ipynb #06-034
+# %% ../nbs/06_realtime_demo.ipynb #06-035
 def _find(self: Pipeline, frame: Frame) -> tuple[list[Detection], list[int]]:
     "The largest faces, with their numbers."
     found = self.detector.detect(frame.image)[:self.most_faces]
@@ -668,7 +669,7 @@ def step(self: Pipeline) -> Result | None:  # None: the source is at its end
         self._note(result)
     return result
 
-# %% ../nbs/06_realtime_demo.ipynb #06-035
+# %% ../nbs/06_realtime_demo.ipynb #06-036
 @patch
 def _note(self: Pipeline, result: Result):
     "Label by hand, log, remember."
@@ -705,7 +706,7 @@ def shares(self: Pipeline) -> dict[str, float]:  # class -> 0..1
     counts = Counter(label for _, label in self.recent if label in CLASSES)
     return {c: counts[c]/max(1, counts.total()) for c in CLASSES}
 
-# %% ../nbs/06_realtime_demo.ipynb #06-037
+# %% ../nbs/06_realtime_demo.ipynb #06-038
 @patch(as_prop=True)
 def settings(self: Pipeline) -> dict:
     "All that `set` can change, as it is now."
@@ -741,7 +742,7 @@ def _set_clahe(self: Pipeline, on: bool):
     if on and trained is None: raise UsageError("this model was trained without CLAHE: it has no settings for it")
     self.geometry = self.geometry.model_copy(update={"clahe": trained if on else None})
 
-# %% ../nbs/06_realtime_demo.ipynb #06-038
+# %% ../nbs/06_realtime_demo.ipynb #06-039
 def _act(self: Pipeline):
     "Remember the labels as they are, for undo."
     if self.log is None: raise UsageError("labels need a session: give --out")
@@ -775,7 +776,7 @@ def undo(self: Pipeline):
         if hand and first <= now: log.manual.paint(hand, first, now)
         if self.last is not None: self.last.manual = log.manual.at(now)
 
-
+# %% ../nbs/06_realtime_demo.ipynb #06-041
 def _edit(self: Pipeline, how: str, *more):
     "Change the labels that stand, at the frame that is seen."
     with self.lock:
@@ -817,7 +818,7 @@ def seek(self: Pipeline, index: int):
         self.acts = [(first, stretches, None) for first, stretches, _ in self.acts]
         _forget(self, self.source.index)
 
-# %% ../nbs/06_realtime_demo.ipynb #06-040
+# %% ../nbs/06_realtime_demo.ipynb #06-043
 def session_info(
     source: Source,
     detector,
@@ -868,7 +869,7 @@ def open_pipeline(
         source.close()
         raise
 
-# %% ../nbs/06_realtime_demo.ipynb #06-042
+# %% ../nbs/06_realtime_demo.ipynb #06-045
 CONSENT = ("pictures of people are only kept with --save-clips and --consent together, and with --out for a session: "
            "the second says that everybody in front of the camera has agreed")
 
@@ -893,7 +894,7 @@ class Clips:
         if self.writer: self.writer.release()
         self.writer, self.left = None, 0
 
-# %% ../nbs/06_realtime_demo.ipynb #06-050
+# %% ../nbs/06_realtime_demo.ipynb #06-053
 PALETTE = ((0, 94, 213), (115, 158, 0), (167, 121, 204), (66, 228, 240), (178, 114, 0), (0, 159, 230), (160, 160, 160))  # BGR, a class each
 INK, PAPER, FAINT, DIM = (235, 235, 235), (32, 32, 32), (70, 70, 70), (150, 150, 150)
 VIEW_HEIGHT, PANEL, BAR, LINE = 480, 250, 56, 26  # pixels
@@ -935,7 +936,7 @@ def draw_faces(result: Result) -> np.ndarray:  # (480, W, 3) BGR
     if not result.faces: _text(view, NO_FACE, (16, 36), 0.8)
     return view
 
-# %% ../nbs/06_realtime_demo.ipynb #06-051
+# %% ../nbs/06_realtime_demo.ipynb #06-054
 def draw_panel(pipeline: Pipeline, result: Result) -> np.ndarray:  # (480, PANEL, 3) BGR
     "Bars of the smoothed probabilities, shares of the last ten seconds, speed and settings."
     panel = np.full((VIEW_HEIGHT, PANEL, 3), PAPER, np.uint8)
@@ -986,7 +987,7 @@ def bar_class_at(
     edges = np.linspace(0, width, len(CLASSES) + 2).round()
     return int(np.searchsorted(edges, x, side="right") - 1)
 
-# %% ../nbs/06_realtime_demo.ipynb #06-052
+# %% ../nbs/06_realtime_demo.ipynb #06-055
 def privacy_line(pipeline: Pipeline) -> str:
     "What is stored of what the camera sees."
     if pipeline.log is None: return "Nothing is stored."
@@ -1010,7 +1011,7 @@ def draw(
     _text(foot, right, (view.shape[1] - _text_width(right, 0.42) - 14, 17), 0.42, DIM)
     return np.vstack([view, *([draw_bar(view.shape[1], result.manual)] if bar else []), foot])
 
-# %% ../nbs/06_realtime_demo.ipynb #06-054
+# %% ../nbs/06_realtime_demo.ipynb #06-057
 STEPS = {"[": ("ema", -0.05), "]": ("ema", 0.05), "-": ("delta", -0.01), "=": ("delta", 0.01), "v": ("window", -1), "b": ("window", 1),
          "n": ("min_count", -1), "m": ("min_count", 1)}
 
@@ -1067,7 +1068,7 @@ class Player:
             self.go(here + (1 if key == "." else -1))
         elif key in ("<", ">"): self.go(here + round((2 if key == ">" else -2)*p.source.fps))
 
-# %% ../nbs/06_realtime_demo.ipynb #06-059
+# %% ../nbs/06_realtime_demo.ipynb #06-062
 def window_problem() -> str | None:
     "Why no window can be opened; None: it can."
     gui = next((line.split(":", 1)[1].strip() for line in cv2.getBuildInformation().splitlines() if line.strip().startswith("GUI:")), "")
@@ -1112,7 +1113,7 @@ def run_headless(
             if progress.n % 30 == 0: progress.set_postfix_str(result.label)
             if seconds is not None and result.time_sec >= seconds: break
 
-# %% ../nbs/06_realtime_demo.ipynb #06-061
+# %% ../nbs/06_realtime_demo.ipynb #06-064
 def run_demo(
     source="0",  # as for `open_source`
     model="",  # an .onnx, or a run's best.pt

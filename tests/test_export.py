@@ -42,6 +42,9 @@ def test_notebook_is_executed_small_and_clean(path):
         assert sum("parameters" in c["metadata"].get("tags", []) for c in nb["cells"]) == 1
 
 
+LAZY = {("deploy", "students")}  # a .pt needs torch; an .onnx, which most people have, must do without
+
+
 def test_modules_import_only_what_comes_before():
     place = {}
     for i, p in enumerate(NOTEBOOKS):
@@ -55,5 +58,5 @@ def test_modules_import_only_what_comes_before():
             if not found: continue
             seen += 1
             assert place[found[2]] < place[module], f"{module} imports {found[2]}, which comes later"
-            assert not found[1], f"{module} hides an import of {found[2]} in a function"
+            assert not found[1] or (module, found[2]) in LAZY, f"{module} hides an import of {found[2]} in a function"
     assert seen > 20
