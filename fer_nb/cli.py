@@ -131,6 +131,16 @@ def ensemble_evaluate(a):
     print(evaluate_ensemble(a.dir, a.manifest))
 
 
+def export(a):
+    from fer_nb.exporting import export_checkpoint
+    print(export_checkpoint(a.checkpoint, a.out, a.manifest, a.cache, precisions=a.precision))
+
+
+def bench(a):
+    from fer_nb.exporting import bench
+    print(bench(a.models, a.out, **{k: v for k in ("batches", "threads", "providers", "runs") if (v := getattr(a, k)) is not None}))
+
+
 def predict(a):
     from fer_nb.pictures import predict_pictures
     found = predict_pictures(a.images, a.model, a.detector, a.min_face, whole=a.whole, say=lambda line: print(line, file=sys.stderr))
@@ -151,15 +161,15 @@ def demo(a):
     if a.browser: return demo_in_browser(a)
     from fer_nb.realtime import run_demo
     out = None if a.no_log else a.out or f"runs/demo/{time.strftime('%Y%m%d-%H%M%S')}"
-    run_demo(a.source or "0", a.model, a.detector, out, a.headless, a.seconds, min_face=a.min_face, save_clips=a.save_clips, consent=a.consent,
-             **_stabiliser(a))
+    run_demo(a.source or "0", a.model, a.detector, out, a.headless, a.seconds, min_face=a.min_face, save_clips=a.save_clips,
+             consent=a.consent, **_stabiliser(a))
 
 
 def demo_in_browser(a):
     from fer_nb.widget import serve_cell
     if a.headless or a.no_log or a.seconds: raise UsageError("--browser goes with neither --headless nor --no-log nor --seconds")
-    serve_cell(a.model, a.source or "browser", a.detector, a.out or "runs/demo", min_face=a.min_face, save_clips=a.save_clips, consent=a.consent,
-               **_stabiliser(a))
+    serve_cell(a.model, a.source or "browser", a.detector, a.out or "runs/demo", min_face=a.min_face, save_clips=a.save_clips,
+               consent=a.consent, **_stabiliser(a))
 
 
 def score(a):
@@ -315,6 +325,20 @@ def parser():
     c.add_argument("--out", default="", metavar="DIR", help="run folder (default: runs/PROFILE)")
     c.add_argument("--cores", type=int, metavar="N", help="cores to use (default: all)")
     c.add_argument("--dry-run", action="store_true", help="only say what would run")
+
+    c = command(sub, "export", export, "write a finished run as ONNX, in fp32, fp16 and int8, and compare the files with it")
+    c.add_argument("checkpoint", metavar="RUN", help="a student's or teacher's folder, or its best.pt")
+    c.add_argument("--manifest", metavar="DIR", help="a frozen manifest: training faces for int8, test faces for the comparison")
+    c.add_argument("--cache", metavar="DIR", help="its packed images, of the model's size")
+    c.add_argument("--precision", action="append", choices=("fp32", "fp16", "int8"), help="may be repeated (default: all that can be had)")
+    c.add_argument("--out", metavar="DIR", help="where the files go (default: onnx, beside the checkpoint)")
+    c = command(sub, "bench", bench, "time exported models against each other, interleaved in one process")
+    c.add_argument("models", nargs="+", metavar="MODEL", help="exported .onnx files")
+    c.add_argument("--batches", type=int, nargs="+", metavar="N", help="faces at once (default: 1 8)")
+    c.add_argument("--threads", type=int, nargs="+", metavar="N", help="(default: 1 and all)")
+    c.add_argument("--providers", nargs="+", metavar="NAME", help="cpu, cuda, dml or a full name (default: all that are here)")
+    c.add_argument("--runs", type=int, metavar="N", help="of each model (default: 200)")
+    c.add_argument("--out", metavar="DIR", help="where latency_benchmarks.csv goes (default: beside the first model)")
 
     c = command(sub, "predict", predict, "find the faces of pictures and say what they show; exits 1 when there is none in any")
     c.add_argument("images", nargs="+", metavar="IMAGE")

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SCHEMA', 'MAX_BIAS', 'OPENERS', 'BATCH', 'ModelFacts', 'whole_geometry', 'read_facts', 'provider_name', 'node_counts',
-           'assert_provider', 'session_options', 'open_session', 'class_values', 'probabilities', 'PastValues',
-           'ClassValues', 'read_class_values', 'write_class_values', 'open_onnx', 'checkpoint_facts', 'open_checkpoint',
-           'prepared', 'check_prepared', 'check_model_path', 'Predictor']
+           'assert_provider', 'session_options', 'open_session', 'class_values', 'probabilities', 'read_class_values',
+           'write_class_values', 'open_onnx', 'checkpoint_facts', 'open_checkpoint', 'prepared', 'check_prepared',
+           'check_model_path', 'Predictor']
 
 # %% ../nbs/05b_predictor.ipynb #05b-003
 import copy
@@ -18,10 +18,11 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import ValidationError
 
 from fer_nb.artifacts import (
-    CLASSES, Artifact, ArtifactError, Calibration, GateError, HashManifest, UsageError, find_artifact, read_json, sha256_file,
+    CLASSES, ArtifactError, Calibration, ClassValues, GateError, HashManifest, PastValues, UsageError, find_artifact, read_json,
+    sha256_file,
 )
 from .geometry import Geometry, normalise, prepare_face
 
@@ -199,19 +200,6 @@ def probabilities(
     return e/e.sum(-1, keepdims=True)
 
 # %% ../nbs/05b_predictor.ipynb #05b-027
-class PastValues(BaseModel):
-    "What stood in a file of class values before."
-    version: int
-    values: dict[str, float]
-
-
-class ClassValues(Artifact):
-    "One number a class, tuned by hand, and what stood there before."
-    version: int = Field(1, ge=1)
-    values: dict[str, float]  # class -> value; a class that is not named has 0
-    history: list[PastValues] = []  # oldest first
-
-
 def _class_values_file(path) -> ClassValues:
     "A file of class values, written by this project or by hand."
     data = read_json(path)

@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['OPSET', 'PRECISIONS', 'LOGIT_LIMIT', 'OUTPUTS', 'LIMITS', 'COLOURS', 'describe', 'to_fp32', 'to_fp16', 'no_chatter',
-           'to_int8', 'save_checked', 'model_file', 'ParityCheck', 'ExportedFile', 'ExportReport', 'embedded_faces',
-           'torch_logits', 'quick_parity', 'open_run', 'export_model', 'VariantParity', 'OnnxParity', 'compare_logits',
-           'check_parity', 'require_parity', 'parity_plot', 'file_precision', 'open_variants', 'interleaved',
-           'measure_latency', 'latency_plot', 'plain_export', 'packed_faces', 'ExportResult', 'export_checkpoint',
-           'BenchResult', 'bench']
+           'to_int8', 'save_checked', 'model_file', 'embedded_faces', 'torch_logits', 'quick_parity', 'open_run',
+           'export_model', 'compare_logits', 'check_parity', 'require_parity', 'parity_plot', 'file_precision',
+           'open_variants', 'interleaved', 'measure_latency', 'latency_plot', 'plain_export', 'packed_faces',
+           'ExportResult', 'export_checkpoint', 'BenchResult', 'bench']
 
 # %% ../nbs/09_onnx_latency.ipynb #09-003
 import copy
@@ -20,7 +19,6 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import ClassVar
 
 # %% ../nbs/09_onnx_latency.ipynb #09-004
 import matplotlib.pyplot as plt
@@ -32,12 +30,14 @@ import torch
 from onnxconverter_common import float16
 from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
-from pydantic import BaseModel, Field
 from torch import nn
 from tqdm.auto import tqdm
 
 # %% ../nbs/09_onnx_latency.ipynb #09-005
-from .artifacts import Artifact, ArtifactError, GateError, Interval, UsageError, atomic_path, sha256_file, write_csv
+from fer_nb.artifacts import (
+    ArtifactError, ExportedFile, ExportReport, GateError, Interval, OnnxParity, ParityCheck, UsageError, VariantParity, atomic_path,
+    sha256_file, write_csv,
+)
 from .calibration import BLUE, GREEN, GREY, ORANGE, macro_f1, paired_interval
 from fer_nb.deploy import (
     ModelFacts, Predictor, check_prepared, checkpoint_facts, open_onnx, open_session, prepared, probabilities, read_facts,
@@ -135,43 +135,7 @@ def save_checked(graph: onnx.ModelProto, path) -> Path:
 
 def model_file(precision: str) -> str: return f"model_{precision}.onnx"
 
-# %% ../nbs/09_onnx_latency.ipynb #09-018
-class ParityCheck(BaseModel):
-    "The fp32 file against PyTorch on the same inputs."
-    n: int
-    inputs: str
-    mean_abs_diff: float  # of logits
-    max_abs_diff: float
-    limit: float
-    passed: bool = Field(alias="pass")
-    model_config = dict(populate_by_name=True)
-
-
-class ExportedFile(BaseModel):
-    "One exported file."
-    file: str
-    sha256: str
-    bytes: int
-    calibration_faces: int | None = None  # int8: training faces that set its ranges
-
-
-class ExportReport(Artifact):
-    "What was exported, from which checkpoint, and that it computes the same."
-    filename: ClassVar[str] = "onnx_export_report.json"
-    model_name: str
-    checkpoint_hash: str  # sha256 of best.pt
-    dataset_index_id: str
-    opset: int
-    precision: list[str]  # of the files, in order
-    input_shape: list[str | int]
-    temperature: float
-    geometry: dict
-    files: dict[str, ExportedFile]  # by precision
-    parity_check: ParityCheck
-    versions: dict[str, str]
-    date: str  # ISO 8601, UTC
-
-# %% ../nbs/09_onnx_latency.ipynb #09-020
+# %% ../nbs/09_onnx_latency.ipynb #09-019
 LOGIT_LIMIT = 1e-4  # |Δ logit| of fp32
 
 
@@ -206,7 +170,7 @@ def quick_parity(
     return ParityCheck(n=n, inputs="embedded faces", mean_abs_diff=float(off.mean()), max_abs_diff=float(off.max()), limit=LOGIT_LIMIT,
                        passed=bool(off.max() <= LOGIT_LIMIT))
 
-# %% ../nbs/09_onnx_latency.ipynb #09-021
+# %% ../nbs/09_onnx_latency.ipynb #09-020
 def open_run(
     checkpoint,  # a run's folder, or its best.pt
 ) -> tuple[nn.Module, ModelFacts]:
@@ -226,7 +190,7 @@ def _choose(precisions, calibration_faces) -> list[str]:
         raise UsageError("int8 needs training faces to set its ranges: give calibration_faces, or leave int8 out")
     return [p for p in PRECISIONS if p in precisions]
 
-# %% ../nbs/09_onnx_latency.ipynb #09-022
+# %% ../nbs/09_onnx_latency.ipynb #09-021
 OUTPUTS = (*map(model_file, PRECISIONS), "onnx_export_report.json", "onnx_parity.json", "latency_benchmarks.csv",
            "latency_reference.csv", "hash_manifest.json")
 
@@ -266,48 +230,14 @@ def _report(facts: ModelFacts, files: dict, check: ParityCheck) -> ExportReport:
         precision=list(files), input_shape=["batch", 3, size, size], temperature=facts.temperature, geometry=facts.geometry.to_dict(),
         files=files, parity_check=check, versions=package_versions(packages), date=datetime.now(UTC).isoformat(timespec="seconds"))
 
-# %% ../nbs/09_onnx_latency.ipynb #09-025
+# %% ../nbs/09_onnx_latency.ipynb #09-024
 LIMITS = {  # what may differ, by precision
     "fp32": {"max_logit_diff": LOGIT_LIMIT},
     "fp16": {"max_prob_diff": 5e-3, "argmax_disagreement": 0.005, "macro_f1_change": 0.2},
     "int8": {"macro_f1_loss": 0.3, "argmax_disagreement": 0.05},
 }
 
-
-class VariantParity(BaseModel):
-    "One exported file against the checkpoint, on the same faces."
-    file: str
-    sha256: str
-    max_logit_diff: float
-    mean_logit_diff: float
-    max_prob_diff: float  # probabilities at the model's temperature
-    mean_prob_diff: float
-    argmax_agreement: float  # share of faces
-    macro_f1: float | None = None  # null where the faces have no labels
-    macro_f1_change: Interval | None = None  # points, file - checkpoint, paired bootstrap
-    limits: dict[str, float]
-    passed: bool = Field(alias="pass")
-    model_config = dict(populate_by_name=True)
-
-
-class OnnxParity(Artifact):
-    "Whether the exported files answer as the checkpoint does."
-    filename: ClassVar[str] = "onnx_parity.json"
-    model_name: str
-    checkpoint_hash: str
-    dataset_index_id: str
-    faces: str  # which they were, in words
-    n: int
-    provider: str
-    temperature: float
-    macro_f1: float | None = None  # of the checkpoint
-    variants: dict[str, VariantParity]  # by precision
-    passed: bool = Field(alias="pass")  # fp32 and fp16; int8 is judged by its own bar
-    resamples: int
-    seed: int
-    date: str
-
-# %% ../nbs/09_onnx_latency.ipynb #09-026
+# %% ../nbs/09_onnx_latency.ipynb #09-025
 def compare_logits(
     precision: str,
     truth: np.ndarray,  # (N, 7) of the checkpoint
@@ -332,7 +262,7 @@ def compare_logits(
                 mean_prob_diff=float(dp.mean()), argmax_agreement=agree, **f1, limits=limits,
                 passed=all(found[k] <= v for k, v in limits.items()))
 
-# %% ../nbs/09_onnx_latency.ipynb #09-029
+# %% ../nbs/09_onnx_latency.ipynb #09-028
 def check_parity(
     model_dir,  # holds model_fp32.onnx and the others that were exported
     checkpoint,  # the run's folder, or its best.pt
@@ -374,7 +304,7 @@ def require_parity(parity: OnnxParity, model_dir):
         over = "; ".join(f"{k} {found[k]:.3g}, limit {limit:g}" for k, limit in v.limits.items() if found[k] > limit)
         raise GateError(f"{model_dir}/{v.file} does not answer as its checkpoint does ({over}): don't ship it, export without it")
 
-# %% ../nbs/09_onnx_latency.ipynb #09-031
+# %% ../nbs/09_onnx_latency.ipynb #09-030
 def parity_plot(
     truth: np.ndarray,  # (N, 7) probabilities of the checkpoint
     others: dict[str, np.ndarray],  # precision -> (N, 7)
@@ -392,7 +322,7 @@ def parity_plot(
     fig.suptitle(f"Probabilities of {min(most, len(truth)):,} faces × 7 classes", fontsize=10)
     return fig
 
-# %% ../nbs/09_onnx_latency.ipynb #09-033
+# %% ../nbs/09_onnx_latency.ipynb #09-032
 def file_precision(path) -> str:  # fp32 | fp16 | int8
     "What the arithmetic of an ONNX file is done in."
     graph = onnx.load(path).graph
@@ -434,7 +364,7 @@ def interleaved(
         if bar is not None: bar.update()
     return seconds[warmup:]
 
-# %% ../nbs/09_onnx_latency.ipynb #09-034
+# %% ../nbs/09_onnx_latency.ipynb #09-033
 def _table(jobs: list[dict], seconds: np.ndarray) -> pd.DataFrame:
     "Statistics of the times, one row a job."
     ms = 1000*seconds
@@ -477,7 +407,7 @@ def measure_latency(
     found.attrs["left_out"] = left_out
     return found
 
-# %% ../nbs/09_onnx_latency.ipynb #09-037
+# %% ../nbs/09_onnx_latency.ipynb #09-036
 COLOURS = {"fp32": BLUE, "fp16": GREEN, "int8": ORANGE}
 
 
@@ -498,7 +428,7 @@ def latency_plot(table: pd.DataFrame) -> plt.Figure:
     fig.suptitle(f"Latency of the network: median of {table['runs'].min()} runs, line to p90", fontsize=10)
     return fig
 
-# %% ../nbs/09_onnx_latency.ipynb #09-039
+# %% ../nbs/09_onnx_latency.ipynb #09-038
 def plain_export(
     path,  # where the file goes
     size: int = 224,  # pixels
@@ -507,7 +437,7 @@ def plain_export(
     facts = ModelFacts(Geometry(size=size), 1.0, f"untrained, {size} px, to time against", "none", "none")
     return save_checked(to_fp32(make_student(), facts), path)
 
-# %% ../nbs/09_onnx_latency.ipynb #09-042
+# %% ../nbs/09_onnx_latency.ipynb #09-041
 def packed_faces(
     manifest_dir,  # a frozen manifest
     cache_dir,  # its packed images
@@ -525,7 +455,7 @@ def packed_faces(
     faces = np.asarray(rows.gather(at))
     return np.repeat(faces[..., None], 3, -1) if faces.ndim == 3 else faces, rows.labels[at]
 
-# %% ../nbs/09_onnx_latency.ipynb #09-043
+# %% ../nbs/09_onnx_latency.ipynb #09-042
 class ExportResult(Result):
     "What was exported, and how near it comes to the checkpoint."
     def __init__(self, report: ExportReport, parity: OnnxParity, out, notes=()):
@@ -571,7 +501,7 @@ def export_checkpoint(
     if (v := parity.variants.get("int8")) and not v.passed: notes.append("int8 is outside its bar: ship fp32")
     return ExportResult(report, parity, out, notes)
 
-# %% ../nbs/09_onnx_latency.ipynb #09-044
+# %% ../nbs/09_onnx_latency.ipynb #09-043
 class BenchResult(Result):
     "Models timed against each other."
     def __init__(self, table: pd.DataFrame, path=None): self.table, self.path = table, path

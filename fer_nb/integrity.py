@@ -25,9 +25,9 @@ import pandas as pd
 
 from fer_nb.artifacts import (
     CLASSES, AlignmentReport, ArtifactError, BackboneGuard, Calibration, ClassOrder, DatasetIndex, DKDUnitTest, EnsembleGate,
-    Environment, FerError, GateError, HashManifest, LeakageReport, ManifestValidation, ReliabilityMetrics, RunArgs, SmokeTest,
-    TrainingHistory, UsageError, check_seal, class_order_hash, find_artifact, read_npz, seal_folder, unseal, write_npz,
-    write_text,
+    Environment, ExportReport, FerError, GateError, HashManifest, LeakageReport, ManifestValidation, OnnxParity, ReliabilityMetrics,
+    RunArgs, SmokeTest, TrainingHistory, UsageError, check_seal, class_order_hash, find_artifact, read_npz, seal_folder, sha256_file,
+    unseal, write_npz, write_text,
 )
 
 # %% ../nbs/01_integrity_gates.ipynb #01-005
@@ -423,6 +423,23 @@ def _judge_ensemble(j: _Judge, datasets: set[str]):
     _judge_softlabels(j)
 
 # %% ../nbs/01_integrity_gates.ipynb #01-031
+def _proved_files(folder: Path) -> str | None:
+    "What is wrong with the files of an export, or None."
+    for name, v in OnnxParity.load(folder).variants.items():
+        path = folder/v.file
+        if not path.is_file(): continue  # weights are not kept with the small results
+        if sha256_file(path) != v.sha256: return f"{v.file} ({name}) is not the file that was compared"
+    return None
+
+
+def _judge_export(j: _Judge):
+    "An exported model: computed as PyTorch does, compared on faces, unchanged since."
+    j.ask("the export computes what PyTorch computes", ExportReport.filename,
+          lambda f: None if ExportReport.load(f).parity_check.passed else "fp32 differs from PyTorch")
+    j.ask("fp32 and fp16 answer as the checkpoint on faces", OnnxParity.filename, _says(OnnxParity, "passed"))
+    j.ask("the files are those that were compared", OnnxParity.filename, _proved_files)
+
+# %% ../nbs/01_integrity_gates.ipynb #01-033
 def gates(
     run_dir,  # a run, or a folder of runs
 ) -> Checklist:
@@ -441,6 +458,10 @@ def gates(
     for folder in dict.fromkeys(ensembles):
         judge = _Judge(folder, root)
         _judge_ensemble(judge, datasets)
+        lines += judge.lines
+    for folder in sorted({p.parent for name in (ExportReport.filename, OnnxParity.filename) for p in root.rglob(name)}):
+        judge = _Judge(folder, root)
+        _judge_export(judge)
         lines += judge.lines
     for folder in trainings:
         judge = _Judge(folder, root)

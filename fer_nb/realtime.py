@@ -165,7 +165,14 @@ class Source:
 
 # %% ../nbs/06_realtime_demo.ipynb #06-014
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # the decoder's own messages: what goes wrong is said by the source
-_capture = cv2.VideoCapture
+
+
+def _capture(what) -> cv2.VideoCapture:
+    "OpenCV's reader, without the messages of the backends that it tries in turn."
+    level = cv2.utils.logging.getLogLevel()
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+    try: return cv2.VideoCapture(what)
+    finally: cv2.utils.logging.setLogLevel(level)
 
 
 class VideoSource(Source):
@@ -1126,7 +1133,7 @@ def run_demo(
 ) -> Tally:
     "Run a source to its end, in a window or without one."
     if not headless and (problem := window_problem()):
-        raise UsageError(f"no window can be opened: {problem}. Give --headless, or use the notebook's cell (nbs/06b_webcam_cell.ipynb)")
+        raise UsageError(f"no window can be opened: {problem}. Give --browser for a page, or --headless for none")
     pipeline, why = open_pipeline(source, model, detector, out, say=say, **more), "the source came to its end"
     say(privacy_line(pipeline))
     try:

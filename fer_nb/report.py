@@ -4,24 +4,28 @@
 
 # %% auto #0
 __all__ = ['LINKED', 'CHECKLIST', 'CSS', 'Run', 'find_runs', 'results_table', 'per_class_table', 'by_source_table',
-           'source_columns', 'find_ensembles', 'ensembles_markdown', 'data_tables', 'audit_findings', 'plot_curves',
-           'plot_confusions', 'plot_reliability', 'links_markdown', 'write_checklist', 'keep_results', 'live_links',
-           'page_cells', 'render']
+           'source_columns', 'find_ensembles', 'ensembles_markdown', 'onnx_markdown', 'data_tables', 'audit_findings',
+           'compact', 'plot_curves', 'plot_confusions', 'plot_reliability', 'links_markdown', 'write_checklist',
+           'keep_results', 'live_links', 'page_cells', 'render']
 
 # %% ../nbs/09b_report.ipynb #09b-002
 import re
 import tempfile
+from io import BytesIO
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import nbformat
 import pandas as pd
+import PIL.Image
 import pypandoc
+from IPython.display import Image
+from tabulate import tabulate
 
 from . import ensembles
 from fer_nb.artifacts import (
-    CLASSES, ArtifactError, Calibration, DatasetIndex, Environment, GateError, LeakageReport, ReliabilityMetrics, RunArgs,
-    TrainingHistory, UsageError, atomic_path, read_npz, write_bytes, write_csv, write_npz, write_text,
+    CLASSES, ArtifactError, Calibration, DatasetIndex, Environment, GateError, LeakageReport, OnnxParity, ReliabilityMetrics, RunArgs,
+    TrainingHistory, UsageError, atomic_path, find_artifact, read_npz, write_bytes, write_csv, write_npz, write_text,
 )
 from .calibration import draw_bars, draw_confusion, reliability_table, top_label
 from .integrity import gates
@@ -127,6 +131,25 @@ def ensembles_markdown(
     return "\n\n".join(parts) or "This run has no ensemble."
 
 # %% ../nbs/09b_report.ipynb #09b-011
+def onnx_markdown(
+    folder,  # an export's folder
+) -> str:
+    "What each exported file costs in answers and in time."
+    folder = Path(folder)
+    if not find_artifact(folder, OnnxParity.filename): return "No model has been exported in this run folder."
+    p = OnnxParity.load(folder)
+    rows = [(k, f"{v.max_logit_diff:.1e}", f"{v.max_prob_diff:.1e}", f"{v.argmax_agreement:.2%}",
+             "–" if v.macro_f1_change is None else v.macro_f1_change.show(2, signed=True), "yes" if v.passed else "**no**")
+            for k, v in p.variants.items()]
+    out = f"{p.model_name}, n = {p.n:,} ({p.faces})\n\n" + tabulate(
+        rows, ("file", "largest logit difference", "of a probability", "same label", "macro-F1, points", "within its bar"), "pipe")
+    latency = folder/"latency_benchmarks.csv"
+    if not latency.is_file(): return out
+    shown = ["model", "precision", "size", "provider", "threads", "batch", "runs", "p50_ms", "p90_ms", "p99_ms", "faces_per_s"]
+    t = pd.read_csv(latency)[shown]
+    return f"{out}\n\n{t.round(3).to_markdown(index=False)}"
+
+# %% ../nbs/09b_report.ipynb #09b-013
 def data_tables(
     manifest_dir,  # a frozen manifest
 ) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:  # classes by split; excluded rows by reason; what the audit found, in words
@@ -151,7 +174,7 @@ def audit_findings(leaks: LeakageReport) -> list[str]:
     return found + [f"{d.source_a} and {d.source_b} hold {d.pictures:,} pictures in common and disagree on the label of "
                     f"{d.disagreement:.1%} of them." for d in leaks.source_disagreement if d.pictures]
 
-# %% ../nbs/09b_report.ipynb #09b-013
+# %% ../nbs/09b_report.ipynb #09b-015
 def _grid(n: int, width: float = 3.4, height: float = 3.2, columns: int = 3):
     "Axes for n small plots, the rest switched off."
     columns = min(n, columns)
@@ -159,6 +182,15 @@ def _grid(n: int, width: float = 3.4, height: float = 3.2, columns: int = 3):
     fig, axes = plt.subplots(rows, columns, figsize=(width*columns, height*rows), dpi=66, layout="constrained", squeeze=False)
     for ax in axes.flat[n:]: ax.set_axis_off()
     return fig, list(axes.flat[:n])
+
+
+def compact(fig) -> Image:
+    "A figure as a PNG of 128 colours, a third of the bytes: pages with many runs stay small."
+    data, small = BytesIO(), BytesIO()
+    fig.savefig(data, format="png")
+    plt.close(fig)
+    PIL.Image.open(data).convert("RGB").quantize(128, dither=PIL.Image.Dither.NONE).save(small, "png", optimize=True)
+    return Image(small.getvalue())
 
 
 def plot_curves(runs):
@@ -175,7 +207,7 @@ def plot_curves(runs):
         ax.legend(handles, [x.get_label() for x in handles], fontsize=6, loc="lower left")
     return fig
 
-# %% ../nbs/09b_report.ipynb #09b-014
+# %% ../nbs/09b_report.ipynb #09b-016
 def plot_confusions(runs):
     "Confusion shares on test rows, a small plot a kind of run, its seeds added up."
     kinds = {k: [r for r in runs if r.key == k] for k in dict.fromkeys(r.key for r in runs)}
@@ -198,7 +230,7 @@ def plot_reliability(runs):
     axes[0].legend(fontsize=7)
     return fig
 
-# %% ../nbs/09b_report.ipynb #09b-016
+# %% ../nbs/09b_report.ipynb #09b-018
 LINKED = ("manifest.csv", "dataset_index.json", "manifest_validation.json", "leakage_report.json", "args.json", "environment.json",
           "history.csv", "calibration.json", "reliability_metrics.json", "selective.json", "confusion.csv", "metrics_by_source.csv",
           "alignment_report.json", "confusion_out_of_fold.csv", "ensemble_config.json", "ensemble_alignment_gate.json",
@@ -220,7 +252,7 @@ def links_markdown(
         lines.append(f"- `{folder.relative_to(root).as_posix()}`: " + ", ".join(link(f) for f in files))
     return "\n".join(lines)
 
-# %% ../nbs/09b_report.ipynb #09b-018
+# %% ../nbs/09b_report.ipynb #09b-020
 CHECKLIST = "go_no_go.csv"
 
 
@@ -263,7 +295,7 @@ def live_links(
     def keep(m): return m[0] if (Path(folder)/m[1]).exists() else m[2]
     return re.sub(r'<a\s+href="(\.\./[^"]+)"[^>]*>(.*?)</a>', keep, page, flags=re.DOTALL)
 
-# %% ../nbs/09b_report.ipynb #09b-021
+# %% ../nbs/09b_report.ipynb #09b-023
 CSS = """
 :root { color-scheme: light dark; }
 body { max-width: 62rem; margin: 2rem auto; padding: 0 1.2rem; font: 16px/1.55 system-ui, sans-serif; color: #1d2733; background: #fff; }

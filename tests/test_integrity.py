@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from fer_nb.artifacts import (
-    CLASSES, AlignmentReport, Artifact, ArtifactError, Calibration, ClassOrder, GateError, artifact_models, atomic_path, class_order_hash,
-    inventory, read_json, seal_folder, write_json, write_npz,
+    CLASSES, OTHER_NAMES, AlignmentReport, Artifact, ArtifactError, Calibration, ClassOrder, GateError, artifact_models, atomic_path,
+    class_order_hash, inventory, read_json, seal_folder, sha256_file, write_json, write_npz,
 )
 from fer_nb.calibration import calibrate
 from fer_nb.integrity import (
@@ -164,7 +164,7 @@ def test_interrupted_write_leaves_the_old_file(tmp_path):
 
 def test_every_artifact_model_has_a_file_and_a_schema_version():
     for model in Artifact.__subclasses__():
-        assert model.filename.endswith(".json") and model.model_fields["schema_version"].default >= 1
+        assert (model.filename.endswith(".json") or model in OTHER_NAMES.values()) and model.model_fields["schema_version"].default >= 1
 
 
 def test_inventory_tells_whole_from_broken(tmp_path):
@@ -196,3 +196,26 @@ def test_gates_refuse_a_report_on_the_rows_that_chose_the_temperature(tmp_path, 
 
 def test_gates_of_softlabels_alone_have_nothing_to_judge(folder):
     with pytest.raises(GateError, match="nothing to judge"): gates(folder.parent)
+
+
+def test_an_export_is_judged_by_its_proofs_and_its_files(tmp_path):
+    parity = {"file": "model_fp32.onnx", "max_logit_diff": 1e-6, "mean_logit_diff": 0, "max_prob_diff": 0, "mean_prob_diff": 0,
+              "argmax_agreement": 1.0, "limits": {"max_logit_diff": 1e-4}, "pass": True}
+    common = {"model_name": "m", "checkpoint_hash": "c", "dataset_index_id": "d-1", "temperature": 1.0, "date": "2026-01-01"}
+    (tmp_path / "model_fp32.onnx").write_bytes(b"weights")
+    sha256 = sha256_file(tmp_path / "model_fp32.onnx")
+    compared = {**common, "faces": "drawn", "n": 9, "provider": "CPU", "resamples": 9, "seed": 1, "pass": True}
+    write_json(tmp_path / "onnx_parity.json", {**compared, "variants": {"fp32": {**parity, "sha256": sha256}}})
+    check = {"n": 9, "inputs": "drawn", "mean_abs_diff": 0, "max_abs_diff": 1e-6, "limit": 1e-4, "pass": True}
+    report = {**common, "opset": 18, "precision": ["fp32"], "input_shape": ["batch", 3, 8, 8], "geometry": {}, "versions": {},
+              "files": {"fp32": {"file": "model_fp32.onnx", "sha256": sha256, "bytes": 7}}, "parity_check": check}
+    write_json(tmp_path / "onnx_export_report.json", report)
+    assert gates(tmp_path).go
+    write_json(tmp_path / "onnx_export_report.json", {**report, "parity_check": {**check, "pass": False}})
+    assert [x.question for x in gates(tmp_path).lines if not x.go] == ["the export computes what PyTorch computes"]
+    write_json(tmp_path / "onnx_export_report.json", report)
+    (tmp_path / "model_fp32.onnx").write_bytes(b"others")
+    bad = [x for x in gates(tmp_path).lines if not x.go]
+    assert [x.reason for x in bad] == ["model_fp32.onnx (fp32) is not the file that was compared"]
+    (tmp_path / "onnx_parity.json").unlink()
+    assert not gates(tmp_path).go
