@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['UNSTABLE', 'NO_FACE', 'TUNABLE', 'STAGES_TIMED', 'PROBS', 'COLUMNS', 'TRUTH', 'EVENT_COLUMNS', 'CONSENT', 'PALETTE',
-           'INK', 'PAPER', 'FAINT', 'DIM', 'VIEW_HEIGHT', 'PANEL', 'BAR', 'LINE', 'STEPS', 'Stabilizer', 'update',
-           'Frame', 'SourceLost', 'Source', 'VideoSource', 'ImageSource', 'CameraSource', 'SyntheticSource',
+           'INK', 'PAPER', 'FAINT', 'DIM', 'VIEW_HEIGHT', 'PANEL', 'BAR', 'LINE', 'DIGITS', 'STEPS', 'Stabilizer',
+           'update', 'Frame', 'SourceLost', 'Source', 'VideoSource', 'ImageSource', 'CameraSource', 'SyntheticSource',
            'PushedSource', 'open_source', 'Stretch', 'Timeline', 'Face', 'Result', 'Tally', 'SessionLog', 'Pipeline',
            'session_info', 'own_thresholds', 'open_pipeline', 'Clips', 'label_colour', 'fit', 'draw_faces',
            'draw_panel', 'draw_bar', 'bar_class_at', 'privacy_line', 'draw', 'Player', 'window_problem', 'run_window',
@@ -596,7 +596,7 @@ class Pipeline:
         detector,  # what `open_detector` gives
         predictor,  # a deploy.Predictor
         stabilizer: Stabilizer | None = None,  # default: METHODS' settings
-        log: SessionLog | None = None,  # what `start_session` gives; None: nothing is written
+        log: SessionLog | None = None,  # None: nothing is written
         clips=None,  # a `Clips`, where pictures may be kept
         most_faces: int = 8,  # the largest so many of a frame
     ):
@@ -1019,6 +1019,7 @@ def draw(
     return np.vstack([view, *([draw_bar(view.shape[1], result.manual)] if bar else []), foot])
 
 # %% ../nbs/06_realtime_demo.ipynb #06-057
+DIGITS = tuple("01234567")
 STEPS = {"[": ("ema", -0.05), "]": ("ema", 0.05), "-": ("delta", -0.01), "=": ("delta", 0.01), "v": ("window", -1), "b": ("window", 1),
          "n": ("min_count", -1), "m": ("min_count", 1)}
 
@@ -1027,6 +1028,7 @@ class Player:
     "A pipeline with its keys: what the window and the notebook's cell have in common."
     def __init__(self, pipeline: Pipeline):
         self.pipeline, self.overlay, self.done, self.message, self.result = pipeline, True, False, "", None
+        self.whole = False  # the next digit is for the whole stretch
 
     @property
     def paused(self) -> bool: return self.pipeline.paused
@@ -1053,29 +1055,34 @@ class Player:
         self.pipeline.set(name, int(value) if isinstance(low, int) else round(value, 4))
         self.message = f"{name} {self.pipeline.settings[name]:g}"
 
-    def press(self, key: str):
-        "Do what a key means; a key that can't be obeyed says why in `message`."
-        self.message = ""
-        try: self._press(key)
-        except UsageError as e: self.message = str(e)
+# %% ../nbs/06_realtime_demo.ipynb #06-058
+@patch
+def press(self: Player, key: str):
+    "Do what a key means; a key that can't be obeyed says why in `message`."
+    self.message, whole, self.whole = "", self.whole, key == "r"
+    if self.whole: self.message = "r: which label for the whole stretch? 1 to 7, 0 for none"
+    try: self.pipeline.relabel(int(key)) if whole and key in DIGITS else self._press(key)
+    except UsageError as e: self.message = str(e)
 
-    def _press(self, key: str):
-        here, p = self.result.index if self.result else 0, self.pipeline
-        if key in "01234567" and key: p.label(int(key))
-        elif key in STEPS: self.nudge(*STEPS[key])
-        elif key in ("q", "\x1b"): self.done = True
-        elif key == "o": self.overlay = not self.overlay
-        elif key == "c": p.set("clahe", not p.settings["clahe"])
-        elif key == "u": p.undo()
-        elif key == "j": p.merge()
-        elif key == "k": p.split()
-        elif key == " ": self.pause()
-        elif key in (",", "."):
-            self.pause(True)
-            self.go(here + (1 if key == "." else -1))
-        elif key in ("<", ">"): self.go(here + round((2 if key == ">" else -2)*p.source.fps))
 
-# %% ../nbs/06_realtime_demo.ipynb #06-062
+@patch
+def _press(self: Player, key: str):
+    here, p = self.result.index if self.result else 0, self.pipeline
+    if key in DIGITS: p.label(int(key))
+    elif key in STEPS: self.nudge(*STEPS[key])
+    elif key in ("q", "\x1b"): self.done = True
+    elif key == "o": self.overlay = not self.overlay
+    elif key == "c": p.set("clahe", not p.settings["clahe"])
+    elif key == "u": p.undo()
+    elif key == "j": p.merge()
+    elif key == "k": p.split()
+    elif key == " ": self.pause()
+    elif key in (",", "."):
+        self.pause(True)
+        self.go(here + (1 if key == "." else -1))
+    elif key in ("<", ">"): self.go(here + round((2 if key == ">" else -2)*p.source.fps))
+
+# %% ../nbs/06_realtime_demo.ipynb #06-063
 def window_problem() -> str | None:
     "Why no window can be opened; None: it can."
     gui = next((line.split(":", 1)[1].strip() for line in cv2.getBuildInformation().splitlines() if line.strip().startswith("GUI:")), "")
@@ -1120,7 +1127,7 @@ def run_headless(
             if progress.n % 30 == 0: progress.set_postfix_str(result.label)
             if seconds is not None and result.time_sec >= seconds: break
 
-# %% ../nbs/06_realtime_demo.ipynb #06-064
+# %% ../nbs/06_realtime_demo.ipynb #06-065
 def run_demo(
     source="0",  # as for `open_source`
     model="",  # an .onnx, or a run's best.pt

@@ -39,7 +39,7 @@ from .artifacts import CLASSES, FerError, GateError, UsageError, write_json
 from .deploy import MAX_BIAS, Predictor
 from .detectors import open_detector
 from fer_nb.realtime import (
-    PALETTE, STEPS, TUNABLE, Player, PushedSource, Result, Stabilizer, draw_faces, open_pipeline, open_source, own_thresholds,
+    DIGITS, PALETTE, STEPS, TUNABLE, Player, PushedSource, Result, Stabilizer, draw_faces, open_pipeline, open_source, own_thresholds,
 )
 
 # %% ../nbs/06b_webcam_cell.ipynb #06b-007
@@ -276,7 +276,7 @@ def read(self: Camera,
     return frame
 
 # %% ../nbs/06b_webcam_cell.ipynb #06b-021
-KEYS = "01234567" + "".join(STEPS) + "ocujk ,.<>"
+KEYS = "".join((*DIGITS, *STEPS)) + "ocujkr ,.<>"
 
 LABELS_CODE = r"""
 function render({model, el}) {
@@ -660,7 +660,8 @@ def status_html(words: str, kind: str = "plain") -> str:
 PRIVACY = "Privacy: no picture is stored. Frames go from the source to the kernel and are forgotten there; the log holds numbers only."
 KEPT = "PICTURES ARE STORED in this session's folder (save_clips, with consent), beside the numbers of the log."
 HELP = ("Click anywhere in here, then type: <b>1</b>–<b>7</b> label, <b>0</b> none, <b>u</b> undo, <b>j</b> join, <b>k</b> cut, "
-        "<b>space</b> pause; <b>[ ]</b> EMA, <b>- =</b> δ, <b>v b</b> window, <b>n m</b> votes, <b>o</b> overlay, <b>c</b> CLAHE")
+        "<b>r</b> relabel, <b>space</b> pause; <b>[ ]</b> EMA, <b>- =</b> δ, <b>v b</b> window, <b>n m</b> votes, "
+        "<b>o</b> overlay, <b>c</b> CLAHE")
 ENDS = ("ended by hand", "the source came to its end", "the cell was run again", "the cell was closed", "the page was closed",
         "the kernel was shut down")
 _latest: list = []  # a weak reference to the cell that is open

@@ -230,6 +230,26 @@ def test_labels_on_a_video_that_stands_still(demo_model, tmp_path):
     assert events[["start_frame", "end_frame"]].to_numpy().tolist() == [[0, 7], [8, 8], [9, 10]]
 
 
+def test_a_digit_after_r_is_for_the_whole_stretch(demo_model, tmp_path):
+    with open_pipeline(SyntheticSource(1, 20), demo_model, Finder(), tmp_path/"s") as p:
+        player = Player(p)
+        player.press("2")
+        for _ in range(8): player.tick()
+        player.press("r")
+        assert "which label" in player.message
+        player.press("6")
+        assert player.result.manual == 6 and not player.message
+        player.press("r")
+        player.press("u")  # something else after `r`: it is meant as always
+        assert player.result.manual == 2
+        player.press("0")
+        player.tick()
+        player.press("r")
+        player.press("5")
+        assert player.message == "no label to change at frame 8"
+    assert rows(tmp_path/"s").manual_label.tolist() == ["Disgust"]*8 + [""]
+
+
 def test_every_key_that_tunes_is_logged(demo_model, tmp_path):
     with open_pipeline(SyntheticSource(1, 20), demo_model, Finder(), tmp_path/"s") as p:
         player = Player(p)
