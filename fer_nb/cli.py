@@ -17,6 +17,8 @@ EPILOG = """examples:
   fer-nb teacher train --arch B3 --manifest runs/mine/manifests --cache runs/mine/cache/img48 --epochs 40
   fer-nb ensemble search runs/mine/teachers/* --manifest runs/mine/manifests --out runs/mine/ensembles/best
   fer-nb student summarise runs/mine/students
+  fer-nb predict group.jpg                                         the faces of a picture and what they show
+  fer-nb demo                                                      the same live, from a camera
   fer-nb gates runs/embedded                                       the go/no-go checklist, with the file behind each line
 
 exit codes: 0 done, 1 a gate stays shut or a run failed, 2 a wrong argument"""
@@ -342,7 +344,7 @@ def parser():
 
     c = command(sub, "predict", predict, "find the faces of pictures and say what they show; exits 1 when there is none in any")
     c.add_argument("images", nargs="+", metavar="IMAGE")
-    c.add_argument("--model", required=True, metavar="FILE", help="an exported .onnx, or a run's best.pt")
+    c.add_argument("--model", default="", metavar="FILE", help="an .onnx, or a run's best.pt (default: the student that comes along)")
     c.add_argument("--detector", default="auto", metavar="NAME", help="auto, yunet, dnn, haar (default: %(default)s)")
     c.add_argument("--min-face", type=float, default=48, metavar="PIXELS", help="leave smaller faces out (default: %(default)s)")
     c.add_argument("--whole", action="store_true", help="the pictures are faces already: don't look for any")
@@ -351,7 +353,7 @@ def parser():
     c = command(sub, "demo", demo, "label faces live, in a window or without one; numbers are logged, no pictures")
     c.add_argument("--source", metavar="WHAT",
                    help="a camera's number, a video, a picture, a folder, synthetic:SECONDS (default: camera 0, or the browser's)")
-    c.add_argument("--model", required=True, metavar="FILE", help="an exported .onnx, or a run's best.pt")
+    c.add_argument("--model", default="", metavar="FILE", help="an .onnx, or a run's best.pt (default: the student that comes along)")
     c.add_argument("--detector", default="auto", metavar="NAME",
                    help="auto (YuNet, or Haar without it), yunet, dnn, haar (default: %(default)s)")
     c.add_argument("--headless", action="store_true", help="no window")

@@ -901,7 +901,7 @@ class Clips:
         if self.writer: self.writer.release()
         self.writer, self.left = None, 0
 
-# %% ../nbs/06_realtime_demo.ipynb #06-053
+# %% ../nbs/06_realtime_demo.ipynb #06-054
 PALETTE = ((0, 94, 213), (115, 158, 0), (167, 121, 204), (66, 228, 240), (178, 114, 0), (0, 159, 230), (160, 160, 160))  # BGR, a class each
 INK, PAPER, FAINT, DIM = (235, 235, 235), (32, 32, 32), (70, 70, 70), (150, 150, 150)
 VIEW_HEIGHT, PANEL, BAR, LINE = 480, 250, 56, 26  # pixels
@@ -943,7 +943,7 @@ def draw_faces(result: Result) -> np.ndarray:  # (480, W, 3) BGR
     if not result.faces: _text(view, NO_FACE, (16, 36), 0.8)
     return view
 
-# %% ../nbs/06_realtime_demo.ipynb #06-054
+# %% ../nbs/06_realtime_demo.ipynb #06-055
 def draw_panel(pipeline: Pipeline, result: Result) -> np.ndarray:  # (480, PANEL, 3) BGR
     "Bars of the smoothed probabilities, shares of the last ten seconds, speed and settings."
     panel = np.full((VIEW_HEIGHT, PANEL, 3), PAPER, np.uint8)
@@ -994,7 +994,7 @@ def bar_class_at(
     edges = np.linspace(0, width, len(CLASSES) + 2).round()
     return int(np.searchsorted(edges, x, side="right") - 1)
 
-# %% ../nbs/06_realtime_demo.ipynb #06-055
+# %% ../nbs/06_realtime_demo.ipynb #06-056
 def privacy_line(pipeline: Pipeline) -> str:
     "What is stored of what the camera sees."
     if pipeline.log is None: return "Nothing is stored."
@@ -1018,7 +1018,7 @@ def draw(
     _text(foot, right, (view.shape[1] - _text_width(right, 0.42) - 14, 17), 0.42, DIM)
     return np.vstack([view, *([draw_bar(view.shape[1], result.manual)] if bar else []), foot])
 
-# %% ../nbs/06_realtime_demo.ipynb #06-057
+# %% ../nbs/06_realtime_demo.ipynb #06-058
 DIGITS = tuple("01234567")
 STEPS = {"[": ("ema", -0.05), "]": ("ema", 0.05), "-": ("delta", -0.01), "=": ("delta", 0.01), "v": ("window", -1), "b": ("window", 1),
          "n": ("min_count", -1), "m": ("min_count", 1)}
@@ -1055,7 +1055,7 @@ class Player:
         self.pipeline.set(name, int(value) if isinstance(low, int) else round(value, 4))
         self.message = f"{name} {self.pipeline.settings[name]:g}"
 
-# %% ../nbs/06_realtime_demo.ipynb #06-058
+# %% ../nbs/06_realtime_demo.ipynb #06-059
 @patch
 def press(self: Player, key: str):
     "Do what a key means; a key that can't be obeyed says why in `message`."
@@ -1082,7 +1082,7 @@ def _press(self: Player, key: str):
         self.go(here + (1 if key == "." else -1))
     elif key in ("<", ">"): self.go(here + round((2 if key == ">" else -2)*p.source.fps))
 
-# %% ../nbs/06_realtime_demo.ipynb #06-063
+# %% ../nbs/06_realtime_demo.ipynb #06-064
 def window_problem() -> str | None:
     "Why no window can be opened; None: it can."
     gui = next((line.split(":", 1)[1].strip() for line in cv2.getBuildInformation().splitlines() if line.strip().startswith("GUI:")), "")
@@ -1127,7 +1127,7 @@ def run_headless(
             if progress.n % 30 == 0: progress.set_postfix_str(result.label)
             if seconds is not None and result.time_sec >= seconds: break
 
-# %% ../nbs/06_realtime_demo.ipynb #06-065
+# %% ../nbs/06_realtime_demo.ipynb #06-066
 def run_demo(
     source="0",  # as for `open_source`
     model="",  # an .onnx, or a run's best.pt

@@ -1,0 +1,78 @@
+"""The command that names the faces of pictures: what it prints, its exit codes, and how fast it starts."""
+import json
+import os
+import subprocess
+import sys
+import time
+
+import cv2
+import numpy as np
+import pytest
+
+from fer_nb import cli
+from fer_nb.artifacts import CLASSES
+from fer_nb.deploy import SHIPPED, Predictor
+from fer_nb.synthetic import framed_face
+from tests.conftest import ROOT, model_paths
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    for i in (3, 5): cv2.imwrite(str(folder/f"person{i}.png"), framed_face(i, size=150, frame=(240, 320)).image)
+    cv2.imwrite(str(folder/"nobody.png"), np.full((240, 320, 3), 128, np.uint8))
+    return folder
+
+
+def test_a_table_and_json_say_the_same(pictures, capsys):
+    paths = [str(pictures/n) for n in ("person3.png", "nobody.png", "person5.png")]
+    assert cli.main(["predict", *paths, "--detector", "haar"]) == 0
+    table = capsys.readouterr().out
+    assert cli.main(["predict", *paths, "--detector", "haar", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert [p["path"] for p in said["pictures"]] == paths and [len(p["faces"]) for p in said["pictures"]] == [1, 0, 1]
+    for p in said["pictures"]:
+        for face in p["faces"]:
+            probs = face["probabilities"]
+            assert list(probs) == list(CLASSES) and abs(sum(probs.values()) - 1) < 1e-5 and face["label"] == max(probs, key=probs.get)
+            assert f"{face['label']}" in next(line for line in table.splitlines() if p["path"] in line)
+    assert "(no face)" in table
+
+
+def test_no_face_in_any_is_exit_code_one(pictures, capsys):
+    assert cli.main(["predict", str(pictures/"nobody.png"), "--detector", "haar"]) == 1
+    assert "(no face)" in capsys.readouterr().out
+
+
+def test_wrong_pictures_are_one_line(pictures, tmp_path, capsys):
+    (tmp_path/"text.png").write_text("no picture")
+    (tmp_path/"empty.png").touch()
+    for name, says in (("none.png", "doesn't exist"), ("text.png", "is no picture"), ("empty.png", "is no picture")):
+        path = tmp_path/name
+        assert cli.main(["predict", str(pictures/"person3.png"), str(path), "--detector", "haar"]) == 2
+        said = capsys.readouterr()
+        assert says in said.err and not said.out and len(said.err.strip().splitlines()) == 1
+
+
+def test_the_student_that_ships_has_its_card():
+    card, student = (SHIPPED.parent/"MODEL_CARD.md").read_text(), Predictor()
+    told = (student.name, student.checkpoint_sha256[:16], student.dataset_index_id, *CLASSES)
+    for word in (*told, "What it is not for", "licence", "Known limits"): assert word in card
+    assert SHIPPED.stat().st_size < 6e6
+
+
+def test_the_answer_comes_without_torch(pictures):
+    code = ("import sys; from fer_nb.cli import main; rc = main(['predict', sys.argv[1], '--detector', 'haar']); "
+            "assert not any(m in sys.modules for m in ('torch', 'timm', 'fastai', 'matplotlib.pyplot')), 'a heavy import'; sys.exit(rc)")
+    done = subprocess.run([sys.executable, "-c", code, str(pictures/"person3.png")], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+def test_several_real_people(film_path, capsys):
+    "The bar is two seconds from the start to the answer; here with room for a busy machine, the figure is the benchmark's."
+    folder = str(model_paths("yunet")[0].parent)
+    started = time.perf_counter()
+    command = [sys.executable, "-m", "fer_nb.cli", "predict", str(film_path("multi_face.jpg")), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "FER_NB_MODELS": folder})
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)["pictures"][0]["faces"]) >= 4 and time.perf_counter() - started < 20
