@@ -688,7 +688,7 @@ class WebcamCell(widgets.VBox):
     "A camera, a model and a person: label by hand, tune, and log numbers."
     runner = folder = None  # a cell that came to nothing can be closed, too
     def __init__(self,
-        model,  # an .onnx, or a run's best.pt; or a Predictor
+        model="",  # an .onnx, or a run's best.pt, or a Predictor; empty: the student that comes with the package
         source="browser",  # its camera; else as for `open_source`: a camera of the kernel's machine, a video, pictures, "synthetic"
         detector="auto",  # auto, yunet, dnn, haar; or a detector
         out="runs/demo",  # each session gets a folder of its own in here
@@ -1019,7 +1019,7 @@ def _ended(self: WebcamCell, reason: str):
     frames = len(self.runner.pipeline.log.times)
     self._idle(f"The session has ended: {reason}. {frames} frames stand in {self.folder}", "plain" if reason in ENDS else "bad")
 
-# %% ../nbs/06b_webcam_cell.ipynb #06b-074
+# %% ../nbs/06b_webcam_cell.ipynb #06b-073
 def page(**arguments):  # of WebcamCell
     "The cell, or in its place the line that says why there is none."
     try: return WebcamCell(**arguments)
@@ -1051,7 +1051,7 @@ def absolute(source):
     open_source(source).close()
     return str(Path(source).resolve())
 
-# %% ../nbs/06b_webcam_cell.ipynb #06b-075
+# %% ../nbs/06b_webcam_cell.ipynb #06b-074
 VOILA = ("--Voila.ip=127.0.0.1", "--Voila.log_level=ERROR", "--VoilaConfiguration.show_tracebacks=True",
          "--MappingKernelManager.cull_idle_timeout=60", "--MappingKernelManager.cull_interval=10")  # seconds; only kernels without a page
 
@@ -1067,7 +1067,7 @@ def wait_for_page(port: int, process: subprocess.Popen, seconds: float = 60):
 
 
 def serve_cell(
-    model,  # an .onnx, or a run's best.pt
+    model="",  # an .onnx, or a run's best.pt; empty: the student that comes with the package
     source="browser",  # as for WebcamCell
     detector: str = "auto",
     out="runs/demo",
@@ -1080,7 +1080,8 @@ def serve_cell(
     Predictor(model)  # what is wrong with it is said here and now
     if importlib.util.find_spec("voila") is None:
         raise UsageError("the page needs Voilà, which is not installed: pip install voila, or give --headless")
-    told = {"model": str(Path(model).resolve()), "source": absolute(source), "detector": detector, "out": str(Path(out).resolve()), **more}
+    told = {"model": str(Path(model).resolve()) if model else "",
+            "source": absolute(source), "detector": detector, "out": str(Path(out).resolve()), **more}
     port, token = port or free_port(), secrets.token_urlsafe(16)
     with tempfile.TemporaryDirectory() as folder:
         write_json(Path(folder)/"demo.ipynb", cell_notebook(page_source(told)))
