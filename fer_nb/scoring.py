@@ -40,7 +40,7 @@ from fer_nb.artifacts import (
 from .calibration import BLUE, ORANGE, percentile_interval, prf, softmax, weight_chunks
 from .detectors import Detection
 from .manifests import Result
-from .realtime import NO_FACE, PROBS, TRUTH, TUNABLE, UNSTABLE, Face, SessionLog, Stabilizer
+from .realtime import CLASS_COLOURS, NO_FACE, PROBS, TRUTH, TUNABLE, UNSTABLE, Face, SessionLog, Stabilizer
 from .realtime import Result as FrameResult
 
 # %% ../nbs/06a_session_scores.ipynb #06a-006
@@ -716,7 +716,7 @@ def score_session(
     return SessionScore(results, track, session)
 
 # %% ../nbs/06a_session_scores.ipynb #06a-060
-COLOURS = dict(zip(LABELS, ("#D55E00", "#009E73", "#CC79A7", "#F0E442", "#0072B2", "#E69F00", "#56B4E9", "#B0B0B0", "#FFFFFF")))
+COLOURS = dict(zip(LABELS, (*CLASS_COLOURS, "#B0B0B0", "#FFFFFF")))
 
 
 def draw_strip(ax, codes: np.ndarray, edges: np.ndarray, y: float, height: float = 0.8):
