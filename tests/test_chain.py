@@ -19,7 +19,8 @@ PROFILE = {
     "teachers": {"RN18": None, "VIT": {"epochs": 4, "model_args": {"embed_dim": 192, "depth": 4, "num_heads": 3}}},
     "ensembles": {"pair": None},
     "notebooks": {"00a_synthetic_faces": {"n": 3000, "video_seconds": 4, "measure_n": 300, "intensity": [1.0, 1.0], "label_noise": 0.0},
-                  "03_teachers": {**STUDIO, "margin": 0.0}, "05_students": STUDIO}}
+                  "03_teachers": {**STUDIO, "margin": 0.0}, "05_students": STUDIO,
+                  "06_realtime_demo": {"source": "synthetic:4"}, "09_onnx_latency": {"runs": 10, "reference_size": 0, "calibration": 64}}}
 
 
 def fer_nb(*args):
@@ -63,6 +64,8 @@ def test_leaves_every_artifact_and_all_lines_go(chain):
             "alignment_report.json", "class_order.json", "hash_manifest.json", "sample_count.txt", "softlabels.npz",
             "softlabels_index.jsonl"]
     assert (teacher / "confusion_out_of_fold.csv").is_file()
+    assert json.loads((run / "onnx" / "onnx_parity.json").read_text())["pass"]
+    assert json.loads((run / "demo" / "first" / "score_results.json").read_text())["frames"] == 80
     for f in ("backbone_guard.json", "dkd_unit_test.json", "smoke_test.json", "alignment_report.json", "selective.json"):
         assert (students(run, "KD") / f).is_file()
     assert set(inventory(run)["state"]) == {"whole"}
@@ -70,7 +73,8 @@ def test_leaves_every_artifact_and_all_lines_go(chain):
     done = fer_nb("gates", run)
     assert done.returncode == 0 and done.stdout.rstrip().endswith("lines hold")
     page = (run / "report" / "report.html").read_text()
-    for word in ("Confusion", "Reliability", "Learning curves", "student KD", "teacher", "data:image/png"): assert word in page
+    words = ("ONNX", "Real time", "Confusion", "Reliability", "Learning curves", "student KD", "teacher", "data:image/png")
+    assert [w for w in words if w not in page] == []
     history = json.loads((students(run, "KD") / "history.json").read_text())["rows"]
     assert {"train_ce", "train_kd", "train_alpha", "loader_bound_fraction"} <= set(history[-1])
     assert all(0 < row["loader_bound_fraction"] < 1 for row in history)
