@@ -1053,7 +1053,8 @@ def absolute(source):
 
 # %% ../nbs/06b_webcam_cell.ipynb #06b-074
 VOILA = ("--Voila.ip=127.0.0.1", "--Voila.log_level=ERROR", "--VoilaConfiguration.show_tracebacks=True",
-         "--MappingKernelManager.cull_idle_timeout=60", "--MappingKernelManager.cull_interval=10")  # seconds; only kernels without a page
+         "--MappingKernelManager.cull_idle_timeout=60", "--MappingKernelManager.cull_interval=10",  # seconds; only kernels without a page
+         "--KernelManager.shutdown_wait_time=15")  # seconds that a kernel has to finish its log
 
 
 def wait_for_page(port: int, process: subprocess.Popen, seconds: float = 60):
@@ -1095,4 +1096,4 @@ def serve_cell(
         except KeyboardInterrupt: say("ended")
         finally:
             process.terminate()
-            process.wait(20)
+            process.wait(30)

@@ -398,7 +398,7 @@ def test_the_picture_is_shown_acknowledged_and_forgotten(chromium):
 def ended(process, how=signal.SIGTERM):
     "Stop a server that this test has started."
     process.send_signal(how)
-    try: process.wait(20)
+    try: process.wait(40)
     except subprocess.TimeoutExpired: process.kill()
 
 
