@@ -919,7 +919,8 @@ def _close_below(box):
 @patch
 def close(self: WebcamCell):
     "End the session and take the cell off the page."
-    self.end("the cell was closed")
+    try: self.end("the cell was closed")
+    except NameError: return  # the interpreter ends, and takes a module's names away before its widgets
     _close_below(self)
     super(WebcamCell, self).close()
 

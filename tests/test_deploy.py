@@ -207,7 +207,7 @@ def test_a_changed_byte_never_ends_in_a_traceback_of_another_kind(exported, tmp_
 
 
 def test_names_that_are_refused(tmp_path, exported):
-    for path, words in ((tmp_path, "is a folder"), (tmp_path / "face.png", "is no model"), ("", "is a folder")):
+    for path, words in ((tmp_path, "is a folder"), (tmp_path / "face.png", "is no model"), (".", "is a folder")):
         with pytest.raises(UsageError) as e: Predictor(path)
         one_line(e, words)
     for name in ("none.onnx", "none.pt"):
