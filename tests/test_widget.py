@@ -353,9 +353,10 @@ def test_the_camera_never_films_for_nobody(chromium):
         assert value(page, "state") == "ended" and live(page) == 0
         page.evaluate("model.answer = false; const now = performance.now.bind(performance); window.later = 0; "
                       "performance.now = () => now() + window.later")
+        before = page.evaluate("model.sent.length")
         page.click("button")
         page.wait_for_function("model.get('state') === 'live'")
-        page.wait_for_timeout(600)
+        page.wait_for_function(f"model.sent.length > {before}")  # a picture is on its way, and nobody will answer
         page.evaluate("window.later = 31000")
         page.wait_for_function("model.get('state') === 'silent'")
         assert live(page) == 0 and "not answered for 30 s" in page.inner_text(".words")
