@@ -187,8 +187,10 @@ def replay(a):
 
 
 def tune(a):
-    from fer_nb.scoring import tune
-    print(tune(a.session, a.jitter_limit, a.truth))
+    from fer_nb.scoring import tune, tuning_plot
+    found = tune(a.session, a.jitter_limit, a.truth)
+    if a.plot: tuning_plot(found).savefig(a.plot)
+    print(found)
 
 
 def report(a):
@@ -378,6 +380,7 @@ def parser():
     c.add_argument("--out", metavar="CSV", help="write the labels, a row a frame")
     c = session("tune", tune, "search the stabiliser's settings for the best macro-F1 at a jitter limit")
     c.add_argument("--jitter-limit", type=float, default=30, metavar="N", help="label changes a minute (default: %(default)s)")
+    c.add_argument("--plot", metavar="FILE", help="draw the heat map, EMA against hysteresis, as .png, .svg or .pdf")
 
     c = command(sub, "gates", gates, "print the go/no-go checklist of a run folder; exits 1 on any NO-GO")
     c.add_argument("run_dir", metavar="RUN_DIR", help="a run, or a folder of runs")
