@@ -480,3 +480,11 @@ def test_haar_serves_where_nothing_else_is_at_hand(demo_model, tmp_path):
 
 def test_errors_are_ours():
     assert issubclass(SourceLost, GateError) and issubclass(GateError, FerError)
+
+
+def test_thresholds_beside_a_model_reach_the_stabiliser(tmp_path):
+    from fer_nb.deploy import SHIPPED
+    (tmp_path/"m.onnx").write_bytes(SHIPPED.read_bytes())
+    (tmp_path/"thresholds.json").write_text(json.dumps({"Sad": 0.4}))
+    with open_pipeline(SyntheticSource(1, 20), tmp_path/"m.onnx", Finder()) as p:
+        assert p.stabilizer.thresholds.tolist() == [0, 0, 0, 0, 0.4, 0, 0]
