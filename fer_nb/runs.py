@@ -14,12 +14,14 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import zipfile
 from pathlib import Path
 
 import nbformat
 import papermill
 import yaml
+from traitlets.config import Config
 
 from .artifacts import STAGES, ArtifactError, GateError, HashManifest, UsageError, check_seal, unseal, write_text
 
@@ -57,6 +59,11 @@ def check_parameters(path, parameters: dict):
     if unknown: raise UsageError(f"{Path(path).stem} has no parameter '{unknown[0]}': give one of {', '.join(known)}")
 
 # %% ../nbs/09a_runs.ipynb #09a-011
+def _transport() -> str:
+    "`ipc` where there are Unix sockets and the path of one can be short enough (107 bytes), else `tcp`."
+    return "ipc" if os.name == "posix" and len(os.fsencode(tempfile.gettempdir())) < 80 else "tcp"
+
+
 def run_notebook(
     name: str,  # a stage, or a path
     out,  # the executed notebook
@@ -70,14 +77,15 @@ def run_notebook(
     logging.getLogger("papermill").setLevel(logging.ERROR)  # its own parser of parameters warns of lists; ours has checked them
     try:
         papermill.execute_notebook(str(path), str(out), parameters=parameters, progress_bar=bar, kernel_name="python3",
-                                   autosave_cell_every=5, extra_arguments=["--IPKernelApp.log_level=50"])
+                                   autosave_cell_every=5, extra_arguments=["--IPKernelApp.log_level=50"],
+                                   config=Config(KernelManager={"transport": _transport()}))
     except papermill.PapermillExecutionError as e:
         kind = e.ename if e.ename in ("UsageError", "GateError", "ArtifactError") else f"unexpected {e.ename}"
         raise GateError(f"{path.stem} stopped: {e.evalue} ({kind}; the executed notebook is {out})") from None
 
 # %% ../nbs/09a_runs.ipynb #09a-014
 PROFILE_DEFAULTS = {"img_size": 48, "teachers": ["RN18"], "stage_b": {}, "ensembles": {}, "student_teachers": [], "stages": list(STAGES),
-                    "seeds": [1337], "sources": [], "notebooks": {}}
+                    "seeds": [1337], "threads": 0, "sources": [], "notebooks": {}}
 PROFILE_KEYS = {"about", *PROFILE_DEFAULTS}
 
 
@@ -96,6 +104,7 @@ def complete_profile(
     checks = [*p["notebooks"].items(), *(("03_teachers", t) for t in (*p["teachers"].values(), p["stage_b"])),
               *(("04_ensembles", e) for e in p["ensembles"].values()), *(("05_students", s) for s in p["stages"].values())]
     for notebook, parameters in checks: check_parameters(notebook_path(notebook), parameters or {})
+    if type(n := p["threads"]) is not int or n < 0: raise UsageError(f"{path}: threads is {n!r}: give a whole number, 0 for all")
     if p["stage_b"] and "img_size" not in p["stage_b"]: raise UsageError(f"{path}: stage_b has no img_size: give its side in pixels")
     for name, e in p["ensembles"].items():
         e["members"] = list(e.get("members") or p["teachers"])

@@ -98,11 +98,11 @@ function makeCamera(model) {  // one camera a model, however many views show it
     try {
       const stream = await navigator.mediaDevices.getUserMedia({audio: false, video: {width: wish("width"), height: wish("height")}});
       if (mine !== turn) return stream.getTracks().forEach(track => track.stop());  // stopped while the browser asked
+      taken = sent; heard = due = performance.now(); shots = [];  // what was never answered is not waited for any more
       camera.stream = video.srcObject = stream;
       stream.getVideoTracks()[0].onended = () => fail({name: "Unplugged"});
       await video.play();
-      taken = sent; heard = due = performance.now(); shots = [];
-      tell("live", "");
+      if (mine === turn) tell("live", "");
     } catch (error) { if (mine === turn) fail(error); }
   }
 """

@@ -1,6 +1,8 @@
 """The chain end to end, by the command that users type: every artifact, up-to-date runs skipped, lost files noticed, tampering refused."""
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -14,17 +16,27 @@ from tests.conftest import ROOT
 
 STUDIO = {"train_source": "synthetic_studio", "epochs": 2}
 PROFILE = {
-    "img_size": 48, "stages": {"CE": None, "KD": None, "DKD": {"epochs": 1, "beta": 1.0}}, "seeds": [1337],
+    "img_size": 48, "threads": 1, "stages": {"CE": None, "KD": None, "DKD": {"epochs": 1, "beta": 1.0}}, "seeds": [1337],
     "stage_b": {"img_size": 64, "epochs": 1, "ema": 0.9, "mixup": 0.2},
     "teachers": {"RN18": None, "VIT": {"epochs": 4, "model_args": {"embed_dim": 192, "depth": 4, "num_heads": 3}}},
     "ensembles": {"pair": None},
-    "notebooks": {"00a_synthetic_faces": {"n": 3000, "video_seconds": 4, "measure_n": 300, "intensity": [1.0, 1.0], "label_noise": 0.0},
-                  "03_teachers": {**STUDIO, "margin": 0.0}, "05_students": STUDIO,
-                  "06_realtime_demo": {"source": "synthetic:4"}, "09_onnx_latency": {"runs": 10, "reference_size": 0, "calibration": 64}}}
+    "notebooks": {
+        "00a_synthetic_faces": {"n": 1600, "video_seconds": 4, "measure_n": 120, "intensity": [1.0, 1.0], "label_noise": 0.0},
+        "03_teachers": {**STUDIO, "margin": 0.0}, "05_students": STUDIO, "06_realtime_demo": {"source": "synthetic:4"},
+        # FP16 flips near ties, and a student of two epochs has many: its parity is tested on trained ones
+        "09_onnx_latency": {"precisions": ["fp32", "int8"], "runs": 10, "reference_size": 0, "calibration": 64}}}
+pytestmark = pytest.mark.timeout(1800)  # against standing still: it takes some five minutes, and machines differ
 
 
 def fer_nb(*args):
-    return subprocess.run([sys.executable, "-m", "fer_nb.cli", *map(str, args)], capture_output=True, text=True, cwd=ROOT)
+    "What the command answers; nothing that it started goes on after it."
+    command = [sys.executable, "-m", "fer_nb.cli", *map(str, args)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True) as p:
+        try: out, err = p.communicate()
+        except BaseException:
+            os.killpg(p.pid, signal.SIGKILL)
+            raise
+    return subprocess.CompletedProcess(command, p.returncode, out, err)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +54,6 @@ def chain(tmp_path_factory):
 def students(run, stage): return run / "students" / f"mobilenetv3_large_100_img48_seed1337_{stage}"
 
 
-@pytest.mark.timeout(900)
 def test_leaves_every_artifact_and_all_lines_go(chain):
     run, _ = chain
     teacher, ensemble = run / "teachers" / "RN18_seed1337_stageB_img64", run / "ensembles" / "pair"
@@ -80,24 +91,22 @@ def test_leaves_every_artifact_and_all_lines_go(chain):
     assert all(0 < row["loader_bound_fraction"] < 1 for row in history)
 
 
-@pytest.mark.timeout(600)
 def test_second_run_does_nothing_and_a_lost_file_is_made_again(chain):
     run, command = chain
     again = fer_nb(*command)
     assert again.returncode == 0 and "05_students" not in again.stdout
-    lost = students(run, "KD") / "reliability_metrics.json"
-    before = (students(run, "KD") / "best.pt").read_bytes()
+    lost = students(run, "DKD") / "reliability_metrics.json"
+    before = (students(run, "DKD") / "best.pt").read_bytes()
     lost.unlink()
     told = fer_nb(*command, "--dry-run").stdout.splitlines()
-    assert "  would run  students/mobilenetv3_large_100_img48_seed1337_KD/05_students.ipynb" in told
+    assert "  would run  students/mobilenetv3_large_100_img48_seed1337_DKD/05_students.ipynb" in told
     assert not any("03_teachers" in line for line in told) and not lost.exists()
     repaired = fer_nb(*command)
     assert repaired.returncode == 0, (repaired.stdout + repaired.stderr)[-3000:]
     assert lost.is_file() and "05_students" in repaired.stdout and "03_teachers" not in repaired.stdout
-    assert (students(run, "KD") / "best.pt").read_bytes() == before, "a trained student was trained again"
+    assert (students(run, "DKD") / "best.pt").read_bytes() == before, "a trained student was trained again"
 
 
-@pytest.mark.timeout(300)
 def test_tampering_is_caught(chain, tmp_path):
     run, _ = chain
     copy = tmp_path / "run"
@@ -111,7 +120,6 @@ def test_tampering_is_caught(chain, tmp_path):
     assert "softlabels_index.jsonl: was changed" in done.stdout and "calibration.json: is not whole JSON" in done.stdout
 
 
-@pytest.mark.timeout(300)
 def test_a_foreign_checkpoint_stops_the_student(chain, tmp_path):
     run, _ = chain
     p = {"manifest_dir": str(run / "manifests"), "cache_dir": str(run / "cache" / "img48"), "out": str(tmp_path / "kd"), "stage": "KD",

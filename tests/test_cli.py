@@ -1,10 +1,13 @@
 """What a person sees: help that teaches, one clear line for each wrong input, and the right exit code."""
 import subprocess
 import sys
+import tempfile
 from importlib import metadata
 
+import nbformat
 import pytest
 
+from fer_nb.runs import run_notebook
 from tests.conftest import ROOT
 
 
@@ -84,3 +87,14 @@ def test_start_is_light():
     "Help must not wait for torch."
     code = "import sys, fer_nb.cli as c; c.parser(); sys.exit(any(m in sys.modules for m in ('torch', 'fastai', 'timm', 'papermill')))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no Unix sockets: kernels are reached over TCP there")
+@pytest.mark.parametrize("folder, transport", [("t", "ipc"), ("a-folder-whose-name-leaves-a-socket-no-room" * 3, "tcp")])
+def test_kernels_take_no_port_that_another_could_take_first(tmp_path, monkeypatch, folder, transport):
+    asks = nbformat.v4.new_code_cell("from ipykernel.connect import get_connection_info; print(get_connection_info())")
+    nbformat.write(nbformat.v4.new_notebook(cells=[asks]), tmp_path / "asks.ipynb")
+    (tmp_path / folder).mkdir()
+    if transport == "tcp": monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / folder))
+    run_notebook(str(tmp_path / "asks.ipynb"), tmp_path / "answer.ipynb")
+    assert f'"transport": "{transport}"' in nbformat.read(tmp_path / "answer.ipynb", 4).cells[0].outputs[0].text

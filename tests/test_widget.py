@@ -288,6 +288,12 @@ def load(page, part, origin="http://localhost", **state):
 
 
 def value(page, name): return page.evaluate(f"model.get('{name}')")
+def becomes(page, state):
+    "Wait for a state; where it does not come, say what stands instead."
+    try: page.wait_for_function(f"model.get('state') === '{state}'")
+    except Exception as e: pytest.fail(f"waited for {state}, there is {value(page, 'state')}: {value(page, 'message')} {type(e).__name__}")
+
+
 def live(page): return page.evaluate("model.streams.flatMap(s => s.getTracks()).filter(t => t.readyState === 'live').length")
 
 
@@ -328,7 +334,7 @@ def test_a_refusal_and_plain_http_are_explained(chromium):
     with opened(chromium, permissions=()) as page:
         load(page, Camera())
         page.click("button")
-        page.wait_for_function("model.get('state') === 'refused'")
+        becomes(page, "refused")
         assert "was not allowed to use the camera" in page.inner_text(".words")
     with opened(chromium) as page:
         load(page, Camera(), origin="http://notebooks.example")
@@ -355,13 +361,15 @@ def test_the_camera_never_films_for_nobody(chromium):
                       "performance.now = () => now() + window.later")
         before = page.evaluate("model.sent.length")
         page.click("button")
-        page.wait_for_function("model.get('state') === 'live'")
+        becomes(page, "live")
         page.wait_for_function(f"model.sent.length > {before}")  # a picture is on its way, and nobody will answer
         page.evaluate("window.later = 31000")
-        page.wait_for_function("model.get('state') === 'silent'")
+        becomes(page, "silent")
         assert live(page) == 0 and "not answered for 30 s" in page.inner_text(".words")
-        page.click("button")
-        page.wait_for_function("model.get('state') === 'live'")
+        page.evaluate("const play = HTMLMediaElement.prototype.play; HTMLMediaElement.prototype.play = async function () {"
+                      " await new Promise(f => setTimeout(f, 1500)); return play.call(this); }; null")
+        page.click("button")  # the camera takes its time, and the pictures from before are still unanswered
+        becomes(page, "live")
         page.evaluate("tidy.forEach(f => f?.())")  # the widget is taken away
         assert live(page) == 0
 
