@@ -672,6 +672,7 @@ class EnsembleConfig(Artifact):
     preset: str | None = None  # null: the weights were searched
     benchmark: Benchmark
     objective: str = "max macro-F1 -> min NLL"
+    ties: float | None = Field(None, ge=0)  # standard errors of macro-F1 that counted as a tie; null: fixed weights, or not recorded
     class_weights: ClassWeightReport | None = None  # where they were tried
     train_view: str  # the view behind the rows of split "train"
     train_source: str | None = None

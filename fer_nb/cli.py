@@ -188,6 +188,8 @@ def replay(a):
 
 def tune(a):
     from fer_nb.scoring import tune, tuning_plot
+    if a.plot and not (Path(a.plot).parent.is_dir() and Path(a.plot).suffix in (".png", ".svg", ".pdf")):
+        raise UsageError(f"--plot '{a.plot}': give a .png, .svg or .pdf in a folder that exists")
     found = tune(a.session, a.jitter_limit, a.truth)
     if a.plot: tuning_plot(found).savefig(a.plot)
     print(found)

@@ -689,6 +689,7 @@ def search_ensemble(
 ) -> EnsembleConfig:
     "Gate the members, choose weights and temperature on the benchmark, and write down how."
     if space not in SPACES: raise UsageError(f"space '{space}': give one of {', '.join(SPACES)}")
+    if not 0 <= ties < np.inf: raise UsageError(f"ties {ties}: give standard errors, 0 or more")
     dirs, fixed = chosen_members(member_dirs, preset)
     out, manifest = check_out(out, member_dirs), open_manifest(manifest_dir)
     unseal(out/"softlabels"); start_over(out, (*EVALUATED, *EXPORTED, *SEARCHED))
@@ -709,7 +710,7 @@ def search_ensemble(
         name=name or out.name, members=_config_members(members, weights, out), space=space, class_aware=vectors,
         temperature=select_temperature(fused, y).temperature, preset=preset or None, class_weights=tried.report if tried else None,
         benchmark=_benchmark(manifest, rows, benchmark, found, weights, log_p, y, space), train_view=view, train_source=source,
-        dataset_index_id=manifest.dataset_index_id, views=list(p.views), n=len(p.ids), seed=seed)
+        dataset_index_id=manifest.dataset_index_id, views=list(p.views), n=len(p.ids), seed=seed, ties=ties if fixed is None else None)
     if fixed is None: write_csv(out/"ensemble_search.csv", found.table)
     config.save(out)
     return config

@@ -1,9 +1,11 @@
 """What a person sees: help that teaches, one clear line for each wrong input, and the right exit code."""
+import shutil
 import subprocess
 import sys
 import tempfile
 from importlib import metadata
 
+import cv2
 import nbformat
 import pytest
 
@@ -63,6 +65,8 @@ def test_version_and_help():
     (("ensemble", "search", "{empty}", "--manifest", "{empty}"), ["--out"]),
     (("ensemble", "search", "a", "b", "--manifest", "{empty}", "--out", "{tmp}", "--preset", "six_way"), ["six_way", "four_way"]),
     (("ensemble", "search", "a", "b", "--manifest", "{empty}", "--out", "{tmp}", "--space", "log"), ["log", "probability"]),
+    (("tune", "{empty}", "--plot", "{empty}/map.xyz"), ["map.xyz", ".png"]),
+    (("tune", "{empty}", "--plot", "no/such/map.png"), ["no/such/map.png", "a folder that exists"]),
     (("ensemble", "evaluate", "{empty}", "--manifest", "{empty}"), ["is missing"]),
 ])
 def test_wrong_arguments_exit_with_2_and_one_line(tmp_path, args, says):
@@ -81,6 +85,15 @@ def test_debug_shows_the_traceback():
 
 def test_empty_folder_is_no_pass(tmp_path):
     refused(1, "gates", tmp_path, says=["nothing to judge"])
+
+
+def test_tune_draws_its_heat_map_where_it_is_asked_to(tmp_path):
+    session = shutil.copytree(ROOT/"runs"/"reference"/"fer2013"/"demo"/"first", tmp_path/"first")
+    before = {p.name for p in session.iterdir()}
+    rc, out, err = fer_nb("tune", session, "--plot", tmp_path/"map.png")
+    assert rc == 0 and "macro-F1" in out, err
+    assert cv2.imread(str(tmp_path/"map.png")).std() > 10
+    assert not any(name.endswith(".png") for name in {p.name for p in session.iterdir()} - before)
 
 
 def test_start_is_light():

@@ -193,6 +193,7 @@ def test_rows_in_another_order_are_joined_by_id(world):
     order = np.random.default_rng(0).permutation(len(s.ids))
     resave(m, ids=s.ids[order], sha256=s.sha256[order], logits=s.logits[order], splits=s.splits[order])
     config = ensembles.search_ensemble(members_of(world)[:3], manifest, out)
+    assert config.ties == 1
     assert np.array_equal(ensembles.replay(out).logits, before.logits) and config.n == sum(PARTS.values())
 
 
@@ -216,6 +217,8 @@ def test_wrong_arguments_are_usage_errors(world):
     with pytest.raises(UsageError, match="is no folder"): search([members[0], world/"nowhere"], manifest, out)
     with pytest.raises(UsageError, match="is a run of its own"): search(members, manifest, members[0])
     with pytest.raises(UsageError, match="space 'rank'"): search(members, manifest, out, space="rank")
+    for ties in (-1, float("nan"), float("inf")):
+        with pytest.raises(UsageError, match=f"ties {ties}: give standard errors"): search(members, manifest, out, ties=ties)
     with pytest.raises(UsageError, match="unknown preset 'six_way'"): search(members, manifest, out, preset="six_way")
     with pytest.raises(UsageError, match="unknown view"): search(members, manifest, out, benchmark="nowhere")
     assert (members[0]/"softlabels"/"hash_manifest.json").is_file()
@@ -230,7 +233,7 @@ def test_presets_find_their_members_by_arch(base, tmp_path, preset, weights):
     config = ensembles.search_ensemble(members_of(base)[::-1], base/"manifests", tmp_path/preset, preset=preset)
     assert [m.arch for m in config.members] == list(ARCHS[:len(weights)])
     assert [m.weights for m in config.members] == [[w]*7 for w in weights]
-    assert config.preset == preset and not (tmp_path/preset/"ensemble_search.csv").exists()
+    assert config.preset == preset and config.ties is None and not (tmp_path/preset/"ensemble_search.csv").exists()
     assert set(config.benchmark.member_macro_f1) == set(ARCHS[:len(weights)])
 
 
