@@ -59,9 +59,10 @@ def check_parameters(path, parameters: dict):
     if unknown: raise UsageError(f"{Path(path).stem} has no parameter '{unknown[0]}': give one of {', '.join(known)}")
 
 # %% ../nbs/09a_runs.ipynb #09a-011
-def _transport() -> str:
-    "`ipc` where there are Unix sockets and the path of one can be short enough (107 bytes), else `tcp`."
-    return "ipc" if os.name == "posix" and len(os.fsencode(tempfile.gettempdir())) < 80 else "tcp"
+def _transport(folder: str) -> Config:
+    "A kernel's sockets as files in a folder of its own; where there are none, or a path of theirs is too long (107 bytes), TCP."
+    files = os.name == "posix" and len(os.fsencode(folder)) < 90
+    return Config(KernelManager={"transport": "ipc", "ip": f"{folder}/kernel"} if files else {"transport": "tcp"})
 
 
 def run_notebook(
@@ -75,13 +76,13 @@ def run_notebook(
     check_parameters(path, parameters)
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     logging.getLogger("papermill").setLevel(logging.ERROR)  # its own parser of parameters warns of lists; ours has checked them
-    try:
-        papermill.execute_notebook(str(path), str(out), parameters=parameters, progress_bar=bar, kernel_name="python3",
-                                   autosave_cell_every=5, extra_arguments=["--IPKernelApp.log_level=50"],
-                                   config=Config(KernelManager={"transport": _transport()}))
-    except papermill.PapermillExecutionError as e:
-        kind = e.ename if e.ename in ("UsageError", "GateError", "ArtifactError") else f"unexpected {e.ename}"
-        raise GateError(f"{path.stem} stopped: {e.evalue} ({kind}; the executed notebook is {out})") from None
+    with tempfile.TemporaryDirectory(prefix="fer_nb_") as sockets:
+        try:
+            papermill.execute_notebook(str(path), str(out), parameters=parameters, progress_bar=bar, kernel_name="python3",
+                                       autosave_cell_every=5, extra_arguments=["--IPKernelApp.log_level=50"], config=_transport(sockets))
+        except papermill.PapermillExecutionError as e:
+            kind = e.ename if e.ename in ("UsageError", "GateError", "ArtifactError") else f"unexpected {e.ename}"
+            raise GateError(f"{path.stem} stopped: {e.evalue} ({kind}; the executed notebook is {out})") from None
 
 # %% ../nbs/09a_runs.ipynb #09a-014
 PROFILE_DEFAULTS = {"img_size": 48, "teachers": ["RN18"], "stage_b": {}, "ensembles": {}, "student_teachers": [], "stages": list(STAGES),
