@@ -213,11 +213,13 @@ class StudentLoss:
         how: Distillation = Distillation(),
         targets: Tensor | None = None,  # (N, K) shares of votes of the training rows; None: their labels
         label_smoothing: float = 0.0,
+        prior: Tensor | None = None,  # (K,), `teachers.log_prior`: what the CE term adds to the logits while training
     ):
         if stage not in STAGES: raise UsageError(f"stage is '{stage}': give one of {', '.join(STAGES)}")
         if (stage != "CE") != (soft is not None):
             raise UsageError(f"stage {stage} {'needs soft labels: give softlabels' if stage != 'CE' else 'takes no soft labels'}")
         self.stage, self.soft, self.how, self.targets, self.smoothing, self.terms = stage, soft, how, targets, label_smoothing, {}
+        self.prior = prior
         self.alpha, self.share = how.at(0, 1)
 
     def at_step(self, step: int, total: int):
@@ -234,10 +236,11 @@ class StudentLoss:
 
     def __call__(self, logits, y, index, view):
         training = torch.is_grad_enabled()  # validation rows stand in no table
+        adjusted = logits if self.prior is None or not training else logits + self.prior.to(logits)
         if training and self.targets is not None:
             self.targets = self.targets.to(logits.device)
-            ce = F.cross_entropy(logits, self.targets[index], label_smoothing=self.smoothing)
-        else: ce = F.cross_entropy(logits, y, label_smoothing=self.smoothing)
+            ce = F.cross_entropy(adjusted, self.targets[index], label_smoothing=self.smoothing)
+        else: ce = F.cross_entropy(adjusted, y, label_smoothing=self.smoothing)
         self.terms = {"ce": ce.detach()}
         if self.stage == "CE" or not training: return ce
         parts = self.distil(logits, y, index, view)

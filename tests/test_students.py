@@ -78,6 +78,18 @@ def test_values_and_gradients_are_finite_at_a_thousand(s, t, y, T, dtype):
         assert torch.isfinite(loss) and torch.isfinite(gradient).all() and loss >= -1e-9
 
 
+@settings(max_examples=30, deadline=None)
+@given(logits, rows4, st.sampled_from([0.5, 1.0, 2.0]))
+def test_the_prior_of_rare_classes_is_menon_s_and_only_trains(s, y, tau):
+    counts, rows = [4, 1, 1, 9, 4, 3, 5], torch.arange(4)
+    loss, z = StudentLoss("CE", prior=teachers.log_prior(counts, tau)), torch.tensor(s, requires_grad=True)
+    adjusted = s + tau*np.log(np.array(counts)/sum(counts))
+    want = -log_softmax(adjusted, -1)[np.arange(4), y].mean()  # Menon et al. 2021, eq. 10
+    assert float(loss(z, torch.tensor(y), rows, rows)) == pytest.approx(want, abs=1e-5)
+    with torch.no_grad():
+        assert float(loss(z, torch.tensor(y), rows, rows)) == pytest.approx(-log_softmax(s, -1)[np.arange(4), y].mean(), abs=1e-9)
+
+
 def test_autocast_does_not_reach_the_losses():
     torch.manual_seed(0)
     a, b = torch.randn(8, 7)*4, torch.randn(8, 7)*4
