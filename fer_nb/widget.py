@@ -7,7 +7,8 @@ __all__ = ['CAMERA_WORDS', 'CAMERA_OPEN', 'CAMERA_SEND', 'CAMERA_VIEW', 'CAMERA_
            'PICTURE_CODE', 'PICTURE_STYLE', 'WORDED', 'FONT', 'PRIVACY', 'KEPT', 'HELP', 'ENDS', 'EDITS', 'MOVES',
            'VOILA', 'Camera', 'LabelBar', 'Runner', 'Budget', 'as_jpeg', 'Picture', 'number_slider', 'tuning_sliders',
            'class_drawer', 'readout_html', 'strip_html', 'status_html', 'session_folder', 'end_earlier', 'WebcamCell',
-           'page', 'cell_notebook', 'page_source', 'free_port', 'absolute', 'wait_for_page', 'serve_cell']
+           'page', 'cell_notebook', 'page_source', 'free_port', 'absolute', 'wait_for_page', 'ended_by_sigterm',
+           'serve_cell']
 
 # %% ../nbs/06b_webcam_cell.ipynb #06b-002
 import atexit
@@ -15,6 +16,7 @@ import html
 import importlib.util
 import queue
 import secrets
+import signal
 import socket
 import subprocess
 import sys
@@ -24,7 +26,7 @@ import time
 import webbrowser
 import weakref
 from collections import deque
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
@@ -1067,6 +1069,18 @@ def wait_for_page(port: int, process: subprocess.Popen, seconds: float = 60):
     raise GateError("the page can't be served: Voilà " + ("does not answer" if process.poll() is None else "has ended")
                     + f"; try it by hand: {sys.executable} -m voila --help")
 
+# %% ../nbs/06b_webcam_cell.ipynb #06b-076
+@contextmanager
+def ended_by_sigterm():
+    "Let SIGTERM end what Ctrl-C ends, so that no server is left behind."
+    if threading.current_thread() is not threading.main_thread():  # where Python takes no handler
+        yield
+        return
+    def end(*_): raise KeyboardInterrupt
+    before = signal.signal(signal.SIGTERM, end)
+    try: yield
+    finally: signal.signal(signal.SIGTERM, before)
+
 
 def serve_cell(
     model="",  # an .onnx, or a run's best.pt; empty: the student that comes with the package
@@ -1090,11 +1104,14 @@ def serve_cell(
         command = [sys.executable, "-m", "voila", "demo.ipynb", "--no-browser", f"--port={port}", f"--token={token}", *VOILA]
         process, url = subprocess.Popen(command, cwd=folder), f"http://localhost:{port}/?token={token}"
         try:
-            wait_for_page(port, process)
-            say(f"{url}\nThis address is open to this machine only; from another one: ssh -L {port}:localhost:{port} HOST. Ctrl-C ends it.")
-            if show: webbrowser.open(url)
-            process.wait()
+            with ended_by_sigterm():
+                wait_for_page(port, process)
+                say(f"{url}\nThis address is open to this machine only; from another one: ssh -L {port}:localhost:{port} HOST. "
+                    "Ctrl-C ends it.")
+                if show: webbrowser.open(url)
+                process.wait()
         except KeyboardInterrupt: say("ended")
         finally:
             process.terminate()
-            process.wait(30)
+            try: process.wait(30)
+            except subprocess.TimeoutExpired: process.kill()

@@ -513,12 +513,14 @@ def test_a_session_in_jupyterlab(chromium, lab, demo_model, tmp_path):
 
 
 @pytest.mark.timeout(600)
-def test_a_session_on_a_page_of_its_own(chromium, demo_model, tmp_path):
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_a_session_on_a_page_of_its_own(chromium, demo_model, tmp_path, how):
     pytest.importorskip("voila", reason="Voilà is not installed: pip install voila")
     told = f"{str(demo_model)!r}, detector='haar', out={str(tmp_path/'demo')!r}, show=False"
     code = f"from fer_nb.widget import serve_cell; serve_cell({told})"
     process = subprocess.Popen([sys.executable, "-u", "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+                               env={**os.environ, "OMP_NUM_THREADS": "1"},
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # it may be ignored where tests run
     try:
         url = process.stdout.readline().strip()
         assert "token=" in url
@@ -531,7 +533,8 @@ def test_a_session_on_a_page_of_its_own(chromium, demo_model, tmp_path):
             page.wait_for_selector(".fer-labels button[data-label='6'][aria-pressed=true]")
             seen = logged(page)
             until(lambda: logged(page) > seen + 3, what="more frames")
-    finally: ended(process, signal.SIGINT)
+    finally: ended(process, how)
+    with pytest.raises(OSError): urllib.request.urlopen(url, timeout=2)  # no server is left behind
     [session] = (tmp_path/"demo").iterdir()
     assert "Surprise" in set(rows(session).manual_label)
     assert SessionInfo.load(session).end_reason == "the kernel was shut down"
