@@ -225,7 +225,7 @@ def export_model(
         report = _report(facts, files, quick_parity(model, f"{d}/{model_file('fp32')}"))
         if not report.parity_check.passed:
             raise GateError(f"the export of {checkpoint} differs from it by {report.parity_check.max_abs_diff:.2g} in a logit (limit "
-                            f"{report.parity_check.limit:.2g}): nothing was written; another version of torch or onnxscript may do it rightly")
+                            f"{report.parity_check.limit:.2g}): nothing was written; other versions of torch or onnxscript may do it")
         report.save(d)
         out.mkdir(exist_ok=True)
         for name in OUTPUTS: (out/name).unlink(missing_ok=True)
