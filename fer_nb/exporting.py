@@ -507,7 +507,7 @@ def export_checkpoint(
     report = export_model(path, out, precisions, train)
     parity = check_parity(out, path, test, labels, what, seed=seed)
     require_parity(parity, out)
-    notes = [] if "int8" in report.files else ["no int8: it needs training faces; give a manifest and its cache"]
+    notes = [] if precisions or "int8" in report.files else ["no int8: it needs training faces; give a manifest and its cache"]
     if (v := parity.variants.get("int8")) and not v.passed: notes.append("int8 is outside its bar: ship fp32")
     return ExportResult(report, parity, out, notes)
 

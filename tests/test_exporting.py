@@ -330,6 +330,7 @@ def test_export_with_a_dataset(own_run, traced, dataset):
 def test_export_without_a_dataset_and_refusals(own_run, traced, run_dir, dataset):  # noqa: F811
     result = export_checkpoint(own_run / "best.pt", own_run / "elsewhere")
     assert "no int8" in str(result) and "embedded" in str(result) and result.parity.macro_f1 is None
+    assert "int8" not in str(export_checkpoint(own_run, own_run / "elsewhere", precisions=["fp32"]))  # not asked for, not missed
     with pytest.raises(UsageError, match="go together"): export_checkpoint(own_run, manifest_dir=dataset[0])
     with pytest.raises(FerError) as e: export_checkpoint(run_dir, own_run / "x", *dataset)  # its mean is not the cache's
     one_line(e, "geometry", "mean")
