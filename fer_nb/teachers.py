@@ -107,6 +107,7 @@ def log_prior(
     tau: float = 1.0,  # 0: no adjustment
 ) -> Tensor:  # (K,) float32
     "What logit adjustment adds to training logits."
+    if not 0 <= tau < np.inf: raise UsageError(f"logit_adjustment {tau}: give a number of at least 0")
     counts = all_present(counts)
     return torch.tensor(tau*np.log(counts/counts.sum()), dtype=torch.float32)
 

@@ -23,7 +23,7 @@ PROFILE = {
     "notebooks": {
         "00a_synthetic_faces": {"n": 1600, "video_seconds": 4, "measure_n": 120, "intensity": [1.0, 1.0], "label_noise": 0.0},
         "03_teachers": {**STUDIO, "margin": 0.0}, "05_students": STUDIO, "06_realtime_demo": {"source": "synthetic:4"},
-        # FP16 flips near ties, and a student of two epochs has many: its parity is tested on trained ones
+        # FP16 flips near ties, and a student of two epochs has many: test_exporting.py holds its parity
         "09_onnx_latency": {"precisions": ["fp32", "int8"], "runs": 10, "reference_size": 0, "calibration": 64}}}
 pytestmark = pytest.mark.timeout(1800)  # against standing still: it takes some five minutes, and machines differ
 

@@ -90,6 +90,11 @@ def test_the_prior_of_rare_classes_is_menon_s_and_only_trains(s, y, tau):
         assert float(loss(z, torch.tensor(y), rows, rows)) == pytest.approx(-log_softmax(s, -1)[np.arange(4), y].mean(), abs=1e-9)
 
 
+@pytest.mark.parametrize("tau", [-1, float("nan"), float("inf")])
+def test_a_prior_that_is_none_is_refused(tau):
+    with pytest.raises(UsageError, match=f"logit_adjustment {tau}: give a number of at least 0"): teachers.log_prior([1]*7, tau)
+
+
 def test_autocast_does_not_reach_the_losses():
     torch.manual_seed(0)
     a, b = torch.randn(8, 7)*4, torch.randn(8, 7)*4
