@@ -140,7 +140,8 @@ def export(a):
 
 def bench(a):
     from fer_nb.exporting import bench
-    print(bench(a.models, a.out, **{k: v for k in ("batches", "threads", "providers", "runs") if (v := getattr(a, k)) is not None}))
+    given = {k: v for k in ("batches", "threads", "providers", "runs") if (v := getattr(a, k)) is not None}
+    print(bench(a.models, a.out, a.manifest, a.view, **given))
 
 
 def predict(a):
@@ -344,7 +345,9 @@ def parser():
     c.add_argument("--threads", type=int, nargs="+", metavar="N", help="(default: 1 and all)")
     c.add_argument("--providers", nargs="+", metavar="NAME", help="cpu, cuda, dml or a full name (default: all that are here)")
     c.add_argument("--runs", type=int, metavar="N", help="of each model (default: 200)")
-    c.add_argument("--out", metavar="DIR", help="where latency_benchmarks.csv goes (default: beside the first model)")
+    c.add_argument("--manifest", metavar="DIR", help="a frozen manifest: also compare how often the models are right")
+    c.add_argument("--view", default="test_all_sources", metavar="VIEW", help="about these of its faces (default: %(default)s)")
+    c.add_argument("--out", metavar="DIR", help="where the tables go (default: beside the first model)")
 
     c = command(sub, "predict", predict, "find the faces of pictures and say what they show; exits 1 when there is none in any")
     c.add_argument("images", nargs="+", metavar="IMAGE")

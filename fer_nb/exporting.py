@@ -7,8 +7,8 @@ __all__ = ['OPSET', 'PRECISIONS', 'LOGIT_LIMIT', 'OUTPUTS', 'LIMITS', 'COLOURS',
            'no_chatter', 'to_int8', 'save_checked', 'model_file', 'logit_limit', 'embedded_faces', 'torch_logits',
            'quick_parity', 'open_run', 'export_model', 'compare_logits', 'check_parity', 'require_parity',
            'parity_plot', 'file_precision', 'open_variants', 'interleaved', 'measure_latency', 'latency_plot',
-           'plain_export', 'packed_faces', 'ExportResult', 'export_checkpoint', 'BenchResult', 'bench',
-           'class_f1_intervals', 'model_card', 'ship']
+           'plain_export', 'in_colour', 'packed_faces', 'ExportResult', 'export_checkpoint', 'answers',
+           'compare_accuracy', 'BenchResult', 'bench', 'class_f1_intervals', 'model_card', 'ship']
 
 # %% ../nbs/09_onnx_latency.ipynb #09-003
 import copy
@@ -40,12 +40,12 @@ from fer_nb.artifacts import (
     CLASSES, ArtifactError, ExportedFile, ExportReport, GateError, Interval, OnnxParity, ParityCheck, ReliabilityMetrics, UsageError,
     VariantParity, atomic_path, sha256_file, write_bytes, write_csv, write_text,
 )
-from .calibration import BLUE, GREEN, GREY, ORANGE, macro_f1, paired_interval
+from .calibration import BLUE, GREEN, GREY, ORANGE, labels_of, macro_f1, paired_interval
 from fer_nb.deploy import (
     SHIPPED, ModelFacts, Predictor, check_prepared, checkpoint_facts, open_onnx, open_session, prepared, probabilities, read_facts,
 )
 from .geometry import Geometry, check_geometry, normalise
-from .images import PackedFaces, load_cache
+from .images import LazyFaces, PackedFaces, load_cache
 from .integrity import package_versions
 from .manifests import Result, load_manifest, usable_cores
 from .students import load_model, make_student
@@ -448,6 +448,11 @@ def plain_export(
     return save_checked(to_fp32(make_student(), facts), path)
 
 # %% ../nbs/09_onnx_latency.ipynb #09-041
+def in_colour(faces: np.ndarray) -> np.ndarray:  # uint8 (N, S, S) or (N, S, S, 3) to (N, S, S, 3)
+    "Grey faces with their one channel three times; others as they are."
+    return np.repeat(faces[..., None], 3, -1) if faces.ndim == 3 else np.asarray(faces)
+
+
 def packed_faces(
     manifest_dir,  # a frozen manifest
     cache_dir,  # its packed images
@@ -462,8 +467,7 @@ def packed_faces(
     check_geometry(geometry, cache.geometry, what=f"the cache {cache_dir}")
     rows = PackedFaces(cache, manifest.view(view))
     at = np.arange(len(rows)) if not 0 < n < len(rows) else np.sort(np.random.default_rng(seed).choice(len(rows), n, replace=False))
-    faces = np.asarray(rows.gather(at))
-    return np.repeat(faces[..., None], 3, -1) if faces.ndim == 3 else faces, rows.labels[at]
+    return in_colour(rows.gather(at)), rows.labels[at]
 
 # %% ../nbs/09_onnx_latency.ipynb #09-042
 class ExportResult(Result):
@@ -511,10 +515,49 @@ def export_checkpoint(
     if (v := parity.variants.get("int8")) and not v.passed: notes.append("int8 is outside its bar: ship fp32")
     return ExportResult(report, parity, out, notes)
 
-# %% ../nbs/09_onnx_latency.ipynb #09-043
+# %% ../nbs/09_onnx_latency.ipynb #09-044
+def answers(
+    path,  # an ONNX file of this project, or a best.pt
+    rows: pd.DataFrame,  # of a manifest
+    threads: int = 0,  # 0: all cores
+    progress: bool = True,
+    block: int = 256,  # faces at once
+) -> np.ndarray:  # (N, 7) float64
+    "A model's calibrated probabilities for rows of a manifest."
+    model, parts = Predictor(path, threads=threads), []
+    faces = LazyFaces(rows, model.geometry)
+    for i in tqdm(range(0, len(rows), block), desc=model.path.stem, unit=f"x{block}", disable=not progress, delay=2):
+        parts.append(model.from_prepared(in_colour(faces.gather(np.arange(i, min(i + block, len(rows)))))))
+    return np.concatenate(parts)
+
+
+def compare_accuracy(
+    models: dict,  # name -> path; the first is the one that the others are compared with
+    manifest_dir,  # a frozen manifest
+    view: str = "test_all_sources",
+    resamples: int = 1000,
+    seed: int = 1337,
+    **kwargs,  # threads, progress of answers
+) -> pd.DataFrame:  # a row a source and model; `change` in points of macro-F1, with its paired 95% interval
+    "Accuracy and macro-F1 of models on the same rows, each in its own size."
+    rows = load_manifest(manifest_dir, valid=True).view(view)
+    said, labels, found = {name: answers(path, rows, **kwargs) for name, path in models.items()}, labels_of(rows), []
+    sources = {s: (rows["source"] == s).to_numpy() for s in dict.fromkeys(rows["source"])}
+    if len(sources) > 1: sources["all"] = np.ones(len(rows), bool)
+    for source, at in sources.items():
+        base = next(iter(said.values()))[at]
+        for name, p in said.items():
+            change = paired_interval(macro_f1, base, p[at], labels[at], resamples=resamples, seed=seed)
+            found.append(dict(source=source, n=int(at.sum()), model=name, accuracy=float((p[at].argmax(1) == labels[at]).mean()),
+                              macro_f1=macro_f1(p[at], labels[at]), change=100*change.value, change_low=100*change.low,
+                              change_high=100*change.high))
+    return pd.DataFrame(found)
+
+# %% ../nbs/09_onnx_latency.ipynb #09-045
 class BenchResult(Result):
-    "Models timed against each other."
-    def __init__(self, table: pd.DataFrame, path=None): self.table, self.path = table, path
+    "Models timed against each other, and how often each is right."
+    def __init__(self, table: pd.DataFrame, path=None, accuracy: pd.DataFrame | None = None):
+        self.table, self.path, self.accuracy = table, path, accuracy
 
     def lines(self):
         t, keys = self.table, ["provider", "threads", "batch"]
@@ -526,15 +569,25 @@ class BenchResult(Result):
         end = [f"left out: {why}" for why in t.attrs.get("left_out", {}).values()] + [f"written to {self.path}"]*bool(self.path)
         said = t.iloc[0]
         return [f"onnxruntime {said.onnxruntime}, {said.cores} cores under a load of {said.load}, {said.runs} runs each, interleaved",
-                (head, rows), *end]
+                (head, rows), *self._accuracy(), *end]
+
+    def _accuracy(self):
+        "The second table, if test faces were given."
+        if self.accuracy is None: return []
+        rows = [(r.source, f"{r.n:,}", r.model, f"{r.accuracy:.4f}", f"{r.macro_f1:.4f}",
+                 Interval(value=r.change, low=r.change_low, high=r.change_high).show(2, signed=True))
+                for r in self.accuracy.itertuples()]
+        return [(("test rows", "n", "model", "accuracy", "macro-F1", "points of it over the first"), rows)]
 
 
 def bench(
     models: list,  # paths of ONNX files of this project
-    out=None,  # a folder or a .csv; None: beside the first model
+    out=None,  # a folder; None: beside the first model
+    manifest_dir=None,  # a frozen manifest: also compare how often they are right about its test faces
+    view: str = "test_all_sources",  # that these come from
     **kwargs,  # batches, threads, providers, runs, warmup, seed of measure_latency
 ) -> BenchResult:
-    "Time models against each other; writes latency_benchmarks.csv."
+    "Time models against each other; writes latency_benchmarks.csv and, with a manifest, accuracy_benchmarks.csv."
     paths = [Path(m) for m in models]
     if not paths: raise UsageError("no model to time: give at least one ONNX file")
     stems = [p.stem for p in paths]
@@ -542,9 +595,13 @@ def bench(
     if len(named) < len(paths): named = {str(p): p for p in paths}
     out = Path(out or paths[0].parent)
     table = measure_latency(named, **kwargs)
-    return BenchResult(table, write_csv(out if out.suffix == ".csv" else out/"latency_benchmarks.csv", table))
+    path = write_csv(out/"latency_benchmarks.csv", table)
+    if manifest_dir is None: return BenchResult(table, path)
+    accuracy = compare_accuracy(named, manifest_dir, view)
+    write_csv(out/"accuracy_benchmarks.csv", accuracy)
+    return BenchResult(table, path, accuracy)
 
-# %% ../nbs/09_onnx_latency.ipynb #09-045
+# %% ../nbs/09_onnx_latency.ipynb #09-047
 CARD = """# Model card: {name}
 
 A MobileNetV3-Large of {size} px that names the expression of one prepared face: {classes}. It comes with fer_nb as `student.onnx`
@@ -594,7 +651,7 @@ research; with the stabiliser's "(unstable)" taken seriously, and with labels of
 - Faces under 96 px in the frame are left out by the demo.
 """
 
-# %% ../nbs/09_onnx_latency.ipynb #09-046
+# %% ../nbs/09_onnx_latency.ipynb #09-048
 def class_f1_intervals(
     confusion,  # (7, 7) counts, true rows
     resamples: int = 2000,
@@ -607,7 +664,7 @@ def class_f1_intervals(
     f1 = np.divide(2*hits, total, out=np.zeros(hits.shape), where=total > 0)
     return np.percentile(f1, [2.5, 97.5], axis=0).T
 
-# %% ../nbs/09_onnx_latency.ipynb #09-048
+# %% ../nbs/09_onnx_latency.ipynb #09-050
 def model_card(
     run_dir,  # the student's run
     export_dir,  # its export, with parity and latencies

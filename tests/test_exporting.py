@@ -18,10 +18,11 @@ from fer_nb.artifacts import CLASSES, ArtifactError, FerError, GateError, UsageE
 from fer_nb.calibration import softmax
 from fer_nb.deploy import Predictor, prepared
 from fer_nb.exporting import (
-    ExportReport, OnnxParity, bench, check_parity, compare_logits, export_checkpoint, export_model, file_precision, interleaved,
-    measure_latency, open_run, packed_faces, plain_export, require_parity, save_checked, torch_logits,
+    ExportReport, OnnxParity, answers, bench, check_parity, compare_accuracy, compare_logits, export_checkpoint, export_model,
+    file_precision, interleaved, measure_latency, open_run, packed_faces, plain_export, require_parity, save_checked, torch_logits,
 )
 from fer_nb.geometry import Geometry
+from fer_nb.manifests import load_manifest
 from fer_nb.teachers import Teacher
 from fer_nb.training import embedded_data, save_checkpoint
 from tests.test_deploy import GEOMETRY, calibration, faces, one_line, run_dir  # noqa: F401
@@ -311,6 +312,34 @@ def own_run(run_dir, dataset, tmp_path):  # noqa: F811
     save_checkpoint(tmp_path / "run" / "best.pt", **ckpt)
     calibration().save(tmp_path / "run")
     return tmp_path / "run"
+
+
+def test_accuracy_is_compared_on_the_same_rows_each_in_its_own_size(exported, dataset, tmp_path):
+    "Against scikit-learn, on faces packed in the model's size, and on the pictures themselves for another size."
+    ours, plain = exported / "model_int8.onnx", plain_export(tmp_path / "plain.onnx", 96)
+    table = compare_accuracy({"plain": plain, "ours": ours}, dataset[0], resamples=200, progress=False)
+    table = table[table["source"] == "all"].set_index("model")
+    rows = load_manifest(dataset[0]).view("test_all_sources")
+    y = [CLASSES.index(c) for c in rows["label"]]
+    for name, path in (("plain", plain), ("ours", ours)):
+        predict = Predictor(path)
+        said = [predict([cv2.imread(r.path, cv2.IMREAD_UNCHANGED)])[0].argmax() for r in rows.itertuples()]
+        assert np.mean(answers(path, rows, progress=False, block=7).argmax(1) == said) == 1
+        assert table.loc[name, "accuracy"] == pytest.approx(np.mean(np.equal(said, y)))
+        assert table.loc[name, "macro_f1"] == pytest.approx(f1_score(y, said, average="macro", labels=range(7), zero_division=0))
+    assert table.loc["plain", "change"] == 0 == table.loc["plain", "change_high"]
+    change = 100*(table.loc["ours", "macro_f1"] - table.loc["plain", "macro_f1"])
+    assert table.loc["ours", "change"] == pytest.approx(change)
+    assert table.loc["ours", "change_low"] <= change <= table.loc["ours", "change_high"]
+
+
+def test_bench_sets_accuracy_beside_speed(exported, copied, dataset):
+    models = [exported / "model_fp32.onnx", copied / "model_int8.onnx"]
+    result = bench(models, copied, dataset[0], batches=(1,), threads=(1,), runs=3, warmup=0, progress=False)
+    found = pd.read_csv(copied / "accuracy_benchmarks.csv")
+    assert list(found["model"]) == ["model_fp32", "model_int8"]*found["source"].nunique() and "points of it over the first" in str(result)
+    assert all(f"{f1:.4f}" in str(result) for f1 in found["macro_f1"])
+    with pytest.raises(UsageError, match="no_such"): bench([copied / "model_int8.onnx"], copied, dataset[0], "no_such", runs=2)
 
 
 def test_export_with_a_dataset(own_run, traced, dataset):
