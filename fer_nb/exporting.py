@@ -526,7 +526,7 @@ def answers(
     "A model's calibrated probabilities for rows of a manifest."
     model, parts = Predictor(path, threads=threads), []
     faces = LazyFaces(rows, model.geometry)
-    for i in tqdm(range(0, len(rows), block), desc=model.path.stem, unit=f"x{block}", disable=not progress, delay=2):
+    for i in tqdm(range(0, len(rows), block), desc=model.path.stem, unit=" faces", unit_scale=block, disable=not progress, delay=2):
         parts.append(model.from_prepared(in_colour(faces.gather(np.arange(i, min(i + block, len(rows)))))))
     return np.concatenate(parts)
 
@@ -574,9 +574,10 @@ class BenchResult(Result):
     def _accuracy(self):
         "The second table, if test faces were given."
         if self.accuracy is None: return []
-        rows = [(r.source, f"{r.n:,}", r.model, f"{r.accuracy:.4f}", f"{r.macro_f1:.4f}",
-                 Interval(value=r.change, low=r.change_low, high=r.change_high).show(2, signed=True))
-                for r in self.accuracy.itertuples()]
+        first, rows = self.accuracy["model"][0], []
+        for r in self.accuracy.itertuples():
+            change = Interval(value=r.change, low=r.change_low, high=r.change_high).show(2, signed=True)
+            rows.append((r.source, f"{r.n:,}", r.model, f"{r.accuracy:.4f}", f"{r.macro_f1:.4f}", "" if r.model == first else change))
         return [(("test rows", "n", "model", "accuracy", "macro-F1", "points of it over the first"), rows)]
 
 
