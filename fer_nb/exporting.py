@@ -595,12 +595,10 @@ def bench(
     named = {p.stem if stems.count(p.stem) == 1 else f"{p.parent.name}/{p.stem}": p for p in paths}
     if len(named) < len(paths): named = {str(p): p for p in paths}
     out = Path(out or paths[0].parent)
+    accuracy = None if manifest_dir is None else compare_accuracy(named, manifest_dir, view)
     table = measure_latency(named, **kwargs)
-    path = write_csv(out/"latency_benchmarks.csv", table)
-    if manifest_dir is None: return BenchResult(table, path)
-    accuracy = compare_accuracy(named, manifest_dir, view)
-    write_csv(out/"accuracy_benchmarks.csv", accuracy)
-    return BenchResult(table, path, accuracy)
+    if accuracy is not None: write_csv(out/"accuracy_benchmarks.csv", accuracy)
+    return BenchResult(table, write_csv(out/"latency_benchmarks.csv", table), accuracy)
 
 # %% ../nbs/09_onnx_latency.ipynb #09-047
 CARD = """# Model card: {name}
