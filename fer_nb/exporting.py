@@ -8,7 +8,8 @@ __all__ = ['OPSET', 'PRECISIONS', 'LOGIT_LIMIT', 'OUTPUTS', 'LIMITS', 'COLOURS',
            'quick_parity', 'open_run', 'export_model', 'compare_logits', 'check_parity', 'require_parity',
            'parity_plot', 'file_precision', 'open_variants', 'interleaved', 'measure_latency', 'latency_plot',
            'plain_export', 'in_colour', 'packed_faces', 'ExportResult', 'export_checkpoint', 'answers',
-           'compare_accuracy', 'BenchResult', 'bench', 'class_f1_intervals', 'model_card', 'ship']
+           'compare_accuracy', 'BenchResult', 'bench', 'class_f1_intervals', 'told_training', 'weights_of',
+           'told_latency', 'model_card', 'ship']
 
 # %% ../nbs/09_onnx_latency.ipynb #09-003
 import copy
@@ -37,8 +38,8 @@ from tqdm.auto import tqdm
 
 # %% ../nbs/09_onnx_latency.ipynb #09-005
 from fer_nb.artifacts import (
-    CLASSES, ArtifactError, ExportedFile, ExportReport, GateError, Interval, OnnxParity, ParityCheck, ReliabilityMetrics, UsageError,
-    VariantParity, atomic_path, sha256_file, write_bytes, write_csv, write_text,
+    CLASSES, ArtifactError, EnsembleConfig, ExportedFile, ExportReport, GateError, Interval, OnnxParity, ParityCheck, ReliabilityMetrics,
+    RunArgs, UsageError, VariantParity, atomic_path, sha256_file, write_bytes, write_csv, write_text,
 )
 from .calibration import BLUE, GREEN, GREY, ORANGE, labels_of, macro_f1, paired_interval
 from fer_nb.deploy import (
@@ -49,6 +50,7 @@ from .images import LazyFaces, PackedFaces, load_cache
 from .integrity import package_versions
 from .manifests import Result, load_manifest, usable_cores
 from .students import load_model, make_student
+from .summary import folder_of
 from .synthetic import render_faces
 
 # %% ../nbs/09_onnx_latency.ipynb #09-008
@@ -610,9 +612,11 @@ A MobileNetV3-Large of {size} px that names the expression of one prepared face:
 ## Data and licences
 
 Trained on `{dataset}`: FER2013 (Kaggle, 2013; research use) and FERPlus's labels for the same pictures (Barsoum et al., ICMI 2016;
-MIT), without every training picture that also stands in a test split. The weights are under the project's licence, Apache-2.0; whether
-what was learned from these pictures may be used commercially where you live is not for us to say. No picture can be read back from this
-card, and none comes with the package.
+MIT), without every training picture that also stands in a test split. {training}
+Weights that a teacher started from have licences of their own.
+
+This student's weights are under the project's licence, Apache-2.0; whether what was learned from these pictures may be used
+commercially where you live is not for us to say. No picture can be read back from this card, and none comes with the package.
 
 ## How good it is
 
@@ -663,7 +667,56 @@ def class_f1_intervals(
     f1 = np.divide(2*hits, total, out=np.zeros(hits.shape), where=total > 0)
     return np.percentile(f1, [2.5, 97.5], axis=0).T
 
-# %% ../nbs/09_onnx_latency.ipynb #09-050
+# %% ../nbs/09_onnx_latency.ipynb #09-051
+def told_training(
+    run_dir,  # a student's run; its teachers are looked for where its folder of runs says
+) -> str:
+    "How a student was taught, and by whom."
+    run = Path(run_dir)
+    if not (run/RunArgs.filename).is_file(): return "How it was taught is not recorded."
+    p = RunArgs.load(run).parameters
+    start = f"from the best weights of `{folder_of(p['init_from'])}`" if p.get("init_from") else "from scratch"
+    told = f"Stage {p['stage']}, {p['epochs']} epochs {start}, seed {p['seed']}."
+    if not p.get("softlabels"): return told
+    teacher = run.resolve().parents[1]/Path(p["softlabels"]).parent  # runs are named from the folder that holds them all
+    try: members = [teacher/m.dir for m in EnsembleConfig.load(teacher).members]
+    except ArtifactError: members = [teacher]
+    return f"{told} Taught by the soft labels of `{teacher.name}`{_told_teachers(members)}."
+
+
+def _told_teachers(folders) -> str:
+    "The teachers that are there, and the weights they started from."
+    known = [(f.resolve().name, RunArgs.load(f).parameters) for f in folders if (f/RunArgs.filename).is_file()]
+    return f": {'; '.join(f'{name} ({weights_of(p)})' for name, p in known)}"*bool(known)
+
+
+def weights_of(p: dict) -> str:  # parameters of a teacher's args.json
+    "What a teacher started from, in words."
+    if p.get("init_from"): return f"from {folder_of(p['init_from'])}"
+    loaded = p.get("weights_loaded", p.get("weights", "none"))
+    return "from scratch" if loaded == "none" else f"weights {loaded.split(' ')[0]}"
+
+
+def told_latency(
+    out,  # an export's folder
+) -> list[str]:  # tables with what stands below them
+    "The latencies of an export, and those beside a reference with what it gets right, as far as they were measured."
+    def about(t): return f"(onnxruntime {t.onnxruntime[0]}, CPU, load {t.load[0]} on {t.cores[0]} cores, {t.runs[0]} interleaved runs each)"
+    paths, told = [Path(out)/f"{k}.csv" for k in ("latency_benchmarks", "latency_reference", "accuracy_reference")], []
+    if paths[0].is_file():
+        t = pd.read_csv(paths[0])
+        rows = [(r.precision, r.threads, r.batch, f"{r.p50_ms:.2f}", f"{r.p99_ms:.2f}") for r in t.itertuples()]
+        told += [tabulate(rows, ("file", "threads", "faces", "p50, ms", "p99, ms"), "pipe"), about(t)]
+    if paths[1].is_file() and paths[2].is_file():
+        t, right = pd.read_csv(paths[1]), pd.read_csv(paths[2])
+        right = right[right["source"] == right["source"].iloc[-1]].merge(t[["model", "p50_ms"]])
+        rows = [(r.model, f"{r.p50_ms:.2f}", f"{r.p50_ms/t['p50_ms'][0]:.2f}", f"{r.macro_f1:.4f}",
+                 f"{r.change:+.2f} [{r.change_low:+.2f}, {r.change_high:+.2f}]") for r in right.itertuples()]
+        head = "file", "p50, ms", "of the first", "macro-F1", "points over the first"
+        told += ["The same student with more pixels, one face, one thread:", tabulate(rows, head, "pipe", disable_numparse=True), about(t)]
+    return told
+
+# %% ../nbs/09_onnx_latency.ipynb #09-052
 def model_card(
     run_dir,  # the student's run
     export_dir,  # its export, with parity and latencies
@@ -683,17 +736,8 @@ def model_card(
     return CARD.format(
         name=p.name, size=p.geometry.size, classes=", ".join(CLASSES), precision=precision, megabytes=(out/v.file).stat().st_size/1e6,
         dataset=m.dataset_index_id, checkpoint=p.checkpoint_sha256[:16], temperature=p.temperature, n=m.n, sources=sources,
-        by_class=by_class, parity_n=parity.n, parity=f"{v.argmax_agreement:.1%} the same label, {change}", latency=_told_latency(out))
-
-
-def _told_latency(out: Path) -> str:
-    "The latencies of an export in a table, if they were measured."
-    path = out/"latency_benchmarks.csv"
-    if not path.is_file(): return "Latencies were not measured."
-    t = pd.read_csv(path)
-    rows = [(r.precision, r.threads, r.batch, f"{r.p50_ms:.2f}", f"{r.p99_ms:.2f}") for r in t.itertuples()]
-    about = f"onnxruntime {t.onnxruntime[0]}, CPU, load {t.load[0]} on {t.cores[0]} cores, {t.runs[0]} interleaved runs each"
-    return tabulate(rows, ("file", "threads", "faces", "p50, ms", "p99, ms"), "pipe") + f"\n\n({about})"
+        training=told_training(run), by_class=by_class, parity_n=parity.n, parity=f"{v.argmax_agreement:.1%} the same label, {change}",
+        latency="\n\n".join(told_latency(out)) or "Latencies were not measured.")
 
 
 def ship(

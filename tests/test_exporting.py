@@ -1,6 +1,7 @@
 """Export, parity and latency: what the files hold, what a failed export leaves behind, what a comparison finds, how times are taken."""
 import json
 import os
+import re
 import warnings
 import zipfile
 
@@ -14,12 +15,13 @@ from onnx import TensorProto, numpy_helper
 from sklearn.metrics import f1_score
 
 from fer_nb import exporting
-from fer_nb.artifacts import CLASSES, ArtifactError, FerError, GateError, UsageError
-from fer_nb.calibration import softmax
+from fer_nb.artifacts import CLASSES, ArtifactError, FerError, GateError, RunArgs, UsageError
+from fer_nb.calibration import labels_of, report_run, softmax
 from fer_nb.deploy import Predictor, prepared
 from fer_nb.exporting import (
     ExportReport, OnnxParity, answers, bench, check_parity, compare_accuracy, compare_logits, export_checkpoint, export_model,
-    file_precision, interleaved, measure_latency, open_run, packed_faces, plain_export, require_parity, save_checked, torch_logits,
+    file_precision, interleaved, measure_latency, open_run, packed_faces, plain_export, require_parity, save_checked, ship, told_latency,
+    torch_logits,
 )
 from fer_nb.geometry import Geometry
 from fer_nb.manifests import load_manifest
@@ -340,6 +342,35 @@ def test_bench_sets_accuracy_beside_speed(exported, copied, dataset):
     assert list(found["model"]) == ["model_fp32", "model_int8"]*found["source"].nunique() and "points of it over the first" in str(result)
     assert all(f"{f1:.4f}" in str(result) for f1 in found["macro_f1"])
     with pytest.raises(UsageError, match="no_such"): bench([copied / "model_int8.onnx"], copied, dataset[0], "no_such", runs=2)
+
+
+def test_a_shipped_student_is_described_from_its_artifacts(own_run, traced, dataset, tmp_path):
+    "Its numbers, its teacher and its latencies; nothing typed by hand."
+    manifest, rng = load_manifest(dataset[0]), np.random.default_rng(0)
+    val, test = manifest.view("val"), manifest.view("test_all_sources")
+    zv, zt = (2*rng.standard_normal((len(rows), 7)) + 3*np.eye(7)[labels_of(rows)] for rows in (val, test))
+    _, metrics = report_run(own_run, zv, val, zt, test, model_name="a student", dataset_index_id="demo-0", resamples=100)
+    root = tmp_path / "root"
+    run = root / "students" / "net_seed1_KD"
+    run.parent.mkdir(parents=True); own_run.rename(run)
+    settings = {"stage": "KD", "epochs": 6, "seed": 1, "init_from": "students/net_seed1_CE/best.pt",
+                "softlabels": "teachers/big/softlabels"}
+    RunArgs(stage="student", parameters=settings).save(run)
+    RunArgs(stage="teacher", parameters={"arch": "RN18", "weights_loaded": "some.pth (sha256 12, 100%)"}).save(root / "teachers" / "big")
+    export_checkpoint(run, None, *dataset, calibration=32, precisions=["fp32", "int8"])
+    bench([run / "onnx" / "model_fp32.onnx"], run / "onnx", batches=(1,), threads=(1,), runs=2, warmup=0, progress=False)
+    path = ship(run, run / "onnx", "int8", tmp_path / "shipped")
+    card = (path.parent / "MODEL_CARD.md").read_text()
+    assert path.read_bytes() == (run / "onnx" / "model_int8.onnx").read_bytes()
+    assert "6 epochs from the best weights of `net_seed1_CE`" in card and "`big`: big (weights some.pth)" in card
+    for c in metrics.per_class: assert f"{c.precision:.3f}" in card and f"{c.recall:.3f}" in card
+    assert "interleaved runs each" in card and "more pixels" not in card and not set("{}") & set(card)
+    path = run / "onnx"
+    pd.DataFrame({"source": "all", "model": ["big", "small"], "macro_f1": [0.5, 0.49], "change": [0, -1.0], "change_low": [0, -1.5],
+                  "change_high": [0, -0.5]}).to_csv(path / "accuracy_reference.csv")
+    times = pd.read_csv(path / "latency_benchmarks.csv").iloc[[0, 0]].assign(model=["big", "small"], p50_ms=[8.0, 2.0])
+    times.to_csv(path / "latency_reference.csv")
+    assert re.search(r"small +\| 2.00 +\| 0.25 +\| 0.4900 +\| -1.00 \[-1.50, -0.50\]", "\n".join(told_latency(path)))
 
 
 def test_export_with_a_dataset(own_run, traced, dataset):
