@@ -713,7 +713,8 @@ def told_latency(
         rows = [(r.model, f"{r.p50_ms:.2f}", f"{r.p50_ms/t['p50_ms'][0]:.2f}", f"{r.macro_f1:.4f}",
                  f"{r.change:+.2f} [{r.change_low:+.2f}, {r.change_high:+.2f}]") for r in right.itertuples()]
         head = "file", "p50, ms", "of the first", "macro-F1", "points over the first"
-        told += [f"Beside {t.model[0]}, trained as well; one face, one thread:", tabulate(rows, head, "pipe", disable_numparse=True), about(t)]
+        table = tabulate(rows, head, "pipe", disable_numparse=True)
+        told += [f"Beside {t.model[0]}, trained as well; one face, one thread:", table, about(t)]
     return told
 
 # %% ../nbs/09_onnx_latency.ipynb #09-052
