@@ -613,7 +613,6 @@ A MobileNetV3-Large of {size} px that names the expression of one prepared face:
 
 Trained on `{dataset}`: FER2013 (Kaggle, 2013; research use) and FERPlus's labels for the same pictures (Barsoum et al., ICMI 2016;
 MIT), without every training picture that also stands in a test split. {training}
-Weights that a teacher started from have licences of their own.
 
 This student's weights are under the project's licence, Apache-2.0; whether what was learned from these pictures may be used
 commercially where you live is not for us to say. No picture can be read back from this card, and none comes with the package.
@@ -681,7 +680,7 @@ def told_training(
     teacher = run.resolve().parents[1]/Path(p["softlabels"]).parent  # runs are named from the folder that holds them all
     try: members = [teacher/m.dir for m in EnsembleConfig.load(teacher).members]
     except ArtifactError: members = [teacher]
-    return f"{told} Taught by the soft labels of `{teacher.name}`{_told_teachers(members)}."
+    return f"{told} Taught by the soft labels of `{teacher.name}`{_told_teachers(members)}; others' weights keep their own licences."
 
 
 def _told_teachers(folders) -> str:
@@ -705,7 +704,7 @@ def told_latency(
     paths, told = [Path(out)/f"{k}.csv" for k in ("latency_benchmarks", "latency_reference", "accuracy_reference")], []
     if paths[0].is_file():
         t = pd.read_csv(paths[0])
-        rows = [(r.precision, r.threads, r.batch, f"{r.p50_ms:.2f}", f"{r.p99_ms:.2f}") for r in t.itertuples()]
+        rows = [(r.model, r.threads, r.batch, f"{r.p50_ms:.2f}", f"{r.p99_ms:.2f}") for r in t.itertuples()]
         told += [tabulate(rows, ("file", "threads", "faces", "p50, ms", "p99, ms"), "pipe"), about(t)]
     if paths[1].is_file() and paths[2].is_file():
         t, right = pd.read_csv(paths[1]), pd.read_csv(paths[2])
