@@ -184,13 +184,19 @@ def _grid(n: int, width: float = 3.4, height: float = 3.2, columns: int = 3):
     return fig, list(axes.flat[:n])
 
 
-def compact(fig) -> Image:
-    "A figure as a PNG of 128 colours, a third of the bytes: pages with many runs stay small."
-    data, small = BytesIO(), BytesIO()
-    fig.savefig(data, format="png")
+def compact(
+    fig,
+    most: int = 70_000,  # bytes; in a page they become a third more
+) -> Image:
+    "A figure as a PNG of 128 colours, with as many pixels as fit: pages with many runs stay small."
+    for share in (1, 0.85, 0.7, 0.6, 0.5):
+        data, small = BytesIO(), BytesIO()
+        fig.savefig(data, format="png", dpi=share*fig.dpi)
+        PIL.Image.open(data).convert("RGB").quantize(128, dither=PIL.Image.Dither.NONE).save(small, "png", optimize=True)
+        if small.tell() <= most: break
+    width, height = fig.get_size_inches()*fig.dpi
     plt.close(fig)
-    PIL.Image.open(data).convert("RGB").quantize(128, dither=PIL.Image.Dither.NONE).save(small, "png", optimize=True)
-    return Image(small.getvalue())
+    return Image(small.getvalue(), width=int(width), height=int(height))
 
 
 def plot_curves(runs):
