@@ -5,17 +5,19 @@
 # %% auto #0
 __all__ = ['LINKED', 'CHECKLIST', 'CSS', 'Run', 'find_runs', 'results_table', 'per_class_table', 'by_source_table',
            'source_columns', 'find_ensembles', 'ensembles_markdown', 'onnx_markdown', 'data_tables', 'audit_findings',
-           'compact', 'plot_curves', 'plot_confusions', 'plot_reliability', 'links_markdown', 'write_checklist',
-           'keep_results', 'live_links', 'page_cells', 'render']
+           'compact', 'kinds_of', 'plot_curves', 'plot_confusions', 'plot_reliability', 'links_markdown',
+           'write_checklist', 'keep_results', 'live_links', 'page_cells', 'render']
 
 # %% ../nbs/09b_report.ipynb #09b-002
 import re
 import tempfile
 from io import BytesIO
 from pathlib import Path
+from textwrap import fill
 
 import matplotlib.pyplot as plt
 import nbformat
+import numpy as np
 import pandas as pd
 import PIL.Image
 import pypandoc
@@ -199,39 +201,48 @@ def compact(
     return Image(small.getvalue(), width=int(width), height=int(height))
 
 
+def kinds_of(runs) -> dict[str, list]:  # title -> runs
+    "Runs that differ in nothing but their seed, under a title."
+    kinds = {k: [r for r in runs if r.key == k] for k in dict.fromkeys(r.key for r in runs)}
+    return {fill(f"{k}, {len(v)} seed{'s'*(len(v) > 1)}", 32): v for k, v in kinds.items()}
+
+
 def plot_curves(runs):
-    "Training loss and validation macro-F1 by epoch, a small plot a run; the best epoch is marked."
-    fig, axes = _grid(len(runs), height=2.6)
-    for ax, r in zip(axes, runs):
-        h = pd.DataFrame(r.history.rows)
-        ax.plot(h["epoch"] + 1, h["train_loss"], "o-", ms=3, color="#0072B2", label="training loss, nats")
-        ax.set(title=r.name, xlabel="epoch", ylabel="loss, nats"); ax.xaxis.get_major_locator().set_params(integer=True)
+    "Training loss and validation macro-F1 by epoch, a small plot a kind of run, a line a seed; the best epochs are marked."
+    kinds = kinds_of(runs)
+    fig, axes = _grid(len(kinds), height=2.6)
+    for ax, (title, members) in zip(axes, kinds.items()):
         right = ax.twinx()
-        right.plot(h["epoch"] + 1, h["valid_macro_f1"], "s--", ms=3, color="#D55E00", label="validation macro-F1")
-        right.set(ylim=(0, 1), ylabel="macro-F1"); right.axvline(r.history.best_epoch + 1, color="grey", lw=0.8, ls=":")
-        handles = [line for a in (ax, right) for line in a.get_legend_handles_labels()[0]]
-        ax.legend(handles, [x.get_label() for x in handles], fontsize=6, loc="lower left")
+        for r in members:
+            h = pd.DataFrame(r.history.rows)
+            loss, = ax.plot(h["epoch"] + 1, h["train_loss"], "o-", ms=3, lw=1, color="#0072B2")
+            f1, = right.plot(h["epoch"] + 1, h["valid_macro_f1"], "s--", ms=3, lw=1, color="#D55E00")
+            right.axvline(r.history.best_epoch + 1, color="grey", lw=0.8, ls=":")
+        ax.set(xlabel="epoch", ylabel="loss, nats"); ax.xaxis.get_major_locator().set_params(integer=True)
+        right.set(ylim=(0, 1), ylabel="macro-F1"); ax.set_title(title, fontsize=9)
+        ax.legend([loss, f1], ["training loss, nats", "validation macro-F1"], fontsize=6, loc="lower left")
     return fig
 
 # %% ../nbs/09b_report.ipynb #09b-016
 def plot_confusions(runs):
     "Confusion shares on test rows, a small plot a kind of run, its seeds added up."
-    kinds = {k: [r for r in runs if r.key == k] for k in dict.fromkeys(r.key for r in runs)}
+    kinds = kinds_of(runs)
     fig, axes = _grid(len(kinds), 3.6, 3.4)
-    for ax, (kind, members) in zip(axes, kinds.items()):
+    for ax, (title, members) in zip(axes, kinds.items()):
         draw_confusion(ax, sum(pd.DataFrame(r.metrics.confusion) for r in members).to_numpy(), numbers="share")
-        ax.set_title(f"{kind}, {len(members)} seed{'s'*(len(members) > 1)}, n = {members[0].metrics.n:,}", fontsize=9)
+        ax.set_title(f"{title}, n = {members[0].metrics.n:,}", fontsize=9)
     return fig
 
 
 def plot_reliability(runs):
-    "Accuracy against confidence on test rows at T*, a small plot a run."
-    fig, axes = _grid(len(runs), 2.7, 2.7)
-    for ax, r in zip(axes, runs):
-        z, y = r.test_logits()
-        confidence, hit = top_label(z, y, r.calibration.selected_temperature)
-        draw_bars(ax, reliability_table(confidence, hit))
-        ax.set_title(f"{r.name}\nECE {r.metrics.ece.value:.3f}, null {r.metrics.null_ece:.3f}, n = {r.metrics.n:,}", fontsize=8)
+    "Accuracy against confidence on test rows at T*, a small plot a kind of run, the rows of its seeds together."
+    kinds = kinds_of(runs)
+    fig, axes = _grid(len(kinds), 2.7, 2.7)
+    for ax, (title, members) in zip(axes, kinds.items()):
+        pairs = [top_label(*r.test_logits(), r.calibration.selected_temperature) for r in members]
+        draw_bars(ax, reliability_table(*(np.concatenate(part) for part in zip(*pairs))))
+        low, high = (f"{end(r.metrics.ece.value for r in members):.3f}" for end in (min, max))
+        ax.set_title(f"{title}\nECE {low if low == high else f'{low} to {high}'}, n = {members[0].metrics.n:,}", fontsize=8)
         ax.set(xlabel="confidence", ylabel="accuracy")
     axes[0].legend(fontsize=7)
     return fig

@@ -19,6 +19,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
+from textwrap import fill
 from typing import NamedTuple
 
 import matplotlib.pyplot as plt
@@ -594,7 +595,7 @@ def draw_arms(ax, summary: StudentSummary, source: str, metric: str):
             ax.errorbar(x - 0.12, mean.mean, np.abs(ends - mean.mean), color="black", capsize=3, lw=1.2)
         ax.plot(np.full(len(values), x + 0.12), values, "o", ms=4, mfc="white", mec="black", mew=0.8)
         ax.text(x, 0.01, f"{mean.mean:.3f}", ha="center", va="bottom", fontsize=7)
-    ax.set_xticks(range(len(summary.arms)), [a.replace(" ", "\n", 1) for a in summary.arms], fontsize=7)
+    ax.set_xticks(range(len(summary.arms)), [fill(a, 11) for a in summary.arms], fontsize=7)
 
 # %% ../nbs/05a_student_summary.ipynb #05a-048
 def stage_plot(
