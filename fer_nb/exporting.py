@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['OPSET', 'PRECISIONS', 'LOGIT_LIMIT', 'OUTPUTS', 'LIMITS', 'COLOURS', 'CARD', 'describe', 'to_fp32', 'to_fp16',
            'no_chatter', 'to_int8', 'save_checked', 'model_file', 'logit_limit', 'embedded_faces', 'torch_logits',
-           'quick_parity', 'open_run', 'export_model', 'compare_logits', 'check_parity', 'require_parity',
+           'quick_parity', 'open_run', 'export_model', 'in_points', 'compare_logits', 'check_parity', 'require_parity',
            'parity_plot', 'file_precision', 'open_variants', 'interleaved', 'measure_latency', 'latency_plot',
            'plain_export', 'in_colour', 'packed_faces', 'ExportResult', 'export_checkpoint', 'answers',
-           'compare_accuracy', 'BenchResult', 'bench', 'class_f1_intervals', 'told_training', 'weights_of',
-           'told_latency', 'model_card', 'ship']
+           'compare_accuracy', 'show_change', 'BenchResult', 'bench', 'class_f1_intervals', 'told_training',
+           'weights_of', 'told_latency', 'model_card', 'ship']
 
 # %% ../nbs/09_onnx_latency.ipynb #09-003
 import copy
@@ -41,7 +41,7 @@ from fer_nb.artifacts import (
     CLASSES, ArtifactError, EnsembleConfig, ExportedFile, ExportReport, GateError, Interval, OnnxParity, ParityCheck, ReliabilityMetrics,
     RunArgs, UsageError, VariantParity, atomic_path, sha256_file, write_bytes, write_csv, write_text,
 )
-from .calibration import BLUE, GREEN, GREY, ORANGE, labels_of, macro_f1, paired_interval
+from .calibration import BLUE, GREEN, GREY, ORANGE, accuracy, labels_of, macro_f1, paired_interval
 from fer_nb.deploy import (
     SHIPPED, ModelFacts, Predictor, check_prepared, checkpoint_facts, open_onnx, open_session, prepared, probabilities, read_facts,
 )
@@ -249,6 +249,11 @@ LIMITS = {  # what may differ, by precision; fp32 in its logits, by `logit_limit
 }
 
 # %% ../nbs/09_onnx_latency.ipynb #09-025
+def in_points(change: Interval) -> Interval:
+    "A difference of shares in points, hundredths."
+    return Interval(**{k: 100*v for k, v in change.model_dump().items()})
+
+
 def compare_logits(
     precision: str,
     truth: np.ndarray,  # (N, 7) of the checkpoint
@@ -265,7 +270,7 @@ def compare_logits(
     f1 = {}
     if labels is not None:
         change = paired_interval(macro_f1, truth, got, labels, resamples=resamples, seed=seed)
-        points = Interval(**{k: 100*v for k, v in change.model_dump().items()})
+        points = in_points(change)
         f1 = dict(macro_f1=macro_f1(got, labels), macro_f1_change=points)
         found |= {"macro_f1_change": abs(points.value), "macro_f1_loss": -points.value}
     limits = LIMITS[precision] if precision in LIMITS else {"max_logit_diff": logit_limit(truth)}
@@ -549,11 +554,15 @@ def compare_accuracy(
     for source, at in sources.items():
         base = next(iter(said.values()))[at]
         for name, p in said.items():
-            change = paired_interval(macro_f1, base, p[at], labels[at], resamples=resamples, seed=seed)
-            found.append(dict(source=source, n=int(at.sum()), model=name, accuracy=float((p[at].argmax(1) == labels[at]).mean()),
-                              macro_f1=macro_f1(p[at], labels[at]), change=100*change.value, change_low=100*change.low,
-                              change_high=100*change.high))
+            change = in_points(paired_interval(macro_f1, base, p[at], labels[at], resamples=resamples, seed=seed))
+            found.append(dict(source=source, n=int(at.sum()), model=name, accuracy=accuracy(p[at], labels[at]),
+                              macro_f1=macro_f1(p[at], labels[at]), change=change.value, change_low=change.low, change_high=change.high))
     return pd.DataFrame(found)
+
+
+def show_change(row) -> str:  # of `compare_accuracy`
+    "Points of macro-F1 against the first model, with their interval."
+    return Interval(value=row.change, low=row.change_low, high=row.change_high).show(2, signed=True)
 
 # %% ../nbs/09_onnx_latency.ipynb #09-045
 class BenchResult(Result):
@@ -578,8 +587,8 @@ class BenchResult(Result):
         if self.accuracy is None: return []
         first, rows = self.accuracy["model"][0], []
         for r in self.accuracy.itertuples():
-            change = Interval(value=r.change, low=r.change_low, high=r.change_high).show(2, signed=True)
-            rows.append((r.source, f"{r.n:,}", r.model, f"{r.accuracy:.4f}", f"{r.macro_f1:.4f}", "" if r.model == first else change))
+            change = "" if r.model == first else show_change(r)
+            rows.append((r.source, f"{r.n:,}", r.model, f"{r.accuracy:.4f}", f"{r.macro_f1:.4f}", change))
         return [(("test rows", "n", "model", "accuracy", "macro-F1", "points of it over the first"), rows)]
 
 
@@ -597,10 +606,10 @@ def bench(
     named = {p.stem if stems.count(p.stem) == 1 else f"{p.parent.name}/{p.stem}": p for p in paths}
     if len(named) < len(paths): named = {str(p): p for p in paths}
     out = Path(out or paths[0].parent)
-    accuracy = None if manifest_dir is None else compare_accuracy(named, manifest_dir, view)
+    right = None if manifest_dir is None else compare_accuracy(named, manifest_dir, view)
     table = measure_latency(named, **kwargs)
-    if accuracy is not None: write_csv(out/"accuracy_benchmarks.csv", accuracy)
-    return BenchResult(table, write_csv(out/"latency_benchmarks.csv", table), accuracy)
+    if right is not None: write_csv(out/"accuracy_benchmarks.csv", right)
+    return BenchResult(table, write_csv(out/"latency_benchmarks.csv", table), right)
 
 # %% ../nbs/09_onnx_latency.ipynb #09-047
 CARD = """# Model card: {name}
@@ -709,8 +718,8 @@ def told_latency(
     if paths[1].is_file() and paths[2].is_file():
         t, right = pd.read_csv(paths[1]), pd.read_csv(paths[2])
         right = right[right["source"] == right["source"].iloc[-1]].merge(t[["model", "p50_ms"]])
-        rows = [(r.model, f"{r.p50_ms:.2f}", f"{r.p50_ms/t['p50_ms'][0]:.2f}", f"{r.macro_f1:.4f}",
-                 f"{r.change:+.2f} [{r.change_low:+.2f}, {r.change_high:+.2f}]") for r in right.itertuples()]
+        rows = [(r.model, f"{r.p50_ms:.2f}", f"{r.p50_ms/t['p50_ms'][0]:.2f}", f"{r.macro_f1:.4f}", show_change(r))
+                for r in right.itertuples()]
         head = "file", "p50, ms", "of the first", "macro-F1", "points over the first"
         table = tabulate(rows, head, "pipe", disable_numparse=True)
         told += [f"Beside {t.model[0]}, trained as well; one face, one thread:", table, about(t)]
