@@ -31,7 +31,7 @@ from fer_nb.artifacts import (
 )
 from .calibration import draw_bars, draw_confusion, reliability_table, top_label
 from .integrity import gates
-from .summary import arm_labels, arm_of
+from .summary import FREE, arm_labels, arm_of
 
 # %% ../nbs/09b_report.ipynb #09b-005
 class Run:
@@ -53,6 +53,11 @@ class Run:
         return (False, self.key, self.seed) if self.arm is None else (True, self.arm.order, self.seed)
     @property
     def path(self) -> str: return self.folder.relative_to(self.root).as_posix()
+
+    @property
+    def recipe(self) -> str:
+        "A teacher's settings, but for seed and paths; a student's arm stands for its own (`summary.check_arms`)."
+        return "" if self.arm else str(sorted((k, v) for k, v in self.args.parameters.items() if k not in (*FREE, "init_sha256", "fold")))
 
     def test_logits(self):
         "(N, 7) logits and (N,) labels of the test rows."
@@ -202,9 +207,12 @@ def compact(
 
 
 def kinds_of(runs) -> dict[str, list]:  # title -> runs
-    "Runs that differ in nothing but their seed, under a title."
-    kinds = {k: [r for r in runs if r.key == k] for k in dict.fromkeys(r.key for r in runs)}
-    return {fill(f"{k}, {len(v)} seed{'s'*(len(v) > 1)}", 32): v for k, v in kinds.items()}
+    "Runs that differ in nothing but their seed, under a title; the folder's name where one kind was trained in several ways."
+    kinds = {}
+    for r in runs: kinds.setdefault((r.key, r.recipe), []).append(r)
+    keys = [key for key, _ in kinds]
+    def title(key, v): return f"{key}, {len(v)} seed{'s'*(len(v) > 1)}" if keys.count(key) == 1 else v[0].folder.name
+    return {fill(title(key, v), 32): v for (key, _), v in kinds.items()}
 
 
 def plot_curves(runs):
