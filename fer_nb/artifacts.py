@@ -411,7 +411,8 @@ class TrainingHistory(Artifact):
     epochs_done: int
     epochs_total: int
     best_epoch: int
-    best_macro_f1: float
+    best_macro_f1: float  # of the best epoch
+    best_by: str = "macro_f1"  # the rule that chose it
 
 # %% ../nbs/00_artifacts.ipynb #00-036
 SELECTION_RULE = "min NLL -> min ECE -> max macro-F1"

@@ -6,7 +6,8 @@
 __all__ = ['CACHE_FILES', 'show_faces', 'unit_batch', 'normalise_unit', 'row_box', 'prepare_row', 'stack_faces', 'row_hash',
            'ImageCache', 'cache_positions', 'load_cache', 'pack_cache', 'Augment', 'AugmentParams', 'batch_generator',
            'draw_augment', 'flip_views', 'warp_grid', 'augment_faces', 'PackedFaces', 'LazyFaces', 'epoch_order',
-           'FaceBatches', 'one_thread', 'Loaders', 'make_loaders', 'eval_loader', 'images_per_second']
+           'check_sizes', 'size_at', 'shrink', 'FaceBatches', 'one_thread', 'Loaders', 'make_loaders', 'eval_loader',
+           'images_per_second']
 
 # %% ../nbs/02a_images.ipynb #02a-003
 import os
@@ -472,6 +473,36 @@ def epoch_order(
         picked.append(np.concatenate([rng.permutation(rows) for _ in range(-(-q//len(rows)))])[:q])
     return rng.permutation(np.concatenate(picked).astype(np.int64))
 
+# %% ../nbs/02a_images.ipynb #02a-071
+def check_sizes(
+    sizes,  # (first epoch, pixels), ...
+    own: int,  # pixels, the geometry's
+) -> tuple:  # the same, as tuples of int
+    "Phases in order, which begin with epoch 0 and end at the geometry's own size; or none."
+    try: phases = tuple((int(epoch), int(pixels)) for epoch, pixels in sizes)
+    except (TypeError, ValueError):
+        raise UsageError(f"sizes {sizes!r}: give pairs (first epoch, pixels), such as [[0, 40], [20, {own}]]") from None
+    if not phases: return phases
+    epochs, pixels = zip(*phases)
+    if epochs[0] != 0 or sorted(set(epochs)) != list(epochs) or pixels[-1] != own or not 16 <= min(pixels) <= max(pixels) <= own:
+        raise UsageError(f"sizes {[list(p) for p in phases]}: begin with epoch 0, go on in order, with 16 to {own} px, "
+                         f"and end with {own} px, the size of the packed faces")
+    return phases
+
+
+def size_at(phases, epoch: int, own: int) -> int:  # pixels
+    "The size of an epoch's training faces."
+    return max(((first, pixels) for first, pixels in phases if first <= epoch), default=(0, own))[1]
+
+
+def shrink(
+    x: torch.Tensor,  # (B, C, S, S), in 0..1
+    size: int,  # pixels, at most S
+) -> torch.Tensor:  # (B, C, size, size)
+    "Fewer pixels, without aliasing."
+    if x.shape[-1] == size: return x
+    return F.interpolate(x, size=(size, size), mode="bilinear", antialias=True, align_corners=False).clamp_(0, 1)
+
 # %% ../nbs/02a_images.ipynb #02a-046
 class FaceBatches:
     "An iterable of batches `(x, y, index, view)` that torch loops and fastai's DataLoaders accept."
@@ -490,20 +521,21 @@ class FaceBatches:
         num_workers: int = 0,  # processes that gather ahead; worth it for LazyFaces
         rank: int = 0,  # this process among world_size that share a training epoch
         world_size: int = 1,
+        sizes=(),  # of a training loader: (first epoch, pixels), ...; the geometry's own size where empty
     ):
         if batch_size < 1: raise UsageError(f"batch_size must be at least 1, got {batch_size}")
         if view not in (0, 1): raise UsageError(f"view must be 0 (identity) or 1 (flipped), got {view}")
         if not 0 <= rank < world_size: raise UsageError(f"rank must be in 0..{world_size - 1}, got {rank}")
         self.dataset, self.train, self.seed, self.augment, self.balanced = dataset, train, seed, augment, balanced
         self.bs, self.view, self.device, self.num_workers = min(batch_size, len(dataset)), view, torch.device(device), num_workers
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.sizes = rank, world_size, check_sizes(sizes, dataset.geometry.size)
         self.set_epoch(0)
         if not len(self): raise UsageError(f"{len(dataset)} rows in batches of {self.bs} are too few for {world_size} processes")
 
     def set_epoch(self, epoch: int, start_batch: int = 0):
         "Set what the next iteration yields: the epoch's batches from `start_batch` on; later iterations begin at 0 again."
         if not 0 <= start_batch <= len(self): raise UsageError(f"start_batch must be in 0..{len(self)}, got {start_batch}")
-        self.epoch, self.start_batch = epoch, start_batch
+        self.epoch, self.start_batch, self.size = epoch, start_batch, size_at(self.sizes, epoch, self.dataset.geometry.size)
         n = len(self.dataset)
         self.order = epoch_order(self.dataset.labels, self.seed, epoch, self.balanced) if self.train else np.arange(n)
 
@@ -554,7 +586,7 @@ def finish(
         else:
             view = torch.full((len(index),), self.view, device=self.device)
             x = x.flip(-1) if self.view else x
-        x = normalise_unit(x, self.dataset.geometry)
+        x = normalise_unit(shrink(x, self.size), self.dataset.geometry)
     y = torch.from_numpy(self.dataset.labels)[index]
     return x, y.to(self.device), index.to(self.device), view
 
@@ -611,13 +643,14 @@ def make_loaders(
     seed: int = 1337,
     augment: Augment | None = Augment(),  # noqa: B008 (frozen)
     balanced: bool = False,  # classes in equal shares
+    sizes=(),  # phases of the training faces: (first epoch, pixels), ...
     eval_batch_size: int | None = None,  # twice batch_size where None
     **kwargs,  # device, num_workers for both
 ) -> Loaders:
     "A shuffled, augmented training loader and a fixed validation loader of one geometry."
     check_geometry(train.geometry, valid.geometry, what="the validation data")
     return Loaders(
-        FaceBatches(train, batch_size, train=True, seed=seed, augment=augment, balanced=balanced, **kwargs),
+        FaceBatches(train, batch_size, train=True, seed=seed, augment=augment, balanced=balanced, sizes=sizes, **kwargs),
         eval_loader(valid, batch_size=eval_batch_size or 2*batch_size, **kwargs))
 
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STUDENT_BACKBONE', 'make_student', 'kd_rows', 'kd_loss', 'tckd_nckd', 'dkd_loss', 'Supervision', 'fused_supervision',
-           'split_supervision', 'supervision_files', 'open_supervision', 'vote_targets', 'Distillation', 'StudentLoss',
+           'split_supervision', 'supervision_files', 'open_supervision', 'Distillation', 'blend_logits', 'StudentLoss',
            'dkd_gradient', 'dkd_unit_test', 'start_from', 'load_model', 'Validation', 'own_validation', 'view_notes',
            'ViewReport', 'evaluate_checkpoint']
 
@@ -33,7 +33,7 @@ from .geometry import check_geometry
 from .images import PackedFaces, eval_loader, load_cache
 from .integrity import Softlabels, backbone_guard, check_alignment, load_softlabels, require_backbone
 from .manifests import Manifest, Result, load_manifest
-from .teachers import Teacher, start_as_identity
+from .teachers import Teacher, set_stem_stride, start_as_identity
 from .training import FaceData, load_checkpoint, load_matching, predict
 
 # %% ../nbs/05_students.ipynb #05-006
@@ -42,9 +42,11 @@ STUDENT_BACKBONE = "mobilenetv3_large_100"
 
 def make_student(
     drop_rate: float = 0.2,  # dropout before the classifier
+    stem_stride: int = 2,  # of the first convolution; 1 suits faces of 48 px
 ) -> nn.Module:  # (B, 3, S, S) -> (B, 7) logits
     "MobileNetV3-Large with seven outputs, from scratch."
     model = timm.create_model(STUDENT_BACKBONE, num_classes=len(CLASSES), drop_rate=drop_rate)
+    set_stem_stride(model, stem_stride)
     nn.init.normal_(model.classifier.weight, std=0.01)  # timm's own start gives seven classes a loss of 4 to 6 nats, not ln 7
     nn.init.zeros_(model.classifier.bias)
     start_as_identity(model)
@@ -171,17 +173,6 @@ def open_supervision(
         raise GateError(f"{Path(softlabels).parent}: its split targets belong to other rows than its softlabels: export the ensemble again")
     return report, split_supervision(targets, ids)
 
-# %% ../nbs/05_students.ipynb #05-022
-def vote_targets(
-    rows: pd.DataFrame,  # of a manifest
-) -> Tensor:  # (N, 7) float32, rows sum to 1
-    "Shares of the votes; all on the label where a row has none."
-    q, votes = np.eye(len(CLASSES))[labels_of(rows)], votes_of(rows)
-    if votes is None: raise UsageError("targets is 'votes', and no training row has votes: give targets='labels'")
-    has = np.nansum(votes, 1) > 0
-    q[has] = votes[has]/votes[has].sum(1, keepdims=True)
-    return torch.from_numpy(q.astype(np.float32))
-
 # %% ../nbs/05_students.ipynb #05-025
 @dataclass(frozen=True)
 class Distillation:
@@ -205,6 +196,17 @@ class Distillation:
         return self.alpha_start + (self.alpha - self.alpha_start)*risen(self.ramp), risen(self.kd_warmup) if self.kd_warmup else 1.0
 
 # %% ../nbs/05_students.ipynb #05-026
+def blend_logits(
+    logits: Tensor,  # (..., B, K)
+    order: Tensor,  # (B,) int64: the row that each is blended with
+    share: float,  # of its own
+) -> Tensor:  # (..., B, K), float64 where there is one
+    "Logits of blended probabilities: share p + (1 - share) p[order]."
+    own = _precise(logits).log_softmax(-1)
+    shares = torch.tensor([share, 1 - share], dtype=own.dtype, device=own.device).clamp_min(1e-12).log()
+    return torch.logaddexp(own + shares[0], own[..., order, :] + shares[1])
+
+
 class StudentLoss:
     "CE, alone or with distillation from a table of soft labels."
     def __init__(self,
@@ -219,34 +221,46 @@ class StudentLoss:
         if (stage != "CE") != (soft is not None):
             raise UsageError(f"stage {stage} {'needs soft labels: give softlabels' if stage != 'CE' else 'takes no soft labels'}")
         self.stage, self.soft, self.how, self.targets, self.smoothing, self.terms = stage, soft, how, targets, label_smoothing, {}
-        self.prior = prior
+        self.prior, self.mixed = prior, None
         self.alpha, self.share = how.at(0, 1)
 
     def at_step(self, step: int, total: int):
         "Called by the loop with the optimiser steps done and planned."
         self.alpha, self.share = self.how.at(step, total)
 
-    def distil(self, logits, y, index, view):
-        "The distillation terms of every row: a weighted sum over the teachers."
-        t, w = self.soft.of(index, view, y)
-        T = self.how.T
+    def answers(self, y, index, view):
+        "The teachers' logits (M, B, K) for what the batch shows; None where nobody teaches."
+        if self.soft is None: return None
+        t, _ = self.soft.of(index, view, y)
+        return t if self.mixed is None else blend_logits(t, *self.mixed)
+
+    def distil(self, logits, y, t):
+        "The distillation terms of a batch whose labels are y: a weighted sum over the teachers."
+        T, w = self.how.T, self.soft.weights[:, y]
         if self.stage == "KD": return {"kd": (w*torch.stack([kd_rows(logits, z, T) for z in t])).sum(0).mean()}
         members = torch.stack([torch.stack(tckd_nckd(logits, z, y, T)) for z in t])  # (M, 2, B)
         return dict(zip(("tckd", "nckd"), T*T*(w[:, None]*members).sum(0).mean(-1)))
 
+    def parts(self, logits, y, index, t):
+        "All terms, if the labels were y and the targets those of the rows `index`."
+        adjusted = logits if self.prior is None else logits + self.prior.to(logits)
+        ce = F.cross_entropy(adjusted, y if self.targets is None else self.targets[index], label_smoothing=self.smoothing)
+        return {"ce": ce} if t is None else {"ce": ce, **self.distil(logits, y, t)}
+
     def __call__(self, logits, y, index, view):
-        training = torch.is_grad_enabled()  # validation rows stand in no table
-        adjusted = logits if self.prior is None or not training else logits + self.prior.to(logits)
-        if training and self.targets is not None:
-            self.targets = self.targets.to(logits.device)
-            ce = F.cross_entropy(adjusted, self.targets[index], label_smoothing=self.smoothing)
-        else: ce = F.cross_entropy(adjusted, y, label_smoothing=self.smoothing)
-        self.terms = {"ce": ce.detach()}
-        if self.stage == "CE" or not training: return ce
-        parts = self.distil(logits, y, index, view)
-        self.terms |= {k: v.detach() for k, v in parts.items()} | {"alpha": self.alpha}
+        if not torch.is_grad_enabled(): return F.cross_entropy(logits, y)  # validation rows stand in no table
+        if self.targets is not None: self.targets = self.targets.to(logits.device)
+        t = self.answers(y, index, view)
+        parts = self.parts(logits, y, index, t)
+        if self.mixed is not None:
+            order, share = self.mixed
+            other = self.parts(logits, y[order], index[order], t)
+            parts = {k: share*v + (1 - share)*other[k] for k, v in parts.items()}
+        self.terms = {k: v.detach() for k, v in parts.items()}
+        if self.stage == "CE": return parts["ce"]
+        self.terms["alpha"] = self.alpha
         kd = self.alpha*parts["kd"] if self.stage == "KD" else self.alpha*parts["tckd"] + self.how.beta*parts["nckd"]
-        return (1 - self.alpha)*ce + (self.share*kd).to(ce.dtype)
+        return (1 - self.alpha)*parts["ce"] + (self.share*kd).to(parts["ce"].dtype)
 
 # %% ../nbs/05_students.ipynb #05-031
 def dkd_gradient(zs: Tensor, zt: Tensor, y: Tensor, how: Distillation) -> Tensor:  # (B, K)
@@ -294,11 +308,14 @@ def dkd_unit_test(
 def start_from(
     model: nn.Module,  # the student
     checkpoint: str = "",  # a best.pt; empty: from scratch
+    stem_stride: int = 2,  # the student's
 ):  # the guard's verdict
     "Load starting weights if they are the student's own; a foreign checkpoint is refused."
     own = make_student().state_dict()
     if not checkpoint: return require_backbone(backbone_guard(own, model.state_dict(), STUDENT_BACKBONE, STUDENT_BACKBONE))
     ckpt = load_checkpoint(checkpoint)
+    if (stride := ckpt["meta"].get("stem_stride", 2)) != stem_stride:
+        raise GateError(f"{checkpoint} was trained with stem_stride {stride}, this student has {stem_stride}: give both the same")
     guard = backbone_guard(own, ckpt["model"], STUDENT_BACKBONE, ckpt["meta"].get("backbone", "unknown"))
     load_matching(model, ckpt["model"], guard)
     return guard
@@ -311,10 +328,11 @@ def load_model(
     ckpt = load_checkpoint(checkpoint)
     meta = ckpt["meta"]
     if meta.get("head") == "arcface":
-        model = Teacher(meta["backbone"], meta["scale"], img_size=meta["geometry"]["size"], model_args=meta.get("model_args"))
+        model = Teacher(meta["backbone"], meta["scale"], img_size=meta["geometry"]["size"], model_args=meta.get("model_args"),
+                        stem_stride=meta.get("stem_stride", 0))
         guard = backbone_guard(model.state_dict(), ckpt["model"], meta["backbone"], meta["backbone"])
     else:
-        model = make_student()
+        model = make_student(stem_stride=meta.get("stem_stride", 2))
         guard = backbone_guard(model.state_dict(), ckpt["model"], STUDENT_BACKBONE, meta.get("backbone", "unknown"))
     load_matching(model, ckpt["model"], guard)
     return model.eval(), meta

@@ -243,7 +243,7 @@ def test_split_supervision_needs_an_ensemble(tmp_path, data):
 
 def test_votes_are_shares_and_rows_without_keep_their_label():
     rows = pd.DataFrame({"label": ["Happy", "Fear", "Sad"], "votes": [[0, 0, 0, 8, 0, 1, 1], [0]*7, None]})
-    assert np.allclose(students.vote_targets(rows).numpy(), [[0, 0, 0, .8, 0, .1, .1], [0, 0, 1, 0, 0, 0, 0], [0, 0, 0, 0, 1, 0, 0]])
+    assert np.allclose(teachers.vote_targets(rows).numpy(), [[0, 0, 0, .8, 0, .1, .1], [0, 0, 1, 0, 0, 0, 0], [0, 0, 0, 0, 1, 0, 0]])
 
 
 # ---- training ----
@@ -251,14 +251,15 @@ def test_votes_are_shares_and_rows_without_keep_their_label():
 CONFIG = dict(lr=2e-3, warmup_epochs=0, seed=3, clip=5.0)
 
 
-def fit(folder, data, stage, soft=None, epochs=1, init="", targets=None, **more):
+def fit(folder, data, stage, soft=None, epochs=1, init="", targets=None, callbacks=(), sizes=(), stem_stride=2, **more):
     training.seed_everything(3)
-    model = students.make_student()
-    start_from(model, init)
+    model = students.make_student(stem_stride=stem_stride)
+    start_from(model, init, stem_stride)
     meta = {"backbone": students.STUDENT_BACKBONE, "head": "linear", "stage": stage, "geometry": data.geometry.to_dict(),
             "dataset_index_id": data.dataset_index_id}
-    history = training.train(model, FaceBatches(data.train, 32, train=True, seed=3), eval_loader(data.own_val),
-                             StudentLoss(stage, soft, targets=targets), TrainConfig(epochs, **CONFIG), folder, meta, bar=False, stage=stage)
+    history = training.train(model, FaceBatches(data.train, 32, train=True, seed=3, sizes=sizes), eval_loader(data.own_val),
+                             StudentLoss(stage, soft, targets=targets), TrainConfig(epochs, **{**CONFIG, **more}), folder,
+                             meta | {"stem_stride": stem_stride}, callbacks, bar=False, stage=stage)
     return model, history
 
 
@@ -318,6 +319,28 @@ def test_training_never_runs_a_teacher(stages, data, tmp_path, monkeypatch):
     monkeypatch.setattr(teachers.Teacher, "forward", never)
     monkeypatch.setattr(teachers.Teacher, "__init__", never)
     fit(tmp_path / "kd", data, "KD", soft)  # from scratch too
+
+
+@pytest.mark.parametrize("stage", ["CE", "KD", "DKD"])
+def test_the_whole_recipe_resumes_bit_equal(stages, data, tmp_path, stage):
+    "Mixup, averaged weights, SGD, growing faces, a fine stem: cut after the first epoch, and in one go."
+    _, soft = stages
+    recipe = dict(soft=None if stage == "CE" else soft, epochs=2, sizes=[[0, 24], [1, 32]], stem_stride=1, optimizer="sgd", lr=0.05, best_by="nll")
+
+    class Cut(training.Callback):
+        order = 5
+        def before_batch(self):
+            if self.training and self.epoch == 1 and self.iter == 2: raise ConnectionError("power cut")
+
+    def extras(): return [training.EMA(0.9), training.Mixup(0.4, 3)]
+    whole, history = fit(tmp_path / "whole", data, stage, callbacks=extras(), **recipe)
+    with pytest.raises(ConnectionError): fit(tmp_path / "cut", data, stage, callbacks=[*extras(), Cut()], **recipe)
+    again, resumed = fit(tmp_path / "cut", data, stage, callbacks=extras(), **recipe)
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in whole.state_dict().items())
+    assert [r["train_loss"] for r in history.rows] == [r["train_loss"] for r in resumed.rows] and history.best_by == "nll"
+    model, meta = students.load_model(tmp_path / "cut" / "best.pt")
+    assert meta["stem_stride"] == 1 and model.conv_stem.stride == (1, 1)
+    with pytest.raises(GateError, match="stem_stride 1, this student has 2"): start_from(students.make_student(), tmp_path / "cut" / "best.pt")
 
 
 def test_votes_teach_and_validation_stays_on_labels(data, tmp_path):

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from fer_nb import training
 from fer_nb.artifacts import GateError, TrainingHistory
 from fer_nb.images import FaceBatches, eval_loader
-from fer_nb.training import TrainConfig, load_checkpoint, resume_point, seed_everything, train
+from fer_nb.training import TrainConfig, choose_amp, load_checkpoint, resume_point, seed_everything, train
 from tests.conftest import ROOT
 
 RUN = """
@@ -82,6 +83,8 @@ def test_killed_at_a_random_step_and_resumed_is_bit_equal(tmp_path):
         for k, v in state.items(): assert torch.equal(torch.as_tensor(v), torch.as_tensor(resumed["optimizer"]["state"][i][k])), (i, k)
     a, b = (load_checkpoint(tmp_path / d / "best.pt") for d in ("whole", "killed"))
     assert a["meta"] == b["meta"] and all(torch.equal(v, b["model"][k]) for k, v in a["model"].items())
+    kept = [np.load(tmp_path / d / "valid_logits.npz")["logits"] for d in ("whole", "killed")]
+    np.testing.assert_array_equal(*kept)
     columns = ["train_loss", "valid_nll", "valid_macro_f1", "lr", "grad_norm"]
     rows = [[[r[c] for c in columns] for r in TrainingHistory.load(tmp_path / d).rows] for d in ("whole", "killed")]
     np.testing.assert_array_equal(*rows)
@@ -107,3 +110,76 @@ def test_every_precision_and_window_trains_with_float32_losses(tmp_path, amp, ac
     assert set(seen) == {torch.float32}
     assert history.rows[-1]["steps"] == 2 * -(-5 // accumulate)  # the last window is partial
     assert history.rows[-1]["train_loss"] < history.rows[0]["train_loss"]
+
+
+def test_settings_that_came_later_leave_older_runs_their_fingerprint():
+    assert TrainConfig().fingerprint() == "5ffd033a6d1bac2e329281bb335232a11ca8ecf1c34b911306ef3bcbf06dd012"  # before there was an optimiser to choose
+    old = TrainConfig(3, 1e-3, 0.01, 1.0, 2, 5.0, "bf16", 42, "cpu").fingerprint(stage="KD")
+    assert old == "7aa95619ea10219b562f8894621a4e69c1596ba438d022a33d6484ece7fb0341"
+    kinds = [TrainConfig(), TrainConfig(optimizer="sgd"), TrainConfig(best_by="nll"), TrainConfig(optimizer="sgd", momentum=0.8)]
+    assert len({k.fingerprint() for k in kinds}) == 4
+
+
+def small_net(seed=1):
+    seed_everything(seed)
+    return nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 32, 3, 2, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(2),
+                         nn.Flatten(), nn.Linear(128, 7))
+
+
+def ce(z, y, index, view): return F.cross_entropy(z, y)
+
+
+@pytest.mark.parametrize("optimizer, lr", [("adamw", 3e-3), ("sgd", 0.05)])
+def test_bf16_ends_within_noise_of_fp32(tmp_path, optimizer, lr):
+    data, held = Faces(280), Faces(280)
+    held.images = held.images[..., ::-1, :].copy()  # mirrored: other pixels
+
+    def nll(amp, seed):
+        config = TrainConfig(epochs=4, lr=lr, amp=amp, warmup_epochs=0, seed=seed, optimizer=optimizer)
+        return train(small_net(seed), FaceBatches(data, 20, train=True, seed=seed), eval_loader(held), ce, config, tmp_path / f"{amp}{seed}", {},
+                     bar=False).rows[-1]["valid_nll"]
+
+    exact, half = (np.array([nll(amp, seed) for seed in range(4)]) for amp in ("no", "bf16"))
+    assert (exact < np.log(7)).all() and (half < np.log(7)).all()  # both learn
+    noise = exact.std(ddof=1)
+    assert abs(half.mean() - exact.mean()) < 3*noise*np.sqrt(2/4) + 0.01, (exact, half)
+
+
+def test_auto_precision_is_chosen_once_a_run(tmp_path, monkeypatch):
+    seconds = {"no": 2.0, "bf16": 1.0}
+    monkeypatch.setattr(training, "step_seconds", lambda model, x, amp: seconds[amp])
+    net, shape = small_net(), (4, 3, 32, 32)
+    assert choose_amp("auto", net, shape) == "bf16"
+    data = Faces(40)
+    train(net, FaceBatches(data, 20, train=True, seed=1), eval_loader(data), ce, TrainConfig(epochs=1, amp="bf16", warmup_epochs=0), tmp_path, {},
+          bar=False)
+    seconds["bf16"] = 3.0  # a busy moment
+    assert choose_amp("auto", net, shape) == "no" and choose_amp("auto", net, shape, run_dir=tmp_path) == "bf16"
+    assert choose_amp("no", net, shape, run_dir=tmp_path) == "no"  # what is asked for by name is done
+
+
+def test_every_epochs_validation_logits_are_kept_and_best_follows_the_rule(tmp_path):
+    data = Faces(140)
+    history = train(small_net(), FaceBatches(data, 20, train=True, seed=1), eval_loader(data), ce,
+                    TrainConfig(epochs=5, lr=5e-3, warmup_epochs=0, seed=1, best_by="nll"), tmp_path, {}, bar=False)
+    kept = np.load(tmp_path / "valid_logits.npz")
+    assert kept["logits"].shape == (5, 140, 7) and kept["logits"].dtype == np.float16 and np.array_equal(kept["labels"], data.labels)
+    nll = [float(F.cross_entropy(torch.from_numpy(z.astype(np.float32)), torch.from_numpy(data.labels))) for z in kept["logits"]]
+    np.testing.assert_allclose(nll, [r["valid_nll"] for r in history.rows], atol=2e-3)
+    assert history.best_by == "nll" and history.best_epoch == int(np.argmin([r["valid_nll"] for r in history.rows]))
+    assert load_checkpoint(tmp_path / "best.pt")["meta"]["epoch"] == history.best_epoch
+
+
+def test_faces_grow_and_the_history_says_so(tmp_path):
+    data = Faces(60)
+    loader = FaceBatches(data, 20, train=True, seed=1, sizes=[[0, 16], [1, 24], [3, 32]])
+    seen = []
+
+    class Look(nn.Module):
+        def __init__(self): super().__init__(); self.net = small_net()
+        def forward(self, x):
+            if self.training: seen.append(x.shape[-1])
+            return self.net(x)
+
+    rows = train(Look(), loader, eval_loader(data), ce, TrainConfig(epochs=4, warmup_epochs=0, seed=1), tmp_path, {}, bar=False).rows
+    assert seen == [16]*3 + [24]*6 + [32]*3 and [r["size"] for r in rows] == [16, 24, 24, 32]
