@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PACKAGES', 'VIEWS', 'SOFTLABEL_FILES', 'TRAINING_FILES', 'ENSEMBLE_FILES', 'package_versions', 'git_state',
            'environment', 'write_provenance', 'Softlabels', 'save_softlabels', 'load_softlabels', 'check_alignment',
-           'require_alignment', 'backbone_guard', 'require_backbone', 'smoke_verdict', 'class_order_holds',
-           'require_go', 'Line', 'Checklist', 'gates']
+           'require_alignment', 'backbone_guard', 'require_backbone', 'require_whole', 'smoke_verdict',
+           'class_order_holds', 'require_go', 'Line', 'Checklist', 'gates']
 
 # %% ../nbs/01_integrity_gates.ipynb #01-002
 import json
@@ -241,6 +241,20 @@ def require_backbone(guard: BackboneGuard) -> BackboneGuard:
     if not guard.passed:
         raise GateError(f"checkpoint of '{guard.checkpoint_backbone}' is foreign to '{guard.expected_backbone}': "
                         f"{guard.param_count_match_ratio:.0%} of the parameters match, at least {guard.threshold:.0%} must")
+    return guard
+
+
+def require_whole(
+    guard: BackboneGuard,
+    where="the checkpoint",  # its file, for the message
+) -> BackboneGuard:
+    "Stop at a checkpoint that lacks a parameter of the model, or has one in another shape, or one too many."
+    require_backbone(guard)
+    wrong = [f"{k.replace('_', ' ')}: {names[0]}" + f" and {len(names) - 1} more"*(len(names) > 1)
+             for k, names in guard.layer_name_diff.items() if names]
+    if wrong:
+        raise GateError(f"{where}: is not all of '{guard.expected_backbone}' ({'; '.join(wrong)}): weights that lack would be random; "
+                        "give the checkpoint of a finished run of this network")
     return guard
 
 # %% ../nbs/01_integrity_gates.ipynb #01-021

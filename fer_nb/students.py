@@ -34,7 +34,7 @@ from .images import PackedFaces, eval_loader, load_cache
 from .integrity import Softlabels, backbone_guard, check_alignment, load_softlabels, require_backbone
 from .manifests import Manifest, Result, load_manifest
 from .teachers import Teacher, set_stem_stride, start_as_identity
-from .training import FaceData, load_checkpoint, load_matching, predict
+from .training import FaceData, load_checkpoint, load_matching, load_whole, predict
 
 # %% ../nbs/05_students.ipynb #05-006
 STUDENT_BACKBONE = "mobilenetv3_large_100"
@@ -330,11 +330,8 @@ def load_model(
     if meta.get("head") == "arcface":
         model = Teacher(meta["backbone"], meta["scale"], img_size=meta["geometry"]["size"], model_args=meta.get("model_args"),
                         stem_stride=meta.get("stem_stride", 0))
-        guard = backbone_guard(model.state_dict(), ckpt["model"], meta["backbone"], meta["backbone"])
-    else:
-        model = make_student(stem_stride=meta.get("stem_stride", 2))
-        guard = backbone_guard(model.state_dict(), ckpt["model"], STUDENT_BACKBONE, meta.get("backbone", "unknown"))
-    load_matching(model, ckpt["model"], guard)
+    else: model = make_student(stem_stride=meta.get("stem_stride", 2))
+    load_whole(model, ckpt, checkpoint, "" if meta.get("head") == "arcface" else STUDENT_BACKBONE)
     return model.eval(), meta
 
 # %% ../nbs/05_students.ipynb #05-040

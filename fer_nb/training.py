@@ -6,8 +6,8 @@
 __all__ = ['BEST_BY', 'AMP_DTYPES', 'OPTIMISERS', 'best_epoch', 'later', 'TrainConfig', 'best_device', 'seed_everything',
            'EpochSeed', 'lr_factor', 'StepOrder', 'fast_layout', 'amp_choices', 'step_seconds', 'choose_amp',
            'make_optimizer', 'Observe', 'History', 'KeepValidation', 'save_checkpoint', 'load_checkpoint', 'Checkpoint',
-           'load_matching', 'EMA', 'Mixup', 'trim_memory', 'TrimMemory', 'resume_point', 'is_trained', 'train',
-           'predict', 'smoke_epochs', 'FaceData', 'open_data', 'embedded_data', 'evaluate_run', 'test_logits',
+           'load_matching', 'load_whole', 'EMA', 'Mixup', 'trim_memory', 'TrimMemory', 'resume_point', 'is_trained',
+           'train', 'predict', 'smoke_epochs', 'FaceData', 'open_data', 'embedded_data', 'evaluate_run', 'test_logits',
            'training_environment', 'plot_history', 'draw_phases', 'compare_rules']
 
 # %% ../nbs/02b_training.ipynb #02b-003
@@ -42,7 +42,7 @@ from fer_nb.artifacts import (
 from .calibration import accuracy, ece, macro_f1, nll, report_run
 from .geometry import Geometry
 from .images import PackedFaces, eval_loader, load_cache, pack_cache
-from .integrity import environment, require_backbone
+from .integrity import backbone_guard, environment, require_backbone, require_whole
 from .manifests import audit_manifest, build_manifest, label_sources, load_manifest, validate_manifest
 from .synthetic import write_dataset
 
@@ -385,6 +385,19 @@ def load_matching(
     left_out = {*diff["unexpected"], *diff["other_shape"]}
     model.load_state_dict(model.state_dict() | {k: v for k, v in state.items() if k not in left_out})
 
+
+def load_whole(
+    model: nn.Module,  # takes the weights
+    ckpt: dict,  # a checkpoint, with `model` and `meta`
+    where,  # its file, for the message
+    backbone: str = "",  # timm's name of the model; empty: the checkpoint's own
+) -> BackboneGuard:
+    "Take over a checkpoint that holds exactly the model's parameters and buffers."
+    state, name = ckpt["model"], ckpt["meta"].get("backbone", "unknown")
+    guard = require_whole(backbone_guard(model.state_dict(), state, backbone or name, name), where)
+    model.load_state_dict(state)
+    return guard
+
 # %% ../nbs/02b_training.ipynb #02b-037
 class EMA(Callback):
     "Validate and keep an exponential moving average of the weights (timm's ModelEmaV3)."
@@ -613,7 +626,8 @@ def evaluate_run(
     resamples: int = 1000,  # of the bootstrap
 ) -> tuple[Calibration, ReliabilityMetrics]:
     "Load best.pt, calibrate it on the validation rows of its own label sources and report on test (`report_run`)."
-    model.load_state_dict(load_checkpoint(Path(run_dir)/"best.pt")["model"])
+    best = Path(run_dir)/"best.pt"
+    load_whole(model, load_checkpoint(best), best)
     zv, zt = (predict(model, eval_loader(rows), device)[0] for rows in (data.val, data.test))
     return report_run(run_dir, zv, data.val.rows, zt, data.test.rows, sources=data.label_sources, model_name=name,
                       dataset_index_id=data.dataset_index_id, resamples=resamples, seed=seed)
