@@ -61,19 +61,22 @@ def iou(
 # %% ../nbs/05c_detectors.ipynb #05c-010
 @dataclass
 class Track:
-    "What the tracker knows of one face."
+    "What the tracker knows of one face. Times are frames, or seconds where `Tracker.update` is given those."
     box: np.ndarray  # (4,) as last seen
-    seen: int  # frame
-    speed: np.ndarray = field(default_factory=lambda: np.zeros(2))  # pixels a frame, of the centre
+    since: float  # when it was seen first
+    seen: float  # when it was seen last
+    times: int = 1  # how often
+    speed: np.ndarray = field(default_factory=lambda: np.zeros(2))  # pixels a frame or a second, of the centre
 
-    def last(self, frame): return self.box
-    def expected(self, frame): return self.box + np.r_[self.speed*(frame - self.seen), 0, 0]
+    def last(self, now): return self.box
+    def expected(self, now): return self.box + np.r_[self.speed*(now - self.seen), 0, 0]
 
-    def see(self, box, frame):
+    def see(self, box, now):
         "Move on to a new box."
-        box = np.asarray(box, float)
-        moved = (box[:2] + box[2:]/2 - self.box[:2] - self.box[2:]/2)/(frame - self.seen)
-        self.box, self.seen, self.speed = box, frame, 0.75*self.speed + 0.25*moved  # a box that is half covered moves the wrong way
+        box, passed = np.asarray(box, float), now - self.seen
+        moved = box[:2] + box[2:]/2 - self.box[:2] - self.box[2:]/2
+        if passed > 0: self.speed = 0.75*self.speed + 0.25*moved/passed  # a box that is half covered moves the wrong way
+        self.box, self.seen, self.times = box, now, self.times + 1
 
 # %% ../nbs/05c_detectors.ipynb #05c-011
 class Tracker:
@@ -81,24 +84,29 @@ class Tracker:
     def __init__(
         self,
         least: float = 0.3,  # IoU with the expected or the last box, above 0
-        keep: int = 10,  # frames that a face may be gone
+        keep: float = 10,  # how long a face may be gone: frames, or seconds where `update` is given times
     ):
         if not 0 < least <= 1: raise UsageError(f"least is {least}: give an overlap above 0, up to 1")
-        if keep < 0: raise UsageError(f"keep is {keep}: give a number of frames, 0 or more")
+        if keep < 0: raise UsageError(f"keep is {keep}: give a number of frames or seconds, 0 or more")
         self.least, self.keep = least, keep
         self.reset()
 
     def reset(self):
         "Forget everybody; numbers start at 1 again."
-        self.next, self.frame, self.known = 1, 0, {}
+        self.next = 1
+        self.forget()
+
+    def forget(self):
+        "Forget everybody; no number is given again."
+        self.now, self.before, self.known = None, None, {}  # known: number -> Track
 
     def _match(self, boxes: list) -> dict[int, int]:  # place in the list -> id
         found = {}
         for fresh, place in ((f, p) for f in (True, False) for p in (Track.expected, Track.last)):
             rows = [r for r in range(len(boxes)) if r not in found]
-            ids = [i for i, t in self.known.items() if i not in found.values() and fresh == (t.seen == self.frame - 1)]
+            ids = [i for i, t in self.known.items() if i not in found.values() and fresh == (t.seen == self.before)]
             if not rows or not ids: continue
-            overlap = iou([boxes[r] for r in rows], [place(self.known[i], self.frame) for i in ids])
+            overlap = iou([boxes[r] for r in rows], [place(self.known[i], self.now) for i in ids])
             overlap[overlap < self.least] = 0
             for r, c in zip(*linear_sum_assignment(-overlap)):
                 if overlap[r, c] > 0: found[rows[r]] = ids[c]
@@ -107,17 +115,19 @@ class Tracker:
     def update(
         self,
         faces: list[Detection],  # of the next frame, in any order
+        time: float | None = None,  # seconds, of the frame; None: frames are counted
     ) -> list[int]:  # an id a face, in the order of the faces; no id twice
         "Match the faces with those that were there; newcomers are numbered from the largest."
-        self.frame += 1
-        self.known = {i: t for i, t in self.known.items() if self.frame - t.seen <= self.keep + 1}
+        self.before, self.now = self.now, time if time is not None else 0 if self.now is None else self.now + 1
+        gone = self.keep + (0 if self.before is None else self.now - self.before)  # who stood in the frame before is gone for no time
+        self.known = {i: t for i, t in self.known.items() if self.now - t.seen <= gone}
         order = sorted(range(len(faces)), key=lambda n: (-faces[n].area, faces[n].box))
         found, ids = self._match([faces[n].box for n in order]), [0]*len(faces)
         for row, n in enumerate(order):
-            if row in found: self.known[found[row]].see(faces[n].box, self.frame)
+            if row in found: self.known[found[row]].see(faces[n].box, self.now)
             else:
                 found[row], self.next = self.next, self.next + 1
-                self.known[found[row]] = Track(np.asarray(faces[n].box, float), self.frame)
+                self.known[found[row]] = Track(np.asarray(faces[n].box, float), self.now, self.now)
             ids[n] = found[row]
         return ids
 
