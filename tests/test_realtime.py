@@ -2,6 +2,7 @@
 import contextlib
 import json
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -69,29 +70,83 @@ def test_with_everything_off_the_label_is_the_largest_probability(stream):
     assert [s.update(p, t) for p, t in zip(*stream, strict=True)] == [CLASSES[p.argmax()] for p in stream[0]]
 
 
-def longhand(probs, times, ema, delta, window, min_count):
-    "METHODS' stabiliser once more, with lists and loops."
-    smooth, held, labels, out = None, None, [], []
+def longhand(probs, times, ema, delta, window, min_count, vote_age=2.0, hold=0.5):
+    "METHODS' stabiliser once more, with lists and loops; votes are told by the frame that they were cast in."
+    smooth, held, labels, out, first = None, None, [], [], 0
     for i, (p, t) in enumerate(zip(probs.tolist(), times.tolist(), strict=True)):
+        steps = [b - a for a, b in zip(times[first:i], times[first + 1:i], strict=False)][-15:]
+        usual = statistics.median_low(steps) if steps else None
+        if vote_age and steps and t - times[i - 1] > max(hold, 3*usual): smooth, held, labels, first, steps = None, None, [], i, []
         if smooth is None: smooth = p
         else:
             past = ema**(30*(t - times[i - 1]))
             smooth = [past*a + (1 - past)*b for a, b in zip(smooth, p, strict=True)]
+        if vote_age and steps: labels = [(when, k) for when, k in labels if t - when <= max(hold, vote_age*window*usual) + 1e-9]
+        if not labels: held = None
         top = max(range(7), key=lambda k: smooth[k])
         if held is None or smooth[top] > smooth[held] + delta: held = top
-        labels.append(held)
-        counts = Counter(labels[-window:])
+        labels = [*labels, (t, held)][-window:]
+        votes = [k for _, k in labels]
+        counts = Counter(votes)
         most = max(counts.values())
         winners = [k for k, n in counts.items() if n == most]
-        winner = held if held in winners else next(k for k in labels[-window:] if k in winners)
+        winner = held if held in winners else next(k for k in votes if k in winners)
         out.append(CLASSES[winner] if most >= min(min_count, window) else UNSTABLE)
     return out
 
 
-@given(streams(), settings_)
-def test_it_is_the_formula_of_the_plan(stream, settings):
+ages = st.sampled_from([0, 1, 2.0, 10])
+
+
+@given(streams(), settings_, ages)
+def test_it_is_the_formula_of_the_plan(stream, settings, age):
+    s = Stabilizer(**settings, vote_age=age)
+    assert [s.update(p, t) for p, t in zip(*stream, strict=True)] == longhand(*stream, **settings, vote_age=age)
+
+
+@given(streams(least=10), st.lists(st.tuples(st.integers(1, 59), st.floats(0.1, 20)), max_size=4), settings_, ages)
+def test_it_is_the_formula_with_stalls_too(stream, stalls, settings, age):
+    probs, times = stream
+    for at, seconds in stalls: times = times + seconds*(np.arange(len(times)) >= at)
+    s = Stabilizer(**settings, vote_age=age)
+    assert [s.update(p, t) for p, t in zip(probs, times, strict=True)] == longhand(probs, times, **settings, vote_age=age)
+
+
+def sure(k): return np.where(np.arange(7) == k, 0.94, 0.01)
+
+
+def turn(times, when, **settings):
+    "The labels of a face that is Happy before `when` and Sad from there on."
     s = Stabilizer(**settings)
-    assert [s.update(p, t) for p, t in zip(*stream, strict=True)] == longhand(*stream, **settings)
+    return [s.update(sure(3 if t < when else 4), t) for t in times]
+
+
+@pytest.mark.parametrize("seconds", [0.6, 1, 3, 60])
+@pytest.mark.parametrize("fps", [15, 30, 60])
+def test_no_old_label_is_shown_after_a_stall(seconds, fps):
+    times = [*np.arange(40)/fps, *(39/fps + seconds + np.arange(20)/fps)]
+    labels = turn(times, times[40])
+    assert labels[39] == "Happy" and "Happy" not in labels[40:] and labels[40:] == [UNSTABLE]*7 + ["Sad"]*13
+    assert "Happy" in turn(times, times[40], vote_age=0)[40:]  # the rule of sessions before
+
+
+@pytest.mark.parametrize("fps", [0.2, 1, 2, 5, 8, 15, 60])
+def test_a_slow_source_is_no_stall(fps):
+    times = np.cumsum(np.random.default_rng(0).uniform(0.7, 1.3, 40))/fps
+    assert turn(times, 1e9) == turn(times, 1e9, vote_age=0) == [UNSTABLE]*7 + ["Happy"]*33
+
+
+def test_a_camera_that_becomes_half_as_fast_does_not_blink():
+    times = np.cumsum([1/30]*30 + [1/15]*30 + [1/30]*30)
+    assert UNSTABLE not in turn(times, 1e9)[8:]
+
+
+def test_frames_without_a_face_keep_the_pace():
+    "A face that is gone for less than `hold` goes on where it was, however many frames saw that; so do its votes."
+    s, labels = Stabilizer(), []
+    for i in range(40): labels.append(s.update(None if 20 <= i < 30 else sure(3), i/30))
+    assert labels[19:31] == ["Happy"] + [NO_FACE]*10 + ["Happy"]
+    with pytest.raises(UsageError, match="time of a frame"): s.update(None, np.nan)
 
 
 @given(streams(least=5), st.integers(1, 100))
