@@ -819,6 +819,7 @@ class SessionInfo(Artifact):
     source: str  # camera, video, images, synthetic, pushed
     source_name: str  # the file's or folder's own name, never its path
     fps: float
+    clock: str | None = None  # where the times of frames are from: container, frame number / fps, wall clock; null: not told yet then
     detector: str
     model: str
     checkpoint_sha256: str | None = None
