@@ -851,12 +851,14 @@ class Estimate(BaseModel):
 
 
 class LockTimes(BaseModel):
-    "How long the label took to settle on the truth, over the scored segments."
+    "How long the label took to settle on the truth, over the scored segments; one in which it never did is censored, not left out."
     segments: int
-    locked: int  # the others never settled: they are counted, not averaged
-    mean_ms: float | None = None
-    median_ms: float | None = None
-    p90_ms: float | None = None
+    locked: int  # the others are censored `lock_hold_ms` before their end: a lock later than that can't be seen
+    estimator: str = "locked segments only"  # "Kaplan-Meier", but for scores of before
+    median_ms: float | None = None  # null: half of the segments never lock, as far as can be seen
+    p90_ms: float | None = None  # null: a tenth never lock
+    restricted_mean_ms: float | None = None  # mean of the time to lock or `horizon_ms`, whichever comes first
+    horizon_ms: float | None = None  # the same for all labels of a session
 
 
 class SessionClass(BaseModel):
@@ -895,6 +897,7 @@ class StageLatency(BaseModel):
 class ScoreResults(Artifact):
     "How a session's labels stand against the truth, transition-fair, smoothed beside raw."
     filename: ClassVar[str] = "score_results.json"
+    schema_version: int = 2  # 1: time to lock of the locked segments only
     session: str
     truth: str  # "manual labels", or the name of the events file
     source: str
@@ -923,6 +926,7 @@ class ScoreResults(Artifact):
     min_segment_ms: float = 600.0
     transition_ms: float = 250.0
     lock_hold_ms: float = 600.0
+    pause_ms: float | None = None  # longer steps between frames, and than five usual ones, are not observed time; null: all were counted
     notes: list[str] = []
     class_order_hash: str = class_order_hash()
     resamples: int  # of the bootstrap over segments
@@ -947,7 +951,7 @@ class StabiliserChoice(Artifact):
     scored_frames: int
     scored_segments: int
     tried: int  # settings
-    rule: str = "max macro-F1 -> min jitter -> min median time to lock, jitter <= limit"
+    rule: str = "max macro-F1 -> min jitter -> min median time to lock (Kaplan-Meier) -> min restricted mean, jitter <= limit"
     created: str  # ISO 8601, UTC
 
 # %% ../nbs/00_artifacts.ipynb #00-059

@@ -190,6 +190,7 @@ class Source:
     clock = "frame number / fps"  # where the times of frames are from
     note = ""  # one line for the user, where something is not as wished
     ahead = 0.0  # seconds already spent on the next frame
+    mended = 0  # frames whose time had to be made up, not being later than that of the frame before
     frames: int | None = None  # None: no end is known
     name = ""
 
@@ -201,7 +202,7 @@ class Source:
         "The frame of a moment."
         return round(seconds*self.fps)
 
-    def step(self) -> float:
+    def lasts(self) -> float:
         "Seconds from the frame that was read last to the next one."
         return 1/self.fps
 
@@ -223,7 +224,6 @@ class VideoSource(Source):
     def __init__(self, path):
         self.path, self.name = str(path), Path(path).name
         self.stamps, self.times = [], []  # of each frame that was seen: milliseconds by the container, seconds as given out
-        self.mended = 0  # frames whose time was not later than that of the frame before
         self._open()
         self.fps, frames = self.capture.get(cv2.CAP_PROP_FPS) or 30.0, self.capture.get(cv2.CAP_PROP_FRAME_COUNT)
         self.frames = self.counted = int(frames) if 1 <= frames < 2**31 else None  # by the header: None, where it tells none
@@ -246,6 +246,7 @@ class VideoSource(Source):
         if timed: self.clock = "container"
         else: self.note = f"{self.name} holds no times of its frames: they are frame number / {self.fps:g}."
 
+    def seek(self, index: int): self._reach(min(max(0, int(index)), max(self.frames or 2**31, len(self.times)) - 1))
     def close(self): self.capture.release()
 
 # %% ../nbs/06_realtime_demo.ipynb #06-076
@@ -293,12 +294,11 @@ def _end(self: VideoSource):
 
 # %% ../nbs/06_realtime_demo.ipynb #06-077
 @patch
-def seek(self: VideoSource, index: int):
-    "Go to a frame; to the last one where there are fewer."
-    index = min(max(0, int(index)), (self.frames or 2**31) - 1)
+def _reach(self: VideoSource, index: int):
+    "Stand before a frame; before the last one where there are fewer."
     if index < self.grabbed - (not self.over) or self.grabbed + 300 < index < len(self.times): self._jump(index)
     while self.grabbed <= index and self._grab(): pass
-    if self.over and 0 < self.grabbed <= index: return self.seek(self.grabbed - 1)
+    if self.over and 0 < self.grabbed <= index: return self._reach(self.grabbed - 1)
     self.index = index
 
 
@@ -327,7 +327,7 @@ def place(self: VideoSource, seconds: float) -> int:
 
 
 @patch
-def step(self: VideoSource) -> float:
+def lasts(self: VideoSource) -> float:
     "Seconds from the frame that was read last to the next one, which is looked at for that."
     began = time.perf_counter()
     if self.index == len(self.times): self._grab()
@@ -1015,9 +1015,9 @@ def session_info(
     "What a session runs with."
     packages = {p: metadata.version(p) for p in ("fer_nb", "numpy", "onnxruntime")} | {"opencv": cv2.__version__}
     return SessionInfo(
-        source=source.kind, source_name=source.name, fps=source.fps, detector=detector.name, model=predictor.name,
+        source=source.kind, source_name=source.name, fps=source.fps, clock=source.clock, detector=detector.name, model=predictor.name,
         checkpoint_sha256=predictor.checkpoint_sha256, dataset_index_id=predictor.dataset_index_id, geometry=predictor.geometry.to_dict(),
-        clock=source.clock, temperature=predictor.temperature, settings=stabilizer.settings, bias=dict(zip(CLASSES, predictor.bias.tolist(), strict=True)),
+        temperature=predictor.temperature, settings=stabilizer.settings, bias=dict(zip(CLASSES, predictor.bias.tolist(), strict=True)),
         clahe=predictor.geometry.clahe is not None, images_written=images_written, packages=packages, platform=platform.platform(),
         started=datetime.now(UTC).isoformat(timespec="seconds"))
 
@@ -1288,8 +1288,8 @@ def run_window(player: Player, title: str = "fer_nb") -> str:  # why it ended
             view = draw(result, player.pipeline, player.overlay, message=player.message)
             size[:] = view.shape[1::-1]
             cv2.imshow(title, view)
-            lasts = 0 if not source.seekable else 1/source.fps if player.paused else source.step()
-            key = cv2.waitKey(max(1, round(1e3*(began + lasts - time.perf_counter()))))
+            stays = 0 if not source.seekable else 1/source.fps if player.paused else source.lasts()
+            key = cv2.waitKey(max(1, round(1e3*(began + stays - time.perf_counter()))))
             if key >= 0: player.press(chr(key & 0xFF))
             if cv2.getWindowProperty(title, cv2.WND_PROP_VISIBLE) < 1: break
         return "the window was closed"
@@ -1334,5 +1334,6 @@ def run_demo(
         raise
     finally:
         pipeline.close(why)
+        if n := pipeline.source.mended: say(f"{n} frames had no later time than the frame before: they are put 1/fps behind it")
         say(f"{pipeline.tally}\n\n{why}" + (f"; session: {out}" if out else ""))
     return pipeline.tally

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['LABELS', 'CODES', 'REPLAYED', 'UPSTREAM', 'STAGES_MS', 'OURS', 'EARLIER', 'SUM_TOLERANCE', 'MIN_SEGMENT_MS',
-           'TRANSITION_MS', 'LOCK_HOLD_MS', 'SUMMARY', 'COLOURS', 'EMAS', 'DELTAS', 'WINDOWS', 'SETTINGS',
-           'simulate_probs', 'runs_of', 'simulated_info', 'apply_changes', 'simulate_session', 'require_columns',
-           'read_table', 'numbers', 'label_codes', 'LoadedSession', 'read_probs', 'check_main', 'read_rows',
-           'read_changes', 'read_latency', 'stabilizer_of', 'read_info', 'load_session', 'read_events', 'labels_at',
-           'truth_of', 'Segment', 'find_segments', 'near_change', 'Track', 'make_track', 'track_of', 'count_labels',
-           'class_scores', 'accuracy_f1', 'segment_intervals', 'changes_per_minute', 'jitter', 'lock_time',
+           'TRANSITION_MS', 'LOCK_HOLD_MS', 'PAUSE_MS', 'HORIZON_MS', 'CENSORED', 'SUMMARY', 'COLOURS', 'EMAS',
+           'DELTAS', 'WINDOWS', 'SETTINGS', 'simulate_probs', 'runs_of', 'simulated_info', 'apply_changes',
+           'simulate_session', 'require_columns', 'read_table', 'numbers', 'label_codes', 'LoadedSession', 'read_probs',
+           'check_main', 'read_rows', 'read_changes', 'read_latency', 'stabilizer_of', 'read_info', 'load_session',
+           'read_events', 'labels_at', 'truth_of', 'Segment', 'pauses', 'find_segments', 'near_change', 'Track',
+           'make_track', 'track_of', 'count_labels', 'class_scores', 'accuracy_f1', 'segment_intervals',
+           'changes_per_minute', 'jitter', 'lock_time', 'not_yet_locked', 'when_locked', 'restricted_mean',
            'lock_times', 'stage_latencies', 'frame_rate', 'label_scores', 'class_table', 'why_unscored',
            'score_results', 'compared', 'latency_table', 'SessionScore', 'summary_row', 'add_to_summary',
            'score_session', 'draw_strip', 'timeline_plot', 'latency_plot', 'replay_labels', 'with_overrides',
@@ -311,10 +312,10 @@ def read_latency(path: Path) -> tuple[pd.DataFrame | None, list[str]]:
 
 
 def stabilizer_of(
-    settings: dict,  # as session.json has them; what isn't there has its default
+    settings: dict,  # as session.json has them; what isn't there has its default, but for votes, which didn't age in earlier sessions
 ) -> Stabilizer:
     "A fresh stabiliser with a session's settings."
-    s = Stabilizer(**{k: float(settings[k]) for k in ("fps", "hold") if k in settings})
+    s = Stabilizer(**{k: float(settings[k]) for k in ("fps", "hold") if k in settings}, vote_age=float(settings.get("vote_age", 0)))
     s.set(**{k: settings[k] for k in TUNABLE if k in settings})
     s.set(**{f"threshold_{c}": v for c, v in settings.get("thresholds", {}).items()})
     return s
@@ -341,6 +342,7 @@ def load_session(
     latency, rest = read_latency(folder/"latency.csv")
     info = read_info(folder) if find_artifact(folder, SessionInfo.filename) else None
     if info and info.ended is None: notes.append("the session was not closed: it was killed, or it is still running")
+    if info and "vote_age" not in info.settings: notes.append("it ran before votes aged by time, and is replayed so")
     if not info and not earlier: notes.append("session.json is missing: the stabiliser's settings are not known")
     return LoadedSession(folder, table, main, probs, changes, latency, info, earlier, [*notes, *more, *rest])
 
@@ -390,7 +392,7 @@ def truth_of(
     return codes, "manual labels", [note]*bool(differ)
 
 # %% ../nbs/06a_session_scores.ipynb #06a-032
-MIN_SEGMENT_MS, TRANSITION_MS, LOCK_HOLD_MS = 600, 250, 600
+MIN_SEGMENT_MS, TRANSITION_MS, LOCK_HOLD_MS, PAUSE_MS = 600, 250, 600, 2000
 
 
 class Segment(NamedTuple):
@@ -405,14 +407,24 @@ class Segment(NamedTuple):
     def scored(self) -> bool: return self.end_us - self.start_us >= MIN_SEGMENT_MS*1000
 
 
+def pauses(
+    time_us: np.ndarray,  # (N,) int64, in order
+) -> np.ndarray:  # (N - 1,) bool
+    "Steps between rows in which nothing was seen."
+    steps = np.diff(time_us)
+    return steps > max(PAUSE_MS*1000, 5*np.median(steps)) if len(steps) else np.zeros(0, bool)
+
+
 def find_segments(
     time_us: np.ndarray,  # (N,) int64, in order
     truth: np.ndarray,  # (N,) codes, -1 for none
 ) -> list[Segment]:
     "The labelled segments of a session."
     step = int(np.median(np.diff(time_us))) if len(time_us) > 1 else 0
-    ends = np.r_[time_us, time_us[-1:] + step]
-    return [Segment(a, b, int(truth[a]), int(time_us[a]), int(ends[b])) for a, b in runs_of(truth) if truth[a] >= 0]
+    cut = pauses(time_us)
+    ends = np.r_[time_us[:1], np.where(cut, time_us[:-1] + step, time_us[1:]), time_us[-1:] + step]  # of what ends before a row
+    runs = runs_of(np.r_[0, np.cumsum(cut)][:len(truth)]*16 + truth)
+    return [Segment(a, b, int(truth[a]), int(time_us[a]), int(ends[b])) for a, b in runs if truth[a] >= 0]
 
 
 def near_change(
@@ -513,8 +525,8 @@ def changes_per_minute(
     time_us: np.ndarray,  # (N,)
     counted: np.ndarray,  # (N,) bool: rows whose step from the row before counts, if that row counts too
 ) -> float | None:  # None where no time counts
-    "How often a label changes."
-    pairs = counted[1:] & counted[:-1]
+    "How often a label changes; a step in which nothing was seen doesn't count."
+    pairs = counted[1:] & counted[:-1] & ~pauses(time_us)
     minutes = float(np.diff(time_us)[pairs].sum())/60e6
     return float((labels[1:] != labels[:-1])[pairs].sum())/minutes if minutes > 0 else None
 
@@ -534,14 +546,41 @@ def lock_time(
     holds = [t[a] for a, b in runs_of(right) if right[a] and t[b] - t[a] >= LOCK_HOLD_MS*1000]
     return float(holds[0] - segment.start_us)/1000 if holds else np.nan
 
+# %% ../nbs/06a_session_scores.ipynb #06a-094
+HORIZON_MS = 3000  # of the restricted mean
+
+
+def not_yet_locked(
+    ms: np.ndarray,  # (S,) until a lock, or until nothing more can be seen
+    locked: np.ndarray,  # (S,) bool: which of the two
+) -> tuple[np.ndarray, np.ndarray]:  # (K,) ms at which the share falls, in order; (K,) the share from then on
+    "Kaplan and Meier's estimate of the share of segments that have not locked yet."
+    at = np.unique(ms[locked])
+    open_, locks = (ms[:, None] >= at).sum(0), (ms[locked][:, None] == at).sum(0)
+    return at, np.cumprod(1 - locks/open_)
+
+
+def when_locked(at: np.ndarray, left: np.ndarray, share: float) -> float | None:  # ms; None: not reached
+    "When so large a share has locked."
+    there = at[left <= 1 - share + 1e-9]
+    return float(there[0]) if len(there) else None
+
+
+def restricted_mean(at: np.ndarray, left: np.ndarray, horizon: float) -> float:  # ms
+    "The mean of the time to lock or the horizon, whichever comes first."
+    before = at < horizon
+    return float(np.diff(np.r_[0, at[before], horizon]) @ np.r_[1, left[before]])
+
 
 def lock_times(track: Track, labels: np.ndarray) -> LockTimes:
     "Time to lock over the scored segments."
     ms = np.array([lock_time(s, labels, track.time_us) for s in track.scored_segments])
-    locked = ms[~np.isnan(ms)]
-    if not len(locked): return LockTimes(segments=len(ms), locked=0)
-    return LockTimes(segments=len(ms), locked=len(locked), mean_ms=float(locked.mean()), median_ms=float(np.median(locked)),
-                     p90_ms=float(np.quantile(locked, 0.9)))
+    latest = np.array([(s.end_us - s.start_us)/1000 - LOCK_HOLD_MS for s in track.scored_segments])  # at which a lock can be seen
+    locked = ~np.isnan(ms)
+    if not len(ms): return LockTimes(segments=0, locked=0, estimator="Kaplan-Meier")
+    curve, horizon = not_yet_locked(np.where(locked, ms, latest), locked), float(min(HORIZON_MS, latest.max()))
+    return LockTimes(segments=len(ms), locked=int(locked.sum()), estimator="Kaplan-Meier", median_ms=when_locked(*curve, 0.5),
+                     p90_ms=when_locked(*curve, 0.9), restricted_mean_ms=restricted_mean(*curve, horizon), horizon_ms=horizon)
 
 # %% ../nbs/06a_session_scores.ipynb #06a-047
 def stage_latencies(latency: pd.DataFrame | None) -> dict[str, StageLatency]:
@@ -613,11 +652,19 @@ def score_results(
         unstable_frames=int((track.shown == CODES[UNSTABLE]).sum()), no_face_frames=int((track.shown == CODES[NO_FACE]).sum()),
         per_class=[SessionClass(**{k: r[k] for k in SessionClass.model_fields}) for r in seen.to_dict("records")],
         confusion=counts[0].sum(0).tolist(), fps=frame_rate(session.latency), latency_ms=stage_latencies(session.latency),
-        notes=[*session.notes, *notes, *why_unscored(track)], resamples=resamples, seed=seed,
+        notes=[*session.notes, *notes, *why_unscored(track)], resamples=resamples, seed=seed, pause_ms=PAUSE_MS,
         scored_at=datetime.now(UTC).isoformat(timespec="seconds")), track
 
 # %% ../nbs/06a_session_scores.ipynb #06a-054
 def _n(value, form: str = ".1f", unit: str = "") -> str: return "–" if value is None else f"{value:{form}}{unit}"
+
+
+CENSORED = f"Time to lock: by Kaplan–Meier; a segment that never locks is censored {LOCK_HOLD_MS} ms before its end."
+
+
+def _lock_ms(lock: LockTimes, key: str) -> str:
+    "A time to lock, or that so many never did."
+    return _n(getattr(lock, key), ".0f") if getattr(lock, key) is not None or not lock.segments else "not reached"
 
 
 def compared(columns: dict, gain: tuple = ()) -> tuple:
@@ -625,14 +672,16 @@ def compared(columns: dict, gain: tuple = ()) -> tuple:
     kinds, more = list(columns.values()), bool(gain)
     def row(name, tell, last=""): return (name, *map(tell, kinds), *[last]*more)
     def told(e, signed=False): return e.show(signed=signed) if e else "–"
-    def lock(form, key): return lambda s: _n(getattr(s.time_to_lock, key), form)
+    def lock(key): return lambda s: _lock_ms(s.time_to_lock, key)
+    horizon = next((s.time_to_lock.horizon_ms for s in kinds if s.time_to_lock.horizon_ms), 0)/1000
     rows = [
         row("accuracy", lambda s: told(s.accuracy), told(gain[0], True) if more else ""),
         row("macro-F1", lambda s: told(s.macro_f1), told(gain[1], True) if more else ""),
         row("unstable", lambda s: _n(s.unstable, ".1%")), row("no face", lambda s: _n(s.no_face, ".1%")),
         row("label changes a minute", lambda s: _n(s.jitter_per_min)),
         row("segments locked", lambda s: f"{s.time_to_lock.locked} of {s.time_to_lock.segments}"),
-        *(row(f"time to lock, {k}, ms", lock(".0f", f"{k}_ms")) for k in ("median", "mean", "p90"))]
+        *(row(f"time to lock, {k}, ms", lock(f"{k}_ms")) for k in ("median", "p90")),
+        row(f"time to lock, mean of the first {horizon:.3g} s, ms", lock("restricted_mean_ms"))]
     return ("", *columns, *["gain"]*more), [x for x in rows if not set(x[1:]) <= {"–", "0 of 0", ""}]
 
 
@@ -655,6 +704,7 @@ class SessionScore(Result):
                f"labelled frames are scored, in {r.scored_segments} of {r.segments} segments: none shorter than {r.min_segment_ms:.0f} ms, "
                f"no frame within {r.transition_ms:.0f} ms of a change. {UNSTABLE} and {NO_FACE} are errors.",
                compared({"shown": r.shown, "raw": r.raw}, (r.gain_accuracy, r.gain_macro_f1))]
+        if r.scored_segments: out.append(CENSORED)
         changes = f"The truth changes {_n(r.truth_changes_per_min)} times a minute." if r.segments else ""
         how = f"Intervals: 95%, bootstrap over {r.scored_segments} segments, {r.resamples:,} resamples. "
         if r.segments: out.append((how if r.gain_macro_f1 and r.gain_macro_f1.low is not None else "") + changes)
@@ -679,7 +729,8 @@ def summary_row(r: ScoreResults) -> dict:
            **spread("macro_f1", r.shown.macro_f1), "raw_accuracy": value(r.raw.accuracy), "raw_macro_f1": value(r.raw.macro_f1),
            "unstable": r.shown.unstable, "no_face": r.shown.no_face, "jitter_per_min": r.shown.jitter_per_min,
            "raw_jitter_per_min": r.raw.jitter_per_min, "truth_changes_per_min": r.truth_changes_per_min, "locked": lock.locked,
-           "lock_median_ms": lock.median_ms, "lock_p90_ms": lock.p90_ms, "fps": r.fps,
+           "lock_median_ms": lock.median_ms, "lock_p90_ms": lock.p90_ms, "lock_restricted_mean_ms": lock.restricted_mean_ms,
+           "lock_horizon_ms": lock.horizon_ms, "fps": r.fps,
            **{f"latency_{k}_ms": getattr(total, k) if total else None for k in ("mean", "p50", "p90", "p99")}}
     return {k: "" if v is None else f"{v:.6g}" if isinstance(v, float) else str(v) for k, v in row.items()}
 
@@ -873,6 +924,7 @@ def setting_scores(track: Track, codes: np.ndarray) -> dict:
     middle, lock = len(counts)//2, lock_times(track, codes)
     out = dict(zip(("accuracy", "macro_f1"), accuracy_f1(counts.sum(0))))
     out |= {"jitter_per_min": jitter(track, codes), "locked": lock.locked, "lock_median_ms": lock.median_ms,
+            "lock_restricted_mean_ms": lock.restricted_mean_ms,
             "unstable": float((codes[track.scored] == CODES[UNSTABLE]).mean())}
     if len(counts) < 2: return out
     for name, part, rows in (("first", counts[:middle], first), ("second", counts[middle:], ~first)):
@@ -886,10 +938,10 @@ def choose(
     jitter_limit: float,  # label changes a minute
     part: str = "",  # "first_": by the first half of the segments
 ) -> pd.Series | None:  # None where no setting is calm enough
-    "The best macro-F1 within the limit; of equals the calmer, then the quicker."
+    "The best macro-F1 within the limit; of equals the calmer, then the quicker; a median that is not reached is the slowest."
     calm = table[table[f"{part}jitter_per_min"].astype(float) <= jitter_limit]
     by = {"f1": -calm[f"{part}macro_f1"].astype(float).round(9), "jitter": calm[f"{part}jitter_per_min"].astype(float),
-          "lock": calm["lock_median_ms"].astype(float)}
+          **{k: calm[k].astype(float) for k in ("lock_median_ms", "lock_restricted_mean_ms")}}
     ranked = calm.assign(**by).sort_values([*by, "window", "ema", "delta"], na_position="last")
     return None if calm.empty or ranked["f1"].isna().all() else calm.loc[ranked.index[0]]
 
@@ -932,8 +984,9 @@ class Tuning(Result):
                f"at most {self.jitter_limit:g} label changes a minute, where the truth has {_n(truth)}"]
         kinds = {"session": self.own, "raw": self.raw} | ({} if self.best is None else {told_settings(self.best): self.best})
         rows = [(k, *(f"{s[x]:.3f}" for x in ("macro_f1", "accuracy")), _n(s["jitter_per_min"]), f"{s['locked']:.0f} of {n}",
-                 "–" if pd.isna(s["lock_median_ms"]) else f"{s['lock_median_ms']:.0f}", f"{s['unstable']:.1%}") for k, s in kinds.items()]
-        out.append((("labels", "macro-F1", "accuracy", "changes a minute", "locked", "median lock, ms", "unstable"), rows))
+                 *("not reached" if pd.isna(s[x]) else f"{s[x]:.0f}" for x in ("lock_median_ms", "lock_restricted_mean_ms")),
+                 f"{s['unstable']:.1%}") for k, s in kinds.items()]
+        out.append((("labels", "macro-F1", "accuracy", "changes a minute", "locked", "median lock, ms", "mean lock, ms", "unstable"), rows))
         return [*out, *self.verdict(), *(f"Note: {x}." for x in self.notes)]
 
 

@@ -465,16 +465,17 @@ def rest(self: Runner):
 @patch
 def loop(self: Runner):
     "Until it ends: obey, step, show."
-    due, source = time.perf_counter(), self.pipeline.source
+    due, source, at = time.perf_counter(), self.pipeline.source, None
     try:
         while self.ending is None:
             self.obey()
+            now = time.perf_counter()
+            if source.seekable and at not in (None, source.index): at, due = source.index, now + source.lasts()  # it was sought
             if not self.watched(): self.ending = "the page was closed"
-            elif self.paused or self.turn() is None: self.rest()
-            elif source.seekable:  # a video runs at its own speed
-                due = max(due + 1/source.fps, time.perf_counter() - 0.1)
-                while not self.ending and self.asked.empty() and (left := due - time.perf_counter()) > 0:
-                    time.sleep(min(left, 0.02))
+            elif self.paused: self.rest()
+            elif due > now: time.sleep(min(due - now, 0.02))
+            elif self.turn() is None: self.rest()
+            elif source.seekable: at, due = source.index, max(due + source.lasts(), now - 0.1)  # a video runs at its own speed
     except Exception as e:  # the thread has nobody else to tell
         self.error = e
         self.ending = str(e) if isinstance(e, FerError) else f"{type(e).__name__}: {e}"
@@ -850,11 +851,11 @@ def _open(self: WebcamCell) -> Runner:
     folder = session_folder(self.out)
     source = PushedSource(self.camera.fps) if self.camera else open_source(self.source)
     settings = {k: self.sliders[k].value for k in WORDED}
-    pipeline = open_pipeline(source, self.predictor, self.detector, folder, **self.options, **settings)
+    pipeline = open_pipeline(source, self.predictor, self.detector, folder, **self.options, say=self._note, **settings)
     for name, slider in self.sliders.items(): pipeline.set(name, slider.value)
     pipeline.set("clahe", self.clahe.value)
     self.folder = folder
-    if self._seekable(): self.seek.max = max(1, (source.frames or 1) - 1)
+    if self._seekable(): self.seek.max = max(1, (source.frames or 1) - 1)  # grows where a video tells no length
     return Runner(Player(pipeline), self.camera, self._shown, self._say, self._ended, self._watched)
 
 
@@ -972,6 +973,7 @@ def _refresh(self: WebcamCell, result: Result | None, whole: bool = False):
 @patch
 def _show_place(self: WebcamCell, index: int):
     "Where a video stands, and what of it is labelled."
+    self.seek.max = max(self.seek.max, index)
     self.seek.value = index
     self.strip.value = strip_html(self.runner.pipeline.log.manual.stretches, self.seek.max + 1, index, self.labels.colours)
 

@@ -5,6 +5,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+from fractions import Fraction
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +13,7 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 from sklearn.metrics import accuracy_score, f1_score, precision_recall_fscore_support
 
 from fer_nb.artifacts import CLASSES, ArtifactError, FerError, GateError, UsageError
@@ -21,8 +23,9 @@ from fer_nb.realtime import (
     COLUMNS, NO_FACE, PROBS, UNSTABLE, Frame, Pipeline, SessionLog, Source, Stabilizer, open_source, session_info,
 )
 from fer_nb.scoring import (
-    CODES, LABELS, ScoreResults, StabiliserChoice, choose, count_labels, jitter, latency_plot, load_session, lock_times, make_track, replay,
-    replay_labels, score_session, segment_intervals, simulate_session, timeline_plot, tune, tuning_grid, tuning_plot,
+    CODES, LABELS, ScoreResults, StabiliserChoice, choose, count_labels, jitter, latency_plot, load_session, lock_times, make_track,
+    not_yet_locked, replay, replay_labels, restricted_mean, score_session, segment_intervals, simulate_session, timeline_plot, tune,
+    tuning_grid, tuning_plot, when_locked,
 )
 from fer_nb.synthetic import make_timeline, write_video
 
@@ -42,20 +45,30 @@ def rows_of(folder) -> list[dict]:
 
 
 def segments_by_hand(rows: list[dict]) -> list[dict]:
-    "Runs of one truth, with the rows in them."
+    "Runs of one truth, with the rows in them; a pause ends one, too."
     steps = [b["us"] - a["us"] for a, b in zip(rows, rows[1:])]
-    segments = []
+    usual, segments = int(statistics.median(steps)) if steps else 0, []
     for i, r in enumerate(rows):
-        if i == 0 or rows[i - 1]["truth"] != r["truth"]: segments.append({"truth": r["truth"], "rows": [], "start": r["us"], "end": None})
+        if i == 0 or rows[i - 1]["truth"] != r["truth"] or is_pause(rows, i):
+            segments.append({"truth": r["truth"], "rows": [], "start": r["us"], "end": None})
         segments[-1]["rows"].append(r)
-        segments[-1]["end"] = rows[i + 1]["us"] if i + 1 < len(rows) else r["us"] + int(statistics.median(steps) if steps else 0)
+        over = i + 1 == len(rows) or is_pause(rows, i + 1)
+        segments[-1]["end"] = r["us"] + usual if over else rows[i + 1]["us"]
     return segments
+
+
+def is_pause(rows, i) -> bool:
+    "Whether so much time passed before a row that nothing was seen in it."
+    steps = [b["us"] - a["us"] for a, b in zip(rows, rows[1:])]
+    return steps[i - 1] > 2_000_000 and steps[i - 1] > 5*statistics.median(steps)
 
 
 def changes_by_hand(rows, key) -> float | None:
     flips = time = 0
+    steps = [b["us"] - a["us"] for a, b in zip(rows, rows[1:])]
     for a, b in zip(rows, rows[1:]):
         if a["raw"] == NO_FACE or b["raw"] == NO_FACE: continue
+        if b["us"] - a["us"] > max(2_000_000, 5*statistics.median(steps)): continue
         time += b["us"] - a["us"]
         if a[key] != b[key]: flips += 1
     return flips*60e6/time if time else None
@@ -75,10 +88,24 @@ def lock_by_hand(segment, key) -> float | None:
     return None
 
 
-def quantile_by_hand(values, q):
-    values, at = sorted(values), q*(len(values) - 1)
-    low = int(at)
-    return values[low] + (at - low)*((values[low + 1] if low + 1 < len(values) else values[low]) - values[low])
+def survival_by_hand(segments, locks) -> tuple:
+    "Median, p90 and restricted mean of the time to lock, its horizon: Kaplan and Meier with fractions, a segment at a time."
+    if not segments: return None, None, None, None
+    ends = [(s["end"] - s["start"])/1000 - 600 for s in segments]
+    events = sorted((end if lock is None else lock, lock is None) for lock, end in zip(locks, ends))  # at one time locks come first
+    left, open_, curve = Fraction(1), len(events), []
+    for ms, censored in events:
+        if not censored: left *= 1 - Fraction(1, open_)
+        open_ -= 1
+        curve.append((ms, left))
+    horizon = min(3000, max(ends))
+    area = past = 0
+    before = Fraction(1)
+    for ms, now in [*curve, (horizon, None)]:
+        area, past = area + float(before)*(min(ms, horizon) - past), min(ms, horizon)
+        before = now if now is not None else before
+    def reached(share): return next((ms for ms, now in curve if now <= 1 - share), None)
+    return reached(Fraction(1, 2)), reached(Fraction(9, 10)), area, horizon
 
 
 def score_by_hand(rows: list[dict]) -> dict:
@@ -101,7 +128,7 @@ def score_by_hand(rows: list[dict]) -> dict:
             "macro_f1": sum(f for _, _, f, _ in classes.values())/len(classes) if classes else None, "classes": classes,
             "unstable": sum(r[key] == UNSTABLE for r in scored), "no_face": sum(r[key] == NO_FACE for r in scored),
             "jitter": changes_by_hand(rows, key), "locked": len(locked), "of": len(locks),
-            "lock": (sum(locked)/len(locked), statistics.median(locked), quantile_by_hand(locked, 0.9)) if locked else (None,)*3}
+            "lock": survival_by_hand(long, locks)}
     return out
 
 
@@ -118,7 +145,7 @@ def same(score, hand):
         if n := hand["scored"]: assert (got.unstable, got.no_face) == pytest.approx((want["unstable"]/n, want["no_face"]/n))
         lock = got.time_to_lock
         assert (lock.locked, lock.segments) == (want["locked"], want["of"])
-        assert (lock.mean_ms, lock.median_ms, lock.p90_ms) == pytest.approx(want["lock"])
+        assert (lock.median_ms, lock.p90_ms, lock.restricted_mean_ms, lock.horizon_ms) == pytest.approx(want["lock"])
     for key, prefix in (("shown", ""), ("raw", "raw_")):
         got = {c.name: (*(getattr(c, prefix + k) for k in ("precision", "recall", "f1")), c.support) for c in r.per_class}
         assert got == {k: pytest.approx(v) for k, v in hand[key]["classes"].items()}
@@ -182,7 +209,7 @@ def test_random_tracks_score_as_by_hand(data):
         assert jitter(track, codes) == pytest.approx(hand[key]["jitter"])
         lock = lock_times(track, codes)
         assert lock.locked == hand[key]["locked"]
-        assert (lock.mean_ms, lock.median_ms, lock.p90_ms) == pytest.approx(hand[key]["lock"])
+        assert (lock.median_ms, lock.p90_ms, lock.restricted_mean_ms, lock.horizon_ms) == pytest.approx(hand[key]["lock"])
         if hand["scored"]:
             found = segment_intervals(count_labels(track, codes), count_labels(track, raw), 10)["shown"]
             assert [e.value for e in found] == pytest.approx([hand[key]["accuracy"], hand[key]["macro_f1"]])
@@ -287,10 +314,72 @@ def test_time_to_lock(tmp_path):
     r = score_session(write_rows(tmp_path/"s", truth, shown), write=False).results
     lock = r.shown.time_to_lock
     assert (lock.segments, lock.locked) == (4, 3)
-    times = [0, 1100, 1400]
-    assert (lock.mean_ms, lock.median_ms, lock.p90_ms) == pytest.approx((np.mean(times), 1100, 1340))
+    # after 0, 1100 and 1400 ms 3/4, 2/4 and 1/4 are open; the fourth is censored at 2000 - 600, and a tenth is never reached
+    assert (lock.median_ms, lock.p90_ms, lock.horizon_ms, lock.estimator) == (1100, None, 1400, "Kaplan-Meier")
+    assert lock.restricted_mean_ms == pytest.approx(1100*3/4 + 300*2/4)
     never = score_session(write_rows(tmp_path/"n", truth, ["Disgust"]*160), write=False)
-    assert never.results.shown.time_to_lock.locked == 0 and never.results.shown.time_to_lock.mean_ms is None and "0 of 4" in str(never)
+    assert never.results.shown.time_to_lock.locked == 0 and never.results.shown.time_to_lock.median_ms is None and "0 of 4" in str(never)
+    assert never.results.shown.time_to_lock.restricted_mean_ms == 1400 and "not reached" in str(never)
+
+
+@given(st.lists(st.tuples(st.integers(0, 40), st.booleans()), min_size=1, max_size=30))
+def test_the_share_that_has_not_locked_is_scipys_survival_function(segments):
+    ms, locked = np.array([100.0*t for t, _ in segments]), np.array([b for _, b in segments])
+    at, left = not_yet_locked(ms, locked)
+    want = stats.ecdf(stats.CensoredData(ms[locked], right=ms[~locked])).sf
+    for t in np.arange(0, 4200, 50.0):
+        got = left[at <= t][-1] if (at <= t).any() else 1.0
+        assert got == pytest.approx(want.evaluate(t), abs=1e-12)
+    grid = np.arange(0, 3000, 1.0)
+    assert restricted_mean(at, left, 3000) == pytest.approx(want.evaluate(grid).mean()*3000, abs=3)
+
+
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=30))
+def test_where_every_segment_locks_the_estimate_is_the_plain_one(times):
+    ms = 100.0*np.array(times)
+    curve = not_yet_locked(ms, np.full(len(ms), True))
+    assert restricted_mean(*curve, 4000) == pytest.approx(ms.mean())
+    assert when_locked(*curve, 0.5) == statistics.median_low(ms.tolist())
+
+
+def test_giving_up_on_segments_is_not_quick(tmp_path):
+    "Of two settings, the one that locks soon on three segments and never on the other five is the slower one."
+    truth = [c for c in ["Happy", "Sad"]*4 for _ in range(60)]  # 3 s each
+    gives_up = [t if i//60 < 3 else UNSTABLE for i, t in enumerate(truth)]
+    late = [t if i % 60 >= 16 else UNSTABLE for i, t in enumerate(truth)]  # after 800 ms
+    a, b = (score_session(write_rows(tmp_path/n, truth, x), write=False).results.shown.time_to_lock for n, x in
+            (("a", gives_up), ("b", late)))
+    assert (a.locked, a.median_ms, b.locked, b.median_ms) == (3, None, 8, 800)
+    assert a.restricted_mean_ms == pytest.approx(5/8*2400) and b.restricted_mean_ms == pytest.approx(800)
+    t = pd.DataFrame({"ema": [0.1, 0.2], "delta": 0.0, "window": 1, "min_count": 1, "macro_f1": 0.8, "jitter_per_min": 10,
+                      "lock_median_ms": [a.median_ms, b.median_ms],
+                      "lock_restricted_mean_ms": [a.restricted_mean_ms, b.restricted_mean_ms]})
+    assert choose(t, 30)["ema"] == 0.2
+
+
+def test_a_pause_is_no_observed_time(tmp_path):
+    "A minute in which the camera stalled neither calms the label, nor lets it hold, nor joins what lies before and after."
+    truth = ["Happy"]*80
+    shown = ["Happy"]*38 + ["Sad", "Happy"] + ["Happy", "Sad"] + ["Happy"]*38
+    folder = write_rows(tmp_path/"s", truth, shown)
+    t = pd.read_csv(folder/"per_frame.csv", dtype=str, keep_default_na=False)
+    t["time_sec"] = [f"{i/20 + 60*(i >= 40):.6f}" for i in range(80)]
+    t.to_csv(folder/"per_frame.csv", index=False)
+    r = score_session(folder, write=False).results
+    assert (r.segments, r.scored_segments, r.pause_ms) == (2, 2, 2000)
+    assert r.shown.jitter_per_min == pytest.approx(4/((39 + 39)*0.05/60))
+    assert (r.shown.time_to_lock.median_ms, r.shown.time_to_lock.p90_ms) == (0, 100)
+
+
+def test_scores_of_before_still_load(tmp_path):
+    score_session(write_rows(tmp_path/"s", ["Happy"]*40, ["Happy"]*40))
+    path = tmp_path/"s"/"score_results.json"
+    data = json.loads(path.read_text()) | {"schema_version": 1}
+    data.pop("pause_ms")
+    for kind in ("shown", "raw"): data[kind]["time_to_lock"] = {"segments": 1, "locked": 1, "mean_ms": 5.0, "median_ms": 5.0, "p90_ms": 5.0}
+    path.write_text(json.dumps(data))
+    lock = ScoreResults.load(path).shown.time_to_lock
+    assert (lock.estimator, lock.median_ms, lock.restricted_mean_ms) == ("locked segments only", 5.0, None)
 
 
 def test_macro_f1_is_over_the_classes_that_occur(tmp_path):
@@ -392,6 +481,32 @@ def test_replay_of_any_session_is_exact(tmp_path_factory, data):
     assert replay(folder).differ == 0
 
 
+def stall(folder, age: float):
+    "Let a session's camera stall twice, for 0.9 s and for 3 s, and show what a stabiliser whose votes age so shows."
+    t = pd.read_csv(folder/"per_frame.csv", dtype=str, keep_default_na=False)
+    seconds = t["time_sec"].astype(float) + 0.9*(t.index >= 63) + 3*(t.index >= 122)
+    s = Stabilizer(vote_age=age)
+    shown = [s.update(p, x) for p, x in zip(t[PROBS].astype(float).to_numpy(), seconds.round(6))]
+    t.assign(time_sec=seconds.map("{:.6f}".format), pred_label=shown).to_csv(folder/"per_frame.csv", index=False)
+    return shown
+
+
+def test_sessions_from_before_votes_aged_replay_as_they_ran(tmp_path):
+    "Their session.json tells no `vote_age`; after a stall the labels of the two rules differ, and each session gives its own."
+    events, shown = timeline((3000, "Happy"), (3000, "Sad"), (4000, "Happy")), {}
+    for name, age in (("before", 0.0), ("now", 2.0)):
+        shown[name] = stall(simulate_session(tmp_path/name, events, settings={"vote_age": age}), age)
+        assert replay(tmp_path/name).differ == 0
+    assert sum(a != b for a, b in zip(shown["before"], shown["now"])) >= 5
+    path = tmp_path/"before"/"session.json"
+    info = json.loads(path.read_text())
+    del info["settings"]["vote_age"], info["clock"]
+    path.write_text(json.dumps(info))
+    again = replay(tmp_path/"before")
+    assert again.differ == 0 and "ran before votes aged" in str(again) and "ran before" not in str(replay(tmp_path/"now"))
+    assert replay(tmp_path/"before", ema=0.5).codes.tolist() != replay(tmp_path/"now", ema=0.5).codes.tolist()
+
+
 def test_replay_with_other_settings_is_the_session_with_those_settings(tmp_path):
     events = make_timeline(15, np.random.default_rng(3))
     other = {"ema": 0.9, "delta": 0.3, "window": 5, "min_count": 4}
@@ -409,8 +524,9 @@ def test_replay_with_other_settings_is_the_session_with_those_settings(tmp_path)
 
 
 def test_replay_needs_every_change_of_the_log(sessions, tmp_path):
+    calm = simulate_session(tmp_path/"calm", timeline((4000, "Happy")), changes={50: {"reset": 1}})
     for name in ("ema", "window", "min_count", "threshold", "reset"):
-        folder = shutil.copytree(sessions["tuned, sought, two faces"], tmp_path/name)
+        folder = shutil.copytree(calm if name == "reset" else sessions["tuned, sought, two faces"], tmp_path/name)
         lines = (folder/"tuning.csv").read_text().splitlines(keepends=True)
         left = [x for x in lines if f",{name}" not in x]
         assert len(left) < len(lines)
@@ -562,9 +678,11 @@ def test_tune_reports_the_choice_of_one_half_on_the_other(sessions):
 
 def test_equal_settings_are_told_apart_by_calm_then_speed():
     t = pd.DataFrame({"ema": [0.1, 0.2, 0.3, 0.4], "delta": 0.0, "window": 1, "min_count": 1, "macro_f1": [0.8, 0.8, 0.8, 0.9],
-                      "jitter_per_min": [20, 10, 10, 40.0], "lock_median_ms": [100, 300, 200, 100.0]})
+                      "jitter_per_min": [20, 10, 10, 40.0], "lock_median_ms": [100, 300, 200, 100.0],
+                      "lock_restricted_mean_ms": [300, 400, 500, 300.0]})
     assert choose(t, 30)["ema"] == 0.3 and choose(t, 40)["ema"] == 0.4 and choose(t, 9) is None
-    assert choose(t.assign(lock_median_ms=None), 30)["ema"] == 0.2
+    assert choose(t.assign(lock_median_ms=None), 30)["ema"] == 0.2  # by the restricted mean
+    assert choose(t.assign(lock_median_ms=[100, 300, None, 100.0]), 30)["ema"] == 0.2  # a median that isn't reached is no quick one
 
 
 def test_tune_with_one_segment_has_no_second_half(tmp_path):
