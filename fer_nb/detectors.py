@@ -63,7 +63,7 @@ def iou(
 class Track:
     "What the tracker knows of one face. Times are frames, or seconds where `Tracker.update` is given those."
     box: np.ndarray  # (4,) as last seen
-    since: float  # when it was seen first
+    since: float  # since when it is seen without a break
     seen: float  # when it was seen last
     times: int = 1  # how often
     speed: np.ndarray = field(default_factory=lambda: np.zeros(2))  # pixels a frame or a second, of the centre
@@ -71,8 +71,9 @@ class Track:
     def last(self, now): return self.box
     def expected(self, now): return self.box + np.r_[self.speed*(now - self.seen), 0, 0]
 
-    def see(self, box, now):
-        "Move on to a new box."
+    def see(self, box, now, before):
+        "Move on to a new box; `before` was the frame before."
+        if self.seen != before: self.since = now
         box, passed = np.asarray(box, float), now - self.seen
         moved = box[:2] + box[2:]/2 - self.box[:2] - self.box[2:]/2
         if passed > 0: self.speed = 0.75*self.speed + 0.25*moved/passed  # a box that is half covered moves the wrong way
@@ -124,7 +125,7 @@ class Tracker:
         order = sorted(range(len(faces)), key=lambda n: (-faces[n].area, faces[n].box))
         found, ids = self._match([faces[n].box for n in order]), [0]*len(faces)
         for row, n in enumerate(order):
-            if row in found: self.known[found[row]].see(faces[n].box, self.now)
+            if row in found: self.known[found[row]].see(faces[n].box, self.now, self.before)
             else:
                 found[row], self.next = self.next, self.next + 1
                 self.known[found[row]] = Track(np.asarray(faces[n].box, float), self.now, self.now)

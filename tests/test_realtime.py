@@ -23,6 +23,7 @@ from fer_nb.realtime import (
     BAR, LINE, NO_FACE, PROBS, UNSTABLE, CameraSource, Pipeline, Player, SourceLost, Stabilizer, SyntheticSource, Timeline,
     bar_class_at, draw, open_pipeline, open_source, run_demo,
 )
+from fer_nb.scoring import replay, score_session
 from tests.conftest import model_paths
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -241,6 +242,101 @@ def test_another_largest_face_makes_the_stabiliser_forget(demo_model, tmp_path):
     left = rows(tmp_path/"s").query("pred_label != ''").set_index("frame_index").box.str.startswith("20.0")
     assert not left[:21].any() and left[21:].all()
     assert rows(tmp_path/"s", "tuning.csv").to_numpy().tolist() == [[21, 21, "reset", 1]]
+
+
+class Script(Finder):
+    "A detector that finds in each frame what a function says, by the frame's number."
+    def __init__(self, source, boxes): self.source, self.at = source, boxes
+    def detect(self, frame): return [Detection(tuple(map(float, b))) for b in self.at(self.source.index - 1)]
+
+
+LEFT, RIGHT, FAR = (20, 40, 100, 100), (180, 40, 96, 96), (110, 140, 150, 100)
+
+
+def seen_as(folder, boxes=(LEFT, RIGHT, FAR)) -> str:
+    "Which of the boxes has the label in each frame: 0, 1 ...; - where nobody has."
+    shown = rows(folder).query("pred_label != ''").set_index("frame_index")
+    assert ((shown.face_id == "") == (shown.pred_label == NO_FACE)).all() and shown.index.tolist() == list(range(len(shown)))
+    texts = [" ".join(f"{v:.1f}" for v in b) for b in boxes]
+    return "".join("-" if not b else str(texts.index(b)) for b in shown.box)
+
+
+def watched(demo_model, folder, boxes, frames=40, fps=20) -> str:
+    "Who is labelled in a session with these boxes; the session can be replayed and scored."
+    source = SyntheticSource(frames/fps, fps)
+    with open_pipeline(source, demo_model, Script(source, boxes), folder) as p:
+        p.label(4)
+        while p.step(): pass
+    assert replay(folder).differ == 0 and score_session(folder, write=False, resamples=2).results.frames == frames
+    return seen_as(folder)
+
+
+def test_one_missed_detection_doesnt_change_whose_face_it_is(demo_model, tmp_path):
+    who = watched(demo_model, tmp_path/"s", lambda k: [RIGHT] if k == 20 else [LEFT, RIGHT])
+    assert who == "0"*20 + "-" + "0"*19
+    t = rows(tmp_path/"s")
+    assert t[t.frame_index == 20][["face_id", "pred_label", "manual_label"]].to_numpy().tolist() == [["2", "", ""], ["", NO_FACE, "Happy"]]
+    assert rows(tmp_path/"s", "tuning.csv").empty and not t[t.frame_index > 20].pred_label.eq(UNSTABLE).any()  # nothing was forgotten
+
+
+@pytest.mark.parametrize("missed", [1, 2, 5, 9])
+def test_the_labelled_face_is_waited_for_through_the_hold(demo_model, tmp_path, missed):
+    who = watched(demo_model, tmp_path/"s", lambda k: [RIGHT] if 20 <= k < 20 + missed else [LEFT, RIGHT])
+    assert who == "0"*20 + "-"*missed + "0"*(20 - missed)
+
+
+def test_a_face_that_is_gone_for_longer_gives_its_place_away(demo_model, tmp_path):
+    who = watched(demo_model, tmp_path/"s", lambda k: [RIGHT] if 15 <= k < 30 else [LEFT, RIGHT])
+    assert who == "0"*15 + "-"*10 + "1"*15  # back again, and not a fifth larger
+    assert rows(tmp_path/"s", "tuning.csv").to_numpy().tolist() == [[25, 25, "reset", 1]]
+
+
+def test_the_hold_is_the_stabilisers_and_counts_seconds(demo_model, tmp_path):
+    for fps, hold, missed in ((60, 0.5, 28), (10, 0.5, 4), (20, 1.5, 28)):
+        source = SyntheticSource(3, fps)
+        gone = range(fps, fps + missed)
+        finder = Script(source, lambda k, gone=gone: [RIGHT] if k in gone else [LEFT, RIGHT])
+        folder = tmp_path/f"{fps}_{hold}"
+        with open_pipeline(source, demo_model, finder, folder, hold=hold) as p:
+            while p.step(): pass
+        assert seen_as(folder) == "0"*fps + "-"*missed + "0"*(2*fps - missed)
+        assert set(rows(folder).face_id) - {""} == {"1", "2"}  # the tracker knows it as long as it is waited for
+
+
+def test_a_phantom_takes_nobodys_place(demo_model, tmp_path):
+    assert watched(demo_model, tmp_path/"a", lambda k: [LEFT, FAR] if k in (15, 16, 30) else [LEFT]) == "0"*40
+    assert watched(demo_model, tmp_path/"b", lambda k: [LEFT, FAR] if k == 0 else [LEFT]) == "2" + "0"*39  # nor does it keep one
+    assert watched(demo_model, tmp_path/"c", lambda k: [LEFT, FAR] if k >= 15 else [LEFT]) == "0"*25 + "2"*15  # a person who stays
+
+
+def test_a_face_that_is_half_covered_for_a_moment_stays_the_labelled_one(demo_model, tmp_path):
+    half = (20, 40, 80, 80)
+    source = SyntheticSource(2, 20)
+    with open_pipeline(source, demo_model, Script(source, lambda k: [half if 20 <= k < 25 else LEFT, RIGHT]), tmp_path/"s") as p:
+        while p.step(): pass
+    assert seen_as(tmp_path/"s", (LEFT, RIGHT, half)) == "0"*20 + "2"*5 + "0"*15
+
+
+def test_two_people_who_change_places(demo_model, tmp_path):
+    "They walk past each other; the one behind, whose face is labelled, is hidden for some frames."
+    def boxes(k):
+        a, b = (5 + 5.0*k, 60, 90, 100), (215 - 5.0*k, 64, 86, 98)
+        return [b] if abs(a[0] - b[0]) < 40 else [a, b]
+    source, places = SyntheticSource(2.2, 20), {}
+    with open_pipeline(source, demo_model, Script(source, boxes), tmp_path/"s") as p:
+        while r := p.step(): places[r.index] = r.main and r.main.detection.box[0]
+    hidden = [k for k, x in places.items() if x is None]
+    assert 0 < len(hidden) < 10 and all(places[k] == 5 + 5*k for k in places if k not in hidden)
+
+
+def test_no_number_means_two_people_after_a_jump(demo_model, tmp_path):
+    source = SyntheticSource(4, 20)
+    finder = Script(source, lambda k: [LEFT, RIGHT] if k < 40 else [FAR, RIGHT])
+    with open_pipeline(source, demo_model, finder, tmp_path/"s") as p:
+        for _ in range(10): p.step()
+        p.seek(50)
+        r = p.step()
+        assert r.main.detection.box == FAR and {f.id for f in r.faces} == {3, 4}
 
 
 def test_going_back_logs_no_frame_twice_and_repaints(demo_model, tmp_path):
@@ -502,6 +598,132 @@ def test_the_command_without_a_window(demo_model, tmp_path, capsys, monkeypatch)
                       (["--detector", "best"], "there is no detector 'best'"), (["--save-clips"], "--save-clips and --consent together")):
         assert cli.main([*args, "--headless", "--out", str(tmp_path/"t"), *bad]) == 2
         assert says in capsys.readouterr().err and not (tmp_path/"t").exists()
+
+
+# ---- the time of videos
+
+CASES = ROOT.parent/"shared"/"cases"/"videos"
+TIMED = ("cfr.mp4", "vfr.mp4", "vfr.webm", "jitter.mp4", "recorder.webm", "recorder_jitter.webm")
+
+
+def case(name) -> Path:
+    if not (CASES/name).is_file(): pytest.skip(f"the film {name} is not at hand")
+    return CASES/name
+
+
+def packet_times(path) -> list[float]:
+    "Seconds since the first frame, from the container's packets, nothing decoded."
+    raw, out = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG), []
+    assert raw.set(cv2.CAP_PROP_FORMAT, -1)
+    while raw.grab(): out.append(raw.get(cv2.CAP_PROP_POS_MSEC)/1000)
+    return [round(t - min(out), 6) for t in sorted(out)]
+
+
+def small(frame): return frame.image[::16, ::16].tobytes()
+
+
+@pytest.mark.parametrize("name", TIMED)
+def test_a_videos_time_is_its_containers(name):
+    source = open_source(case(name))
+    frames = [f[:2] for f in iter(source.read, None)]
+    assert frames == list(enumerate(packet_times(case(name)))) and len(frames) == 272 == source.frames  # none lost, the end is the end
+    assert (source.clock, source.note, source.mended) == ("container", "", 0) and source.read() is None
+    steps = np.diff([t for _, t in frames])
+    assert (steps > 0).all() and (name in ("cfr.mp4",) or np.ptp(steps) > 0.01)  # the others have no constant rate
+
+
+@pytest.mark.parametrize("name", [*TIMED, "raw.h264"])
+def test_a_frame_is_the_same_wherever_reading_began(name):
+    source = open_source(case(name))
+    whole = [(f.index, f.time_sec, small(f)) for f in iter(source.read, None)]
+    fresh = open_source(case(name))
+    for k in (60, 61, 10, 200, 0, 199, 199, 271, 270, 30):
+        for s in (source, fresh):
+            s.seek(k)
+            assert [(f.index, f.time_sec, small(f)) for f in (s.read(), s.read()) if f] == whole[k:k + 2], (name, k)
+    fresh.seek(10**6)
+    assert (fresh.read().index, fresh.read()) == (271, None)
+    fresh.seek(-5)
+    assert fresh.read().index == 0
+
+
+@pytest.mark.parametrize("name", TIMED)
+def test_how_long_a_frame_stays_is_told_without_losing_one(name):
+    source, out = open_source(case(name)), []
+    while f := source.read(): out.append((f.time_sec, source.lasts()))
+    assert len(out) == 272 and [t + s for t, s in out[:-1]] == pytest.approx([t for t, _ in out[1:]])
+
+
+def test_a_stream_without_times_says_so_in_one_line(demo_model, tmp_path):
+    said = []
+    run_demo(case("raw.h264"), demo_model, Finder(), tmp_path/"s", headless=True, say=said.append)
+    assert said[0] == "raw.h264 holds no times of its frames: they are frame number / 25."
+    assert rows(tmp_path/"s").time_sec.tolist() == [round(k/25, 6) for k in range(272)]
+    assert SessionInfo.load(tmp_path/"s").clock == "frame number / fps"
+
+
+def test_a_session_on_a_film_without_a_constant_rate(demo_model, tmp_path):
+    said = []
+    run_demo(case("vfr.mp4"), demo_model, Finder(), tmp_path/"s", headless=True, say=said.append)
+    assert rows(tmp_path/"s").time_sec.tolist() == packet_times(case("vfr.mp4")) and not any("no times" in x for x in said)
+    info = SessionInfo.load(tmp_path/"s")
+    assert (info.clock, info.frames, info.end_reason) == ("container", 272, "the source came to its end")
+    assert replay(tmp_path/"s").differ == 0
+
+
+def test_two_seconds_are_two_seconds_on_such_a_film(demo_model):
+    times = packet_times(case("vfr.mp4"))
+    with open_pipeline(case("vfr.mp4"), demo_model, Finder()) as p:
+        player = Player(p)
+        for _ in range(250): player.tick()
+        for _ in range(3):
+            before = player.result.time_sec
+            player.press("<")
+            assert before - 2.13 < player.result.time_sec <= before - 2 and player.result.time_sec == times[player.result.index]
+
+
+def test_a_webm_that_breaks_off_still_says_so(tmp_path):
+    part = tmp_path/"part.webm"
+    part.write_bytes(case("vfr.webm").read_bytes()[:600_000])
+    source = open_source(part)
+    with pytest.raises(SourceLost, match="part.webm breaks off after frame"):
+        while source.read(): pass
+
+
+class Stamped:
+    "OpenCV's reader of a film with these milliseconds; whatever is asked of it, it can't seek."
+    stamps, rate = (), 25.0
+    def __init__(self, *_): self.at = -1
+    def isOpened(self): return True
+    def release(self): pass
+    def set(self, *_): return False
+    def grab(self): self.at += 1; return self.at < len(self.stamps)
+    def retrieve(self): return self.at < len(self.stamps), np.full((8, 8, 3), self.at, np.uint8)
+    def get(self, what):
+        return {cv2.CAP_PROP_FPS: self.rate, cv2.CAP_PROP_FRAME_COUNT: -1.0}.get(what, self.stamps[self.at] if self.at >= 0 else 0.0)
+
+
+@given(st.lists(st.one_of(st.floats(0, 1e4), st.just(float("nan"))), min_size=1, max_size=30), st.data())
+def test_time_runs_forwards_whatever_a_container_says(stamps, data):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(realtime, "_capture", type("Reader", (Stamped,), {"stamps": stamps}))
+        source = realtime.VideoSource("film.mp4")
+        frames = [(f.index, f.time_sec) for f in iter(source.read, None)]
+        times = [t for _, t in frames]
+        assert len(frames) == len(stamps) and times[0] == 0 and all(a < b for a, b in zip(times, times[1:], strict=False))
+        if not np.isnan(stamps).any() and all(a + 1e-3 < b for a, b in zip(stamps, stamps[1:], strict=False)):
+            assert times == pytest.approx([(x - stamps[0])/1000 for x in stamps], abs=1e-6) and not source.mended
+        k = data.draw(st.integers(0, len(stamps) - 1))
+        source.seek(k)
+        assert [(f.index, f.time_sec) for f in iter(source.read, None)] == frames[k:]
+
+
+def test_a_senders_clock_never_runs_backwards():
+    source, out = realtime.PushedSource(), []
+    for t in (5.0, 5.1, 4.0, 5.2):
+        source.push(np.zeros((8, 8, 3), np.uint8), t)
+        out.append(source.read().time_sec)
+    assert out == [5.0, 5.1, 5.1, 5.2]
 
 
 # ---- real video
