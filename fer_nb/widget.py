@@ -862,16 +862,24 @@ def _open(self: WebcamCell) -> Runner:
 @patch
 def start(self: WebcamCell, thread: bool = True):
     "Begin a session, or go on with the one that is paused."
+    words = ""
     if self.runner is not None and not self.runner.closed: self.runner.hold(False)
     else:
         try: runner = self._open()
         except (FerError, OSError) as e:
             self._idle(str(e), "bad")
             return
-        self.runner = runner
+        self.runner, words = runner, runner.pipeline.source.note
         if self.camera: self.camera.running = True
         if thread: runner.start()
-    self._ask(self.work.clear)
+    self._ask(lambda: self._goes(words))
+
+
+@patch
+def _goes(self: WebcamCell, words: str):
+    "A session begins, or goes on."
+    self.work.clear()
+    self._note(words)
 
 
 @patch

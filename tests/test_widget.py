@@ -71,6 +71,57 @@ def test_a_session_in_its_thread_leaves_the_kernel_free_and_writes_numbers_only(
     assert not any(thread.name == "fer_nb session" for thread in threading.enumerate())
 
 
+class Uneven(SyntheticSource):
+    "A film whose frames stay for these seconds."
+    stays = (0.05, 0.05, 0.4, 0.05, 0.05)
+    def lasts(self): return self.stays[self.index - 1]
+
+
+def test_each_frame_of_a_video_stays_for_as_long_as_it_lasts(demo_model, tmp_path):
+    cell, shown = cell_of(demo_model, tmp_path), []
+    cell.start(thread=False)
+    source = Uneven(0.25, 20)
+    cell.runner.pipeline.source = source
+    cell.runner.shown = lambda result: shown.append((result.index, time.perf_counter()))
+    cell.runner.start()
+    until(lambda: len(shown) == 5)
+    cell.end()
+    steps = np.diff([t for _, t in shown])
+    assert [k for k, _ in shown] == list(range(5)) and steps[2] > 0.35 and max(*steps[:2], steps[3]) < 0.3
+
+
+def test_a_key_while_a_frame_stays_doesnt_hurry_the_video(demo_model, tmp_path):
+    cell, shown = cell_of(demo_model, tmp_path), []
+    cell.start(thread=False)
+    cell.runner.pipeline.source = source = Uneven(0.25, 20)
+    source.stays = (1.2, 0.05, 0.05, 0.05, 0.05)
+    cell.runner.shown = lambda result: shown.append(time.perf_counter())
+    cell.runner.start()
+    until(lambda: shown)
+    cell.press("4")
+    until(lambda: len(shown) == 2)
+    cell.end()
+    assert shown[1] - shown[0] > 1.1 and rows(cell.folder).manual_label.tolist()[1] == "Happy"
+
+
+CASES = ROOT.parent/"shared"/"cases"/"videos"
+
+
+@pytest.mark.parametrize("name", ["recorder.webm", "raw.h264"])
+def test_a_video_that_tells_no_length_can_be_run_and_sought(demo_model, tmp_path, name):
+    if not (CASES/name).is_file(): pytest.skip(f"the film {name} is not at hand")
+    cell = cell_of(demo_model, tmp_path, str(CASES/name))
+    cell.run(20)
+    assert ("holds no times" in cell.status.value) == (name == "raw.h264")
+    cell.seek.value = 5
+    assert cell.runner.player.result.index == 5
+    cell.run(100)
+    cell._refresh(cell.runner.player.result, whole=True)
+    assert cell.seek.max == cell.seek.value == 105 and "105" not in cell.strip.value
+    cell.end()
+    assert rows(cell.folder).frame_index.unique().tolist() == list(range(106))
+
+
 def test_an_error_nobody_thought_of_is_one_line_and_keeps_the_log(demo_model, tmp_path, monkeypatch):
     cell = cell_of(demo_model, tmp_path)
     inner, calls = cell.detector.detect, []
