@@ -15,6 +15,7 @@ __all__ = ['UNSTABLE', 'NO_FACE', 'TUNABLE', 'PACE', 'STAGES_TIMED', 'PROBS', 'C
 import csv
 import os
 import platform
+import re
 import sys
 import time
 from array import array
@@ -320,10 +321,10 @@ def _jump(self: VideoSource, index: int):
 @patch
 def place(self: VideoSource, seconds: float) -> int:
     "The frame of a moment; a guess where the video wasn't seen yet."
-    if not self.times or seconds > self.times[-1]:
-        last = self.times[-1] if self.times else 0.0
-        return max(0, len(self.times) - 1) + round((seconds - last)*self.fps)
-    return max(0, bisect_right(self.times, seconds) - 1)
+    known, last = len(self.times), self.times[-1] if self.times else 0.0
+    if seconds <= last: return max(0, bisect_right(self.times, seconds) - 1)
+    rate = (known - 1)/last if last else self.fps  # as seen so far
+    return max(0, known - 1) + round((seconds - last)*rate)
 
 
 @patch
@@ -336,13 +337,20 @@ def lasts(self: VideoSource) -> float:
     return self.times[k] - self.times[k - 1] if 0 < k < len(self.times) else 1/self.fps
 
 # %% ../nbs/06_realtime_demo.ipynb #06-078
+def _numbered(path: Path) -> tuple:
+    "What to sort names by, so that frame2 comes before frame10."
+    parts = re.split(r"(\d+)", path.name)
+    return [int(x) if k % 2 else x for k, x in enumerate(parts)], path.name
+
+
 class ImageSource(Source):
-    "A picture, or the pictures of a folder by name, one `1/fps` of a second after the other."
+    "A picture, or the pictures of a folder by name and number, one `1/fps` of a second after the other."
     kind, seekable = "images", True
     suffixes = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".pgm", ".ppm")
     def __init__(self, path, fps: float = 30.0):
         path = Path(path)
-        self.paths = sorted(p for p in path.iterdir() if p.suffix.lower() in self.suffixes) if path.is_dir() else [path]
+        found = (p for p in path.iterdir() if p.suffix.lower() in self.suffixes) if path.is_dir() else [path]
+        self.paths = sorted(found, key=_numbered)
         if not self.paths: raise UsageError(f"no pictures in {path}: expected files ending in {', '.join(self.suffixes)}")
         self.name, self.fps, self.frames, self.index = path.name, fps, len(self.paths), 0
 

@@ -718,6 +718,13 @@ def test_time_runs_forwards_whatever_a_container_says(stamps, data):
         assert [(f.index, f.time_sec) for f in iter(source.read, None)] == frames[k:]
 
 
+def test_pictures_of_a_folder_come_by_their_numbers(tmp_path):
+    names = ["frame1.png", "frame2.png", "frame10.png", "frame10b.png", "frame٣.png", "x²1.png"]
+    for k, name in enumerate(names): (tmp_path/name).write_bytes(cv2.imencode(".png", np.full((8, 8, 3), k, np.uint8))[1].tobytes())
+    order = [f.image[0, 0, 0] for f in iter(open_source(tmp_path).read, None)]
+    assert [names[k] for k in order] == ["frame1.png", "frame2.png", "frame٣.png", "frame10.png", "frame10b.png", "x²1.png"]
+
+
 def test_a_senders_clock_never_runs_backwards():
     source, out = realtime.PushedSource(), []
     for t in (5.0, 5.1, 4.0, 5.2):
