@@ -45,8 +45,6 @@ from .synthetic import film_frame, plan_film
 # %% ../nbs/06_realtime_demo.ipynb #06-005
 UNSTABLE, NO_FACE = "(unstable)", "(no face)"
 TUNABLE = {"ema": (0.0, 0.99), "delta": (0.0, 1.0), "window": (1, 120), "min_count": (1, 120)}  # the range of each setting
-
-
 PACE = 15  # steps between frames, of which the usual one is taken
 
 
@@ -253,7 +251,7 @@ class VideoSource(Source):
 # %% ../nbs/06_realtime_demo.ipynb #06-076
 @patch
 def _grab(self: VideoSource) -> bool:
-    "Take the next frame without decoding it further, and note its time; False: there is none."
+    "Take the next frame, not yet as a picture, and note its time; False: there is none."
     self.over = not self.capture.grab()
     if self.over: return False
     if self.grabbed == len(self.times):
@@ -1055,8 +1053,8 @@ def open_pipeline(
         detector, note = open_detector(detector, min_face=min_face)
         if note: say(note)
     source = source if isinstance(source, Source) else open_source(source)
-    if source.note: say(source.note)
     try:
+        if source.note: say(source.note)
         log = out and SessionLog(out, session_info(source, detector, predictor, stabilizer, save_clips))
         if log and isinstance(source, SyntheticSource): write_csv(log.folder/TRUTH, source.events)
         return Pipeline(source, detector, predictor, stabilizer, log or None, Clips(out, source.fps) if save_clips else None)

@@ -930,9 +930,10 @@ def _close_below(box):
 @patch
 def close(self: WebcamCell):
     "End the session and take the cell off the page."
-    try: self.end("the cell was closed")
+    try:
+        self.end("the cell was closed")
+        _close_below(self)
     except NameError: return  # the interpreter ends, and takes a module's names away before its widgets
-    _close_below(self)
     super(WebcamCell, self).close()
 
 # %% ../nbs/06b_webcam_cell.ipynb #06b-051
