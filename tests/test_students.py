@@ -325,7 +325,8 @@ def test_training_never_runs_a_teacher(stages, data, tmp_path, monkeypatch):
 def test_the_whole_recipe_resumes_bit_equal(stages, data, tmp_path, stage):
     "Mixup, averaged weights, SGD, growing faces, a fine stem: cut after the first epoch, and in one go."
     _, soft = stages
-    recipe = dict(soft=None if stage == "CE" else soft, epochs=2, sizes=[[0, 24], [1, 32]], stem_stride=1, optimizer="sgd", lr=0.05, best_by="nll")
+    recipe = dict(soft=None if stage == "CE" else soft, epochs=2, sizes=[[0, 24], [1, 32]], stem_stride=1, optimizer="sgd", lr=0.05,
+                  best_by="nll")
 
     class Cut(training.Callback):
         order = 5
@@ -340,7 +341,8 @@ def test_the_whole_recipe_resumes_bit_equal(stages, data, tmp_path, stage):
     assert [r["train_loss"] for r in history.rows] == [r["train_loss"] for r in resumed.rows] and history.best_by == "nll"
     model, meta = students.load_model(tmp_path / "cut" / "best.pt")
     assert meta["stem_stride"] == 1 and model.conv_stem.stride == (1, 1)
-    with pytest.raises(GateError, match="stem_stride 1, this student has 2"): start_from(students.make_student(), tmp_path / "cut" / "best.pt")
+    with pytest.raises(GateError, match="stem_stride 1, this student has 2"):
+        start_from(students.make_student(), tmp_path / "cut" / "best.pt")
 
 
 def test_votes_teach_and_validation_stays_on_labels(data, tmp_path):

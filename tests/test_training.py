@@ -113,7 +113,8 @@ def test_every_precision_and_window_trains_with_float32_losses(tmp_path, amp, ac
 
 
 def test_settings_that_came_later_leave_older_runs_their_fingerprint():
-    assert TrainConfig().fingerprint() == "5ffd033a6d1bac2e329281bb335232a11ca8ecf1c34b911306ef3bcbf06dd012"  # before there was an optimiser to choose
+    first = "5ffd033a6d1bac2e329281bb335232a11ca8ecf1c34b911306ef3bcbf06dd012"  # of the defaults, before there was an optimiser to choose
+    assert TrainConfig().fingerprint() == first
     old = TrainConfig(3, 1e-3, 0.01, 1.0, 2, 5.0, "bf16", 42, "cpu").fingerprint(stage="KD")
     assert old == "7aa95619ea10219b562f8894621a4e69c1596ba438d022a33d6484ece7fb0341"
     kinds = [TrainConfig(), TrainConfig(optimizer="sgd"), TrainConfig(best_by="nll"), TrainConfig(optimizer="sgd", momentum=0.8)]
@@ -122,8 +123,8 @@ def test_settings_that_came_later_leave_older_runs_their_fingerprint():
 
 def small_net(seed=1):
     seed_everything(seed)
-    return nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 32, 3, 2, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(2),
-                         nn.Flatten(), nn.Linear(128, 7))
+    return nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 32, 3, 2, 1), nn.ReLU(),
+                         nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(128, 7))
 
 
 def ce(z, y, index, view): return F.cross_entropy(z, y)
@@ -136,8 +137,8 @@ def test_bf16_ends_within_noise_of_fp32(tmp_path, optimizer, lr):
 
     def nll(amp, seed):
         config = TrainConfig(epochs=4, lr=lr, amp=amp, warmup_epochs=0, seed=seed, optimizer=optimizer)
-        return train(small_net(seed), FaceBatches(data, 20, train=True, seed=seed), eval_loader(held), ce, config, tmp_path / f"{amp}{seed}", {},
-                     bar=False).rows[-1]["valid_nll"]
+        loader, folder = FaceBatches(data, 20, train=True, seed=seed), tmp_path / f"{amp}{seed}"
+        return train(small_net(seed), loader, eval_loader(held), ce, config, folder, {}, bar=False).rows[-1]["valid_nll"]
 
     exact, half = (np.array([nll(amp, seed) for seed in range(4)]) for amp in ("no", "bf16"))
     assert (exact < np.log(7)).all() and (half < np.log(7)).all()  # both learn
@@ -151,8 +152,8 @@ def test_auto_precision_is_chosen_once_a_run(tmp_path, monkeypatch):
     net, shape = small_net(), (4, 3, 32, 32)
     assert choose_amp("auto", net, shape) == "bf16"
     data = Faces(40)
-    train(net, FaceBatches(data, 20, train=True, seed=1), eval_loader(data), ce, TrainConfig(epochs=1, amp="bf16", warmup_epochs=0), tmp_path, {},
-          bar=False)
+    config = TrainConfig(epochs=1, amp="bf16", warmup_epochs=0)
+    train(net, FaceBatches(data, 20, train=True, seed=1), eval_loader(data), ce, config, tmp_path, {}, bar=False)
     seconds["bf16"] = 3.0  # a busy moment
     assert choose_amp("auto", net, shape) == "no" and choose_amp("auto", net, shape, run_dir=tmp_path) == "bf16"
     assert choose_amp("no", net, shape, run_dir=tmp_path) == "no"  # what is asked for by name is done
