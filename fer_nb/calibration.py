@@ -18,7 +18,7 @@ __all__ = ['BINS', 'PLAN_GRID', 'TIE', 'BLUE', 'ORANGE', 'GREEN', 'GREY', 'STREN
            'ranked_area', 'aurc', 'excess_aurc', 'accuracy_at_coverage', 'risk_coverage_plot', 'conformal_threshold',
            'prediction_sets', 'set_coverage', 'refuse_same_rows', 'check_ids', 'cross_fitted_logits',
            'calibration_artifact', 'reliability_artifact', 'check_seven', 'calibrate', 'class_coverage',
-           'selective_report', 'set_size_plot', 'labels_of', 'votes_of', 'own_temperature', 'source_table',
+           'selective_report', 'set_size_plot', 'labels_of', 'votes_of', 'own_temperature', 'own_rows', 'source_table',
            'report_run']
 
 # %% ../nbs/02_calibration.ipynb #02-002
@@ -1187,6 +1187,18 @@ def own_temperature(logits, labels) -> float | None:
     except GateError: return None
 
 
+def own_rows(
+    rows: pd.DataFrame,  # of a manifest
+    convention: str = "",  # a convention; empty: every row
+) -> np.ndarray:  # (N,) bool
+    "The rows that a convention's labels judge; none at all is an error."
+    own = np.full(len(rows), True) if not convention else (rows["convention"] == convention).to_numpy()
+    if not own.any():
+        raise UsageError(f"none of {len(rows):,} test rows has the labels of {convention!r}: they have those of "
+                         f"{', '.join(sorted(set(rows['convention'])))}")
+    return own
+
+
 def source_table(
     val_logits, val_rows: pd.DataFrame,  # rows that may choose
     test_logits, test_rows: pd.DataFrame,  # rows that are only reported on
@@ -1204,7 +1216,8 @@ def source_table(
         record = flat_row(evaluate(z, y, temperature, votes_of(test_rows[at]), resamples, seed))
         raw = {f"raw_{k}": METRICS[k](z, y) for k in ("nll", "ece", "brier")}
         f1 = {f"f1_{name}": v for name, v in per_class(z, y)["f1"].items()}
-        rows.append({"source": s, **record, **f1, **raw, "own_temperature": own, **scaled})
+        whose = {"convention": test_rows["convention"][at].iloc[0]} if "convention" in test_rows else {}
+        rows.append({"source": s, **whose, **record, **f1, **raw, "own_temperature": own, **scaled})
     return pd.DataFrame(rows)
 
 
@@ -1218,20 +1231,24 @@ def report_run(
     model_name: str,
     dataset_index_id: str,
     sources=None,  # whose validation rows choose T: those that the model learned its labels from; all where None
+    convention: str = "",  # whose labels the model learned: test rows with others don't judge it; empty: all rows do
     resamples: int = 1000,  # of the bootstrap
     seed: int = 1337,
 ) -> tuple[Calibration, ReliabilityMetrics]:
     "Calibrate on validation and report on test; writes the three artifacts, the confusion, the metrics by source and the logits."
     run_dir, zv, zt, (yv, yt) = Path(run_dir), np.asarray(val_logits), np.asarray(test_logits), map(labels_of, (val_rows, test_rows))
     fit = np.full(len(yv), True) if sources is None else val_rows["source"].isin(sources).to_numpy()
-    common = dict(model_name=model_name, dataset_index_id=dataset_index_id, val_ids=val_rows["id"][fit], test_ids=test_rows["id"],
+    own = own_rows(test_rows, convention)
+    common = dict(model_name=model_name, dataset_index_id=dataset_index_id, val_ids=val_rows["id"][fit], test_ids=test_rows["id"][own],
                   resamples=resamples, seed=seed)
-    calibration, metrics = calibrate(zv[fit], yv[fit], zt, yt, votes=votes_of(test_rows), **common)
-    calibration = calibration.model_copy(update={"sources": sorted(set(val_rows["source"][fit]))})
-    selective = selective_report(zv[fit], yv[fit], zt, yt, calibration.selected_temperature, **common)
+    calibration, metrics = calibrate(zv[fit], yv[fit], zt[own], yt[own], votes=votes_of(test_rows[own]), **common)
+    selective = selective_report(zv[fit], yv[fit], zt[own], yt[own], calibration.selected_temperature, **common)
+    calibration = calibration.model_copy(update={"sources": sorted(set(val_rows["source"][fit])), "convention": convention or None})
+    metrics, selective = (a.model_copy(update={"convention": convention or none}) for a, none in ((metrics, None), (selective, "")))
     for artifact in (calibration, metrics, selective): artifact.save(run_dir)
     write_csv(run_dir/"confusion.csv", confusion_table(metrics.confusion), index=True)
     write_csv(run_dir/"metrics_by_source.csv", source_table(zv, val_rows, zt, test_rows, calibration.selected_temperature, resamples, seed))
-    write_npz(run_dir/"evaluation.npz", val_ids=val_rows["id"].to_numpy(str), val_logits=val_logits, val_labels=yv,
+    whose = {"test_convention": test_rows["convention"].to_numpy(str)} if "convention" in test_rows else {}
+    write_npz(run_dir/"evaluation.npz", **whose, val_ids=val_rows["id"].to_numpy(str), val_logits=val_logits, val_labels=yv,
               test_ids=test_rows["id"].to_numpy(str), test_logits=test_logits, test_labels=yt)
     return calibration, metrics

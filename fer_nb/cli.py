@@ -109,7 +109,7 @@ def student_train(a):
 
 def student_evaluate(a):
     from fer_nb.students import evaluate_checkpoint
-    print(evaluate_checkpoint(a.checkpoint, a.manifest, a.cache, a.view, a.source, a.out))
+    print(evaluate_checkpoint(a.checkpoint, a.manifest, a.cache, a.view, a.source, a.convention, a.out))
 
 
 def student_summarise(a):

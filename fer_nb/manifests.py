@@ -1189,8 +1189,8 @@ class BuildResult(Result):
     def lines(self):
         df, index = self.manifest.df, self.manifest.index
         usable = df[df.excluded == ""]
-        rows = [(s, part.convention.iloc[0], len(part), *[int((usable[usable.source == s].split == x).sum()) for x in SPLITS], int((part.excluded != "").sum()))
-                for s, part in df.groupby("source")]
+        def counted(s): return [int((usable[usable.source == s].split == x).sum()) for x in SPLITS]
+        rows = [(s, part.convention.iloc[0], len(part), *counted(s), int((part.excluded != "").sum())) for s, part in df.groupby("source")]
         rate = len(df)/max(self.seconds, 1e-9)
         head = f"{index.dataset_index_id}: {len(df):,} rows, {len(usable):,} usable, built in {self.seconds:.1f} s ({rate:,.0f} images/s)"
         out = [head, (("source", "labels by", "rows", *SPLITS, "excluded"), rows)]
@@ -1290,7 +1290,8 @@ def with_conventions(
     "The rows under the conventions that a person gave; a source that is not here and a name that can't be one are refused."
     here = sorted(df.source.unique())
     for source, convention in given.items():
-        if source not in here: raise UsageError(f"a convention is given for the source {source!r}, and there is none: give {', '.join(here)}")
+        if source not in here:
+            raise UsageError(f"a convention is given for the source {source!r}, and there is none: give {', '.join(here)}")
         if not re.fullmatch(r"[A-Za-z0-9_.-]+", str(convention)):
             raise UsageError(f"the convention of {source} is {convention!r}: use letters, digits, _ . -")
     return df.assign(convention=df.source.map(given).fillna(df.convention))
@@ -1380,7 +1381,7 @@ def source_disagreement(
     agree = int(np.trace(matrix))
     return SourceDisagreement(source_a=a, source_b=b, pictures=n, agree=agree, disagreement=1 - agree/n, matrix=matrix.tolist())
 
-# %% ../nbs/00_manifests.ipynb #00-128
+# %% ../nbs/00_manifests.ipynb #00-328
 TIE_ORDER = tuple(to_class(c)[0] for c in FERPLUS_ORDER[:7])
 
 
@@ -1407,7 +1408,7 @@ def _crossed(a: pd.Series, b: pd.Series) -> np.ndarray:
     "Counts of pairs of labels, (7, 7)."
     return pd.crosstab(a.to_numpy(), b.to_numpy()).reindex(index=list(CLASSES), columns=list(CLASSES), fill_value=0).to_numpy()
 
-# %% ../nbs/00_manifests.ipynb #00-129
+# %% ../nbs/00_manifests.ipynb #00-329
 def convention_agreement(
     df: pd.DataFrame,  # rows with convention, answer, group, split
     a: str,  # a convention
@@ -1422,12 +1423,12 @@ def convention_agreement(
 
 
 def perfect_score(
-    df: pd.DataFrame,  # all rows, with convention, answer, group, split, part, excluded
-    part: str,  # source/usage
+    df: pd.DataFrame,  # all rows, with convention, answer, group, split
+    rows: pd.DataFrame,  # those that judge: usable, of one convention
     labeller: str,  # the convention that is known by heart
+    part: str = "",  # what the rows are called
 ) -> PerfectScore | None:  # None where it knows none of the pictures
-    "The score of a perfect labeller of another convention on the usable test rows of a part."
-    rows = df[(df.part == part) & (df.split == "test") & (df.excluded == "")]
+    "The score of a perfect labeller of another convention."
     said = by_picture(df, labeller).reindex(pd.MultiIndex.from_frame(rows[["group", "split"]])).to_numpy()
     known = pd.notna(said)
     if not known.any(): return None
@@ -1441,9 +1442,9 @@ def perfect_score(
 
 def perfect_scores(df: pd.DataFrame) -> list[PerfectScore]:
     "Every test part under a perfect labeller of every other convention."
-    parts = df[df.split == "test"].drop_duplicates("part").set_index("part").convention.sort_index()
-    every = sorted(df.convention.unique())
-    return [s for part, own in parts.items() for other in every if other != own and (s := perfect_score(df, part, other))]
+    test, every = df[(df.split == "test") & (df.excluded == "")], sorted(df.convention.unique())
+    found = [perfect_score(df, rows, c, part) for part, rows in test.groupby("part") for c in every if c != rows.convention.iloc[0]]
+    return [s for s in found if s]
 
 # %% ../nbs/00_manifests.ipynb #00-108
 def _repeated(df: pd.DataFrame, by: str) -> pd.DataFrame:
@@ -1545,7 +1546,7 @@ class AuditResult(Result):
         rows = [(s.part, s.convention, s.labeller, f"{s.n:,} of {s.rows:,}", f"{s.accuracy:.3f}", f"{s.macro_f1:.3f}",
                  *(share(s.recall[c]) for c in CLASSES)) for s in scores]
         head = ("test part", "judged by", "perfect labeller of", "answered", "accuracy", "macro-F1", *CLASSES)
-        return out + (["what a perfect labeller of another convention scores; by class: the share of its rows (recall)", (head, rows)] if rows else [])
+        return out + ["what a perfect labeller of another convention scores; by class: the share of its rows (recall)", (head, rows)]*bool(rows)
 
     def _places(self):
         "The table of pictures that stand in two places; nothing where there are none."

@@ -6,7 +6,7 @@
 __all__ = ['STUDENT_BACKBONE', 'make_student', 'kd_rows', 'kd_loss', 'tckd_nckd', 'dkd_loss', 'Supervision', 'fused_supervision',
            'split_supervision', 'supervision_files', 'open_supervision', 'Distillation', 'blend_logits', 'StudentLoss',
            'dkd_gradient', 'dkd_unit_test', 'start_from', 'load_model', 'Validation', 'own_validation', 'view_notes',
-           'ViewReport', 'evaluate_checkpoint']
+           'judge_of', 'judge_notes', 'ViewReport', 'evaluate_checkpoint']
 
 # %% ../nbs/05_students.ipynb #05-003
 import math
@@ -31,10 +31,11 @@ from fer_nb.calibration import (
 from .ensembles import SplitTargets, split_targets
 from .geometry import check_geometry
 from .images import PackedFaces, eval_loader, load_cache
-from .integrity import Softlabels, backbone_guard, check_alignment, load_softlabels, require_backbone
-from .manifests import Manifest, Result, load_manifest
+from .integrity import Softlabels, backbone_guard, check_alignment, load_softlabels, require_backbone, run_convention
+from .manifests import Manifest, Result, answers, load_manifest, perfect_score
 from .teachers import Teacher, set_stem_stride, start_as_identity
 from .training import FaceData, load_checkpoint, load_matching, load_whole, predict
+
 
 # %% ../nbs/05_students.ipynb #05-006
 STUDENT_BACKBONE = "mobilenetv3_large_100"
@@ -165,7 +166,7 @@ def open_supervision(
 ) -> tuple[AlignmentReport, Supervision | None]:  # None where the alignment fails
     "Compare the softlabels with the training rows, and join them by id."
     ids, sha256 = (data.train.rows[c].to_numpy(str) for c in ("id", "sha256"))
-    report = check_alignment(softlabels, ids, sha256, data.dataset_index_id, "train")
+    report = check_alignment(softlabels, ids, sha256, data.dataset_index_id, "train", data.convention)
     if not report.passed: return report, None
     if supervision == "fused": return report, fused_supervision(load_softlabels(softlabels), ids)
     targets = split_targets(Path(softlabels).parent)
@@ -357,6 +358,32 @@ def view_notes(meta: dict, manifest: Manifest, rows: pd.DataFrame, val_ids) -> l
     if chose: raise GateError(f"{chose:,} of these rows chose the model's epoch and temperature: report on test rows")
     return [f"careful: the model may have trained on {trained:,} of these rows"] if trained else []
 
+
+def judge_of(
+    learned: str,  # the model's convention
+    manifest: Manifest,
+    convention: str | None = None,  # that was asked for
+    source: str | None = None,  # likewise
+) -> str | None:  # None: every row, where it is not known what the model learned
+    "Whose labels judge: those that were asked for, else those of the source, else those that the model learned."
+    here = manifest.conventions
+    if convention or source in here: return convention or here[source]
+    if learned in here.values(): return learned
+    if len(set(here.values())) > 1:
+        raise UsageError(f"the model learned the labels of {learned or 'nobody knows whom'}, and {manifest.dataset_index_id} has those of "
+                         f"{', '.join(sorted(set(here.values())))}: say whose shall judge it, as in convention={min(here.values())!r}")
+    return next(iter(here.values()))
+
+
+def judge_notes(learned: str, judge: str, manifest: Manifest, rows: pd.DataFrame) -> list[str]:
+    "What a judgement by another convention than the model's is worth; nothing where they are one."
+    if judge == learned: return []
+    told = f"judged by the labels of {judge}, and the model learned those of {learned or 'nobody knows whom'}"
+    s = perfect_score(manifest.df.assign(answer=answers(manifest.df)), rows, learned)
+    if s is None: return [f"{told}: this says how far the two agree, not how good the model is"]
+    return [f"{told}: a perfect labeller of {learned} scores accuracy {s.accuracy:.3f} and macro-F1 {s.macro_f1:.3f} here "
+            f"({s.n:,} of {s.rows:,} rows), so this is no judgement of the model"]
+
 # %% ../nbs/05_students.ipynb #05-043
 class ViewReport(Result):
     "One run on the rows of one view."
@@ -384,6 +411,7 @@ def evaluate_checkpoint(
     cache_dir,  # its packed images, in the model's geometry
     view: str = "test_all_sources",
     source: str | None = None,  # one source only
+    convention: str | None = None,  # whose labels judge; None: the source's, or those that the model learned
     out=None,  # a folder for the files; None: nothing is written
     device: str = "cpu",
     resamples: int = 1000,  # of the bootstrap
@@ -395,18 +423,22 @@ def evaluate_checkpoint(
     check_seal(path.parent)
     calibration, own = Calibration.load(path.parent), own_validation(path.parent)
     manifest = load_manifest(manifest_dir, valid=True)
-    faces = PackedFaces(load_cache(cache_dir, manifest), manifest.view(view, source))
+    learned = meta.get("convention") or run_convention(path.parent, manifest.conventions)
+    judge = judge_of(learned, manifest, convention, source)
+    faces = PackedFaces(load_cache(cache_dir, manifest), manifest.view(view, source, convention=judge))
     check_geometry(meta["geometry"], faces.geometry, what=f"the cache {cache_dir}")
     rows, t, place = faces.rows, calibration.selected_temperature, f"{view}{f', {source}' if source else ''}"
-    notes = view_notes(meta, manifest, rows, own.ids)
+    if not len(rows): raise UsageError(f"{place} has no rows with the labels of {judge}: give another view")
+    notes = view_notes(meta, manifest, rows, own.ids) + judge_notes(learned, judge, manifest, rows)
     z, y, votes = predict(model, eval_loader(faces), device)[0], labels_of(rows), votes_of(rows)
     named = dict(model_name=calibration.model_name, dataset_index_id=manifest.dataset_index_id)
     scaled, raw = (evaluate(z, y, T, votes, resamples, seed) for T in (t, 1.0))
     selective = selective_report(own.logits, own.labels, z, y, t, val_ids=own.ids, test_ids=rows["id"], test_name=place,
                                  resamples=resamples, seed=seed, **named)
     by_source = source_table(z[:0], rows[:0], z, rows, t, resamples, seed)
-    title = f"{calibration.model_name} on {place}, n = {len(rows):,}, {manifest.dataset_index_id}"
-    report = ViewReport(title, notes, reliability_artifact(scaled, z, y, split=place, **named), raw, selective, by_source)
+    title = f"{calibration.model_name} on {place} by the labels of {judge}, n = {len(rows):,}, {manifest.dataset_index_id}"
+    metrics = reliability_artifact(scaled, z, y, split=place, **named).model_copy(update={"convention": judge})
+    report = ViewReport(title, notes, metrics, raw, selective.model_copy(update={"convention": judge}), by_source)
     if out: _write_view(Path(out), report, rows, z)
     return report
 
@@ -416,5 +448,6 @@ def _write_view(out: Path, report: ViewReport, rows: pd.DataFrame, z):
     report.metrics.save(out); report.selective.save(out)
     write_csv(out/"confusion.csv", confusion_table(report.metrics.confusion), index=True)
     write_csv(out/"metrics_by_source.csv", report.by_source)
-    write_npz(out/"evaluation.npz", test_ids=rows["id"].to_numpy(str), test_logits=z, test_labels=labels_of(rows))
+    write_npz(out/"evaluation.npz", test_ids=rows["id"].to_numpy(str), test_logits=z, test_labels=labels_of(rows),
+              test_convention=rows["convention"].to_numpy(str))
     seal_folder(out, report.metrics.dataset_index_id)

@@ -7,11 +7,12 @@ __all__ = ['PLAN_START', 'DEFAULTS', 'KEPT_FILES', 'TURNED', 'FREE', 'DISTILLATI
            'RESULTS', 'COMPARISONS', 'CLASS_GAINS', 'SCORES', 'COMPARED', 'COLOURS', 'Arm', 'folder_of', 'start_of',
            'arm_of', 'short_teachers', 'arm_labels', 'StudentRun', 'require_sealed', 'kept_sources',
            'require_evaluation', 'read_student', 'simulate_student', 'require_common', 'fingerprint', 'align',
-           'find_students', 'recipe', 'differences', 'check_arms', 'SeedInterval', 'seed_interval', 'run_values',
-           'sources_of', 'seed_table', 'results_table', 'score_counts', 'resampled_scores', 'Pair', 'arm_pairs',
-           'mcnemar_columns', 'compare_pair', 'compare_arms', 'remarks', 'StudentSummary', 'compare_students',
-           'summarise_students', 'arm_colours', 'rows_title', 'draw_arms', 'stage_plot', 'draw_class_gains',
-           'class_gain_plot', 'arm_reliability_plot', 'arm_risk_coverage_plot']
+           'students_by_convention', 'find_students', 'recipe', 'differences', 'check_arms', 'SeedInterval',
+           'seed_interval', 'run_values', 'sources_of', 'seed_table', 'results_table', 'score_counts',
+           'resampled_scores', 'Pair', 'arm_pairs', 'mcnemar_columns', 'compare_pair', 'compare_arms', 'remarks',
+           'StudentSummary', 'Summaries', 'summary_of', 'compare_students', 'summarise_students', 'arm_colours',
+           'rows_title', 'draw_arms', 'stage_plot', 'draw_class_gains', 'class_gain_plot', 'arm_reliability_plot',
+           'arm_risk_coverage_plot']
 
 # %% ../nbs/05a_student_summary.ipynb #05a-002
 import re
@@ -36,6 +37,7 @@ from fer_nb.calibration import (
     BLUE, GREEN, GREY, LABELS, METRICS, ORANGE, accuracy, confusion, draw_bars, ece, macro_f1, mcnemar, null_ece, per_class,
     percentile_interval, predictions, prf, reliability_table, report_run, risk_coverage_plot, top_label, weight_chunks,
 )
+from .integrity import own_test_rows, run_convention
 from .manifests import Result
 
 # %% ../nbs/05a_student_summary.ipynb #05a-006
@@ -55,6 +57,7 @@ class Arm:
     train_view: str = "hq_train"
     img_size: int = 0
     backbone: str = ""
+    convention: str = ""  # whose labels it learned
 
     @property
     def order(self): return STAGES.index(self.stage) if self.stage in STAGES else len(STAGES), *map(str, asdict(self).values())
@@ -75,12 +78,13 @@ def start_of(init_from: str, teacher: str = "") -> str:
 # %% ../nbs/05a_student_summary.ipynb #05a-007
 def arm_of(
     parameters: dict,  # of args.json
+    convention: str = "",  # whose labels it learned, where args.json is too old to say
 ) -> Arm:
     "The arm that a run belongs to."
     p = DEFAULTS | {k: v for k, v in parameters.items() if v is not None}
     teacher, supervision = folder_of(p.get("softlabels", "")), p["supervision"] if p["stage"] != "CE" else "fused"
     return Arm(p["stage"], teacher, supervision, p["targets"], start_of(p.get("init_from", ""), teacher), p.get("train_source", ""),
-               p.get("train_view", "hq_train"), int(p.get("img_size", 0)), p.get("backbone", ""))
+               p.get("train_view", "hq_train"), int(p.get("img_size", 0)), p.get("backbone", ""), p.get("convention") or convention)
 
 # %% ../nbs/05a_student_summary.ipynb #05a-010
 def short_teachers(
@@ -99,13 +103,16 @@ def arm_labels(
     "A readable name for every arm."
     arms = sorted(set(arms), key=lambda a: a.order)
     teachers = short_teachers(dict.fromkeys(a.teacher for a in arms))
-    several = {k for k in ("train_source", "train_view", "img_size", "backbone") if len({getattr(a, k) for a in arms}) > 1}
+    def differ(k, arms): return len({getattr(a, k) for a in arms}) > 1
+    several = {k for k in ("train_view", "img_size", "backbone", "convention") if differ(k, arms)}
+    alike = [[a for a in arms if a.convention == c] for c in {a.convention for a in arms}]
+    if any(differ("train_source", part) for part in alike): several.add("train_source")
     def label(a):
         start = "" if a.start == PLAN_START.get(a.stage, "") else f"from {a.start or 'scratch'}"
         other = [v for v, usual in ((a.supervision, "fused"), (a.targets, "labels")) if v != usual]
         told = [a.stage, teachers[a.teacher], *other, start]
         seen = {"train_source": a.train_source and f"on {a.train_source}", "train_view": f"of {a.train_view}",
-                "img_size": f"{a.img_size} px", "backbone": a.backbone}
+                "img_size": f"{a.img_size} px", "backbone": a.backbone, "convention": a.convention and f"by {a.convention}"}
         return " ".join(x for x in [*told, *(seen[k] for k in seen if k in several)] if x)
     return {a: label(a) for a in arms}
 
@@ -116,7 +123,7 @@ TURNED = 0.002  # share of rows whose prediction half precision may turn, and on
 
 @dataclass(repr=False, eq=False)
 class StudentRun:
-    "One trained student, on its test rows."
+    "One trained student, on the test rows with the labels that it learned."
     name: str  # its folder
     parameters: dict
     dataset_index_id: str
@@ -126,9 +133,10 @@ class StudentRun:
     sources: np.ndarray  # (N,) of names
     ids: np.ndarray | None  # (N,); a small copy may lack them
     kept: bool  # a small copy
+    convention: str = ""  # whose labels it learned, and judge it; empty: nothing tells
 
     @property
-    def arm(self) -> Arm: return arm_of(self.parameters)
+    def arm(self) -> Arm: return arm_of(self.parameters, self.convention)
     @property
     def seed(self) -> int: return int(self.parameters["seed"])
 
@@ -166,9 +174,11 @@ def kept_sources(folder: Path, logits, labels) -> np.ndarray:  # (N,) of names
     return sources
 
 
-def require_evaluation(folder: Path, logits, labels):
-    "Refuse a small copy whose logits don't give the sealed confusion matrix."
-    sealed, found = np.array(ReliabilityMetrics.load(folder).confusion), confusion(logits, labels)
+def require_evaluation(folder: Path, logits, labels, own):
+    "Refuse a small copy whose logits don't give the sealed confusion matrix: that of its own rows, where the file names a convention."
+    metrics = ReliabilityMetrics.load(folder)
+    if metrics.convention: logits, labels = logits[own], labels[own]
+    sealed, found = np.array(metrics.confusion), confusion(logits, labels)
     if (sealed.sum(1) != found.sum(1)).any() or np.abs(sealed - found).sum() > 2*(1 + TURNED*len(labels)):
         raise ArtifactError(folder/"evaluation.npz", "doesn't give the sealed confusion matrix: copy the run again")
 
@@ -184,10 +194,11 @@ def read_student(
     missing = [k for k in ("stage", "seed") if k not in args]
     if missing: raise ArtifactError(folder/"args.json", "is not there", key=missing[0], expected="the parameters of a student run")
     logits, labels, ids = z["test_logits"].astype(np.float64), z["test_labels"].astype(np.int64), z.get("test_ids")
-    if kept: require_evaluation(folder, logits, labels)
     sources = kept_sources(folder, logits, labels) if ids is None else np.array([i.split("/")[0] for i in ids.tolist()])
-    return StudentRun(name or folder.name, args, calibration.dataset_index_id, calibration.selected_temperature, logits, labels, sources,
-                      ids, kept)
+    own = own_test_rows(folder, z if ids is not None else z | {"test_ids": sources})
+    if kept: require_evaluation(folder, logits, labels, own)
+    return StudentRun(name or folder.name, args, calibration.dataset_index_id, calibration.selected_temperature, logits[own], labels[own],
+                      sources[own], None if ids is None else ids[own], kept, run_convention(folder))
 
 # %% ../nbs/05a_student_summary.ipynb #05a-016
 def simulate_student(
@@ -196,6 +207,7 @@ def simulate_student(
     skill: float = 2.0,  # how far the label stands out of the noise
     n: int = 600,  # test rows, of two sources; half as many validation rows
     dataset_index_id: str = "simulated-0",
+    conventions: dict | None = None,  # source -> whose labels it has; None: those of the run's, or of `simulated`, both
 ) -> Path:
     "A sealed student run with simulated logits, for examples and tests."
     folder, shared = Path(folder), np.random.default_rng(0)
@@ -205,9 +217,12 @@ def simulate_student(
     source = np.where(np.arange(len(y)) % 3 < 2, "studio", "wild")
     ids = [f"{s}/{i}.png" for i, s in enumerate(source)]
     rows = pd.DataFrame({"id": ids, "label": np.array(CLASSES)[y], "source": source, "votes": None})
+    learned = parameters.get("convention", "simulated")
+    rows["convention"] = rows["source"].map(conventions) if conventions else learned
     RunArgs(stage="student", parameters=parameters).save(folder)
     named = dict(model_name=folder.name, dataset_index_id=dataset_index_id)
-    report_run(folder, z[n:], rows[n:], z[:n], rows[:n], **named, resamples=20)
+    val = (rows["convention"] == learned).to_numpy() & (rows.index >= n)
+    report_run(folder, z[val], rows[val], z[:n], rows[:n], convention=learned, **named, resamples=20)
     (folder/"best.pt").write_bytes(b"weights")
     seal_folder(folder, dataset_index_id)
     return folder
@@ -242,9 +257,9 @@ def align(runs: list[StudentRun]) -> list[StudentRun]:
     return runs
 
 
-def find_students(
+def students_by_convention(
     folder,  # below it, student runs
-) -> list[StudentRun]:  # by arm, then by seed; their rows in one order
+) -> dict[str, list[StudentRun]]:  # convention -> its runs by arm, then by seed; their rows in one order
     "Every student run below a folder; one that is unfinished, changed or foreign is refused by name."
     root, runs = Path(folder), []
     if not root.is_dir(): raise UsageError(f"'{folder}' is no folder: give the folder of the student runs, such as runs/fer2013/students")
@@ -253,10 +268,26 @@ def find_students(
         if any(p.startswith(".") for p in where.parts) or RunArgs.load(path).stage != "student": continue
         runs.append(read_student(path.parent, where.as_posix() if where.parts else path.parent.name))
     if not runs: raise UsageError(f"'{folder}' holds no student run: train students first, for instance with notebook 05_students")
-    return check_arms(align(runs))
+    require_common(runs, "dataset_index_id", lambda r: r.dataset_index_id)
+    return {c: check_arms(align([r for r in runs if r.convention == c])) for c in dict.fromkeys(r.convention for r in runs)}
+
+
+def find_students(
+    folder,  # below it, student runs
+    convention: str | None = None,  # only those that learned its labels; may be left out where all learned the same
+) -> list[StudentRun]:  # by arm, then by seed; their rows in one order
+    "The students of one convention below a folder."
+    found = students_by_convention(folder)
+    here = ", ".join(map(repr, found))
+    if convention is None and len(found) > 1:
+        raise UsageError(f"'{folder}' holds students of {len(found)} label conventions, which no table can rank: name one of {here}")
+    if convention is not None and convention not in found:
+        raise UsageError(f"'{folder}' holds no student of {convention!r}: name one of {here}")
+    return found[next(iter(found)) if convention is None else convention]
 
 # %% ../nbs/05a_student_summary.ipynb #05a-021
-FREE = ("seed", "device", "softlabels", "init_from", "out", "n_images")  # may differ between runs of one arm, as may every other path
+FREE = ("seed", "device", "softlabels", "init_from", "out", "n_images",  # may differ between runs of one arm, as may every other path
+        "convention")  # the arm has it; older runs don't say
 DISTILLATION = ("softlabels_sha256", "supervision", "kd_temperature", "alpha_start", "alpha", "alpha_ramp", "beta", "kd_warmup")
 
 
@@ -501,6 +532,12 @@ class StudentSummary(Result):
     seed: int
 
     @property
+    def convention(self) -> str: return self.runs[0].convention
+    @property
+    def parts(self) -> list["StudentSummary"]:
+        "The summaries, one a convention: itself."
+        return [self]
+    @property
     def arms(self) -> dict[str, list[StudentRun]]:
         "The runs of every arm, by its name."
         return {n: [r for r in self.runs if r.arm == a] for a, n in arm_labels(r.arm for r in self.runs).items()}
@@ -533,23 +570,35 @@ class StudentSummary(Result):
         seeds = "; ".join(f"{n}: {', '.join(str(r.seed) for r in runs)}" for n, runs in self.arms.items())
         def count(n, word): return f"{n} {word}{'s'*(n > 1)}"
         what = f"{count(len(self.runs), 'student')} of {count(len(self.arms), 'arm')} on {self.runs[0].dataset_index_id}"
-        out = [f"{what}, {len(self.runs[0].labels):,} test rows. Seeds: {seeds}",
+        judge = f" by the labels of {self.convention}" if self.convention else ""
+        out = [f"{what}, {len(self.runs[0].labels):,} test rows{judge}. Seeds: {seeds}",
                "Mean ± sd over seeds [95% t interval over seeds]; NLL, ECE and Brier at T = 1 and at each run's T:", self.results()]
         how = f"paired bootstrap over test rows ({self.resamples:,} resamples), t over seeds"
         if len(self.comparisons): out += [f"Differences with 95% intervals: {how}:", self.differences()]
         return out + [f"Note: {r}." for r in self.remarks]
 
 # %% ../nbs/05a_student_summary.ipynb #05a-042
+class Summaries(Result):
+    "A summary for each convention: students that learned different labels are never ranked in one table."
+    def __init__(self, parts: list[StudentSummary]): self.parts = parts
+    def lines(self): return [line for part in self.parts for line in part.lines()]
+
+
+def summary_of(runs: list[StudentRun], resamples: int, seed: int) -> StudentSummary:
+    "The summary of students of one convention."
+    if resamples < 2: raise UsageError(f"resamples {resamples}: give at least 2, better 10000")
+    per_seed = seed_table(runs)
+    return StudentSummary(runs, per_seed, results_table(per_seed), *compare_arms(runs, resamples, seed), remarks(runs), resamples, seed)
+
+
 def compare_students(
     folder,  # below it, student runs
     resamples: int = 10_000,  # of the bootstrap over rows
     seed: int = 1337,  # of the bootstrap
-) -> StudentSummary:
+) -> StudentSummary | Summaries:  # the second where students learned the labels of several conventions; both have `parts`
     "Summarise all students below a folder over seeds and compare their arms; writes nothing."
-    if resamples < 2: raise UsageError(f"resamples {resamples}: give at least 2, better 10000")
-    runs = find_students(folder)
-    per_seed = seed_table(runs)
-    return StudentSummary(runs, per_seed, results_table(per_seed), *compare_arms(runs, resamples, seed), remarks(runs), resamples, seed)
+    parts = [summary_of(runs, resamples, seed) for runs in students_by_convention(folder).values()]
+    return parts[0] if len(parts) == 1 else Summaries(parts)
 
 
 def summarise_students(
@@ -557,11 +606,13 @@ def summarise_students(
     out=None,  # where the tables go; the folder itself where None
     resamples: int = 10_000,
     seed: int = 1337,
-) -> StudentSummary:
-    "`compare_students`, with its tables written."
+) -> StudentSummary | Summaries:
+    "`compare_students`, with its tables written; their first column says whose labels judge."
     found = compare_students(folder, resamples, seed)
-    for name, table in ((RESULTS, found.table), (COMPARISONS, found.comparisons), (CLASS_GAINS, found.class_gains)):
-        write_csv(Path(folder if out is None else out)/name, table)
+    for name, key in ((RESULTS, "table"), (COMPARISONS, "comparisons"), (CLASS_GAINS, "class_gains")):
+        tables = [getattr(p, key).assign(convention=p.convention) for p in found.parts]
+        together = pd.concat([t for t in tables if len(t)] or tables[:1], ignore_index=True)
+        write_csv(Path(folder if out is None else out)/name, together[["convention", *(c for c in together if c != "convention")]])
     return found
 
 # %% ../nbs/05a_student_summary.ipynb #05a-047
