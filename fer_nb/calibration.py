@@ -1248,7 +1248,6 @@ def report_run(
     for artifact in (calibration, metrics, selective): artifact.save(run_dir)
     write_csv(run_dir/"confusion.csv", confusion_table(metrics.confusion), index=True)
     write_csv(run_dir/"metrics_by_source.csv", source_table(zv, val_rows, zt, test_rows, calibration.selected_temperature, resamples, seed))
-    whose = {"test_convention": test_rows["convention"].to_numpy(str)} if "convention" in test_rows else {}
-    write_npz(run_dir/"evaluation.npz", **whose, val_ids=val_rows["id"].to_numpy(str), val_logits=val_logits, val_labels=yv,
+    write_npz(run_dir/"evaluation.npz", val_ids=val_rows["id"].to_numpy(str), val_logits=val_logits, val_labels=yv,
               test_ids=test_rows["id"].to_numpy(str), test_logits=test_logits, test_labels=yt)
     return calibration, metrics

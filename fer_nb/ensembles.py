@@ -942,7 +942,8 @@ def config_lines(self: EnsembleConfig) -> list:
     def weight(m): return f"{m.weights[0]:.3f}" if not self.class_aware else " ".join(f"{w:.2f}" for w in m.weights)
     rows = [(m.name, m.arch, m.seed, weight(m), f"{m.temperature:.3f}", f"{b.member_macro_f1[m.name]:.4f}") for m in self.members]
     whose = f"labels of {self.convention}, " if self.convention else ""
-    out = [f"{self.name}: {how}, {whose}{self.space} space, T = {self.temperature:.3f}; macro-F1 {b.macro_f1:.4f} on {b.n:,} benchmark rows "
+    out = [f"{self.name}: {how}, {whose}{self.space} space, T = {self.temperature:.3f}; "
+           f"macro-F1 {b.macro_f1:.4f} on {b.n:,} benchmark rows "
            f"(best member {b.best_member} {b.member_macro_f1[b.best_member]:.4f})",
            (("member", "arch", "seed", "weight", "T", f"macro-F1 on {b.view}"), rows)]
     if c:

@@ -1294,7 +1294,7 @@ def with_conventions(
             raise UsageError(f"a convention is given for the source {source!r}, and there is none: give {', '.join(here)}")
         if not re.fullmatch(r"[A-Za-z0-9_.-]+", str(convention)):
             raise UsageError(f"the convention of {source} is {convention!r}: use letters, digits, _ . -")
-    return df.assign(convention=df.source.map(given).fillna(df.convention))
+    return df.assign(convention=[given.get(s, c) for s, c in zip(df.source, df.convention)])
 
 
 def _hex(hashes: np.ndarray) -> list[str]:
@@ -1546,7 +1546,8 @@ class AuditResult(Result):
         rows = [(s.part, s.convention, s.labeller, f"{s.n:,} of {s.rows:,}", f"{s.accuracy:.3f}", f"{s.macro_f1:.3f}",
                  *(share(s.recall[c]) for c in CLASSES)) for s in scores]
         head = ("test part", "judged by", "perfect labeller of", "answered", "accuracy", "macro-F1", *CLASSES)
-        return out + ["what a perfect labeller of another convention scores; by class: the share of its rows (recall)", (head, rows)]*bool(rows)
+        said = "what a perfect labeller of another convention scores; by class: the share of its rows (recall)"
+        return out + [said, (head, rows)]*bool(rows)
 
     def _places(self):
         "The table of pictures that stand in two places; nothing where there are none."

@@ -187,7 +187,7 @@ def members_by_own(m: ensembles.EnsembleMetrics, learned: str) -> str:
     rows = [(x.name, s, f"{x.by_source[s]['n']:,.0f}", *(f"{x.by_source[s][k]:.3f}" for k in ("accuracy", "macro_f1", "nll", "ece")))
             for s in own for x in (*m.members, m.ensemble)]
     table = tabulate(rows, ("model", "test rows of", "n", "accuracy", "macro-F1", "NLL", "ECE"), "pipe", disable_numparse=True)
-    return f"By the labels of {learned}, which the members learned; intervals and gains mixed them with others, and are left out:\n\n{table}"
+    return f"By the labels of {learned}, which the members learned; intervals and gains mixed them with others and are left out:\n\n{table}"
 
 
 def ensembles_markdown(
@@ -375,7 +375,7 @@ def keep_results(
     for path in sorted(root.rglob("evaluation.npz")):
         z = read_npz(path, ["test_logits", "test_labels", "test_ids"])
         small = {"test_logits": z["test_logits"].astype("float16"), "test_labels": z["test_labels"].astype("int8")}
-        kept.append(write_npz(out/path.relative_to(root), **small, **{k: z[k] for k in ("test_ids", "test_convention") if k in z}))
+        kept.append(write_npz(out/path.relative_to(root), **small, test_ids=z["test_ids"]))
     write_text(out/"report"/"report.html", live_links((root/"report"/"report.html").read_text(encoding="utf-8"), out/"report"))
     return kept
 

@@ -69,10 +69,10 @@ def folder_of(path: str) -> str:
     return parts[-2] if len(parts) > 1 and (parts[-1] == "softlabels" or parts[-1].endswith(".pt")) else "".join(parts[-1:])
 
 
-def start_of(init_from: str, teacher: str = "") -> str:
+def start_of(init_from: str, teacher: str = "", convention: str = "") -> str:
     "Where the starting weights come from: what the run's folder says after its seed, without the arm's own teacher."
-    rest = re.sub(r"^.*?seed\d+_", "", folder_of(init_from))
-    for name in filter(None, (teacher, teacher.split("_seed")[0])): rest = rest.replace(f"_{name}", "")
+    rest, plain = re.sub(r"^.*?seed\d+_", "", folder_of(init_from)), teacher.split("_seed")[0]
+    for name in filter(None, (teacher, plain, plain.removesuffix(f"_{convention}"))): rest = rest.replace(f"_{name}", "")
     return rest.replace("_", " ")
 
 # %% ../nbs/05a_student_summary.ipynb #05a-007
@@ -83,8 +83,9 @@ def arm_of(
     "The arm that a run belongs to."
     p = DEFAULTS | {k: v for k, v in parameters.items() if v is not None}
     teacher, supervision = folder_of(p.get("softlabels", "")), p["supervision"] if p["stage"] != "CE" else "fused"
-    return Arm(p["stage"], teacher, supervision, p["targets"], start_of(p.get("init_from", ""), teacher), p.get("train_source", ""),
-               p.get("train_view", "hq_train"), int(p.get("img_size", 0)), p.get("backbone", ""), p.get("convention") or convention)
+    learned = p.get("convention") or convention
+    return Arm(p["stage"], teacher, supervision, p["targets"], start_of(p.get("init_from", ""), teacher, learned),
+               p.get("train_source", ""), p.get("train_view", "hq_train"), int(p.get("img_size", 0)), p.get("backbone", ""), learned)
 
 # %% ../nbs/05a_student_summary.ipynb #05a-010
 def short_teachers(

@@ -86,7 +86,7 @@ def test_one_seed_has_no_interval():
 def test_results_equal_scikit_learn(nine, tmp_path):
     summary.summarise_students(nine, tmp_path, resamples=20)
     table = pd.read_csv(tmp_path/summary.RESULTS).set_index(["arm", "source", "metric"])
-    assert len(table) == 3*3*12 and list(table.columns) == ["n_seeds", "seeds", "n", "mean", "sd", "low", "high", "raw_mean"]
+    assert len(table) == 3*3*12 and list(table.columns) == ["convention", "n_seeds", "seeds", "n", "mean", "sd", "low", "high", "raw_mean"]
     for source in ("all", "studio", "wild"):
         values = {k: [] for k in ("accuracy", "macro_f1", "nll", "raw_nll", "f1_Disgust", "brier")}
         for seed in sorted(SEEDS):
