@@ -40,7 +40,7 @@ from fer_nb.calibration import (
     per_class, predictions, prf, report_run, select_temperature, stratified_folds, weight_chunks,
 )
 from .integrity import VIEWS, Softlabels, check_alignment, load_softlabels, require_alignment, run_convention, save_softlabels
-from .manifests import Manifest, Result, label_sources, load_manifest
+from .manifests import Manifest, Result, conventions_in, label_sources, load_manifest
 
 # %% ../nbs/04_ensembles.ipynb #04-006
 def log_probs(
@@ -250,9 +250,9 @@ def _try(reasons: list[str], f: Callable, *args):
 
 def _alignment(folder: Path, rows: dict[str, pd.DataFrame], index_id: str, reasons: list[str], convention="") -> list[AlignmentReport]:
     "One alignment report a split; the notes that belong to one split say so."
-    reports = {}
+    reports, known = {}, conventions_in(*rows.values())
     for split, df in rows.items():
-        r = _try(reasons, check_alignment, folder, df["id"].to_numpy(str), df["sha256"].to_numpy(str), index_id, split, convention)
+        r = _try(reasons, check_alignment, folder, df["id"].to_numpy(str), df["sha256"].to_numpy(str), index_id, split, convention, known)
         if r is not None: reports[split] = r
     common = set.intersection(*(set(r.notes) for r in reports.values())) if reports else set()
     reasons += sorted(common) + [f"{split}: {n}" for split, r in reports.items() for n in r.notes if n not in common]

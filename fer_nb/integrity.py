@@ -102,11 +102,12 @@ def own_test_rows(
     evaluation: dict,  # the arrays of its evaluation.npz
 ) -> np.ndarray:  # (N,) bool
     "The test rows that judge it: those with the labels that it learned; all of them where nothing tells."
-    learned, n = run_convention(folder), len(evaluation["test_labels"])
-    if "test_convention" in evaluation: whose = evaluation["test_convention"]
-    elif "test_ids" in evaluation: whose = np.array([convention_of(i.split("/")[0]) for i in evaluation["test_ids"].tolist()])
-    else: return np.full(n, True)
-    return np.isin(whose, learned.split("+")) if learned else np.full(n, True)
+    learned, table = run_convention(folder), Path(folder)/"metrics_by_source.csv"
+    if not learned or "test_ids" not in evaluation: return np.full(len(evaluation["test_labels"]), True)
+    by_source = pd.read_csv(table) if table.is_file() else pd.DataFrame()
+    known = dict(zip(by_source["source"], by_source["convention"])) if "convention" in by_source else {}
+    whose = [convention_of(i.split("/")[0], known) for i in evaluation["test_ids"].tolist()]  # an id begins with its source
+    return np.isin(whose, learned.split("+"))
 
 # %% ../nbs/01_integrity_gates.ipynb #01-009
 VIEWS = ("identity", "hflip")
@@ -124,7 +125,7 @@ class Softlabels:
     scale: float  # ArcFace's s, inside the logits (1 for a plain head)
     dataset_index_id: str
     splits: np.ndarray | None = None  # (N,) train, val or test; all train where None
-    convention: str = ""  # whose labels the teacher learned; empty: not known
+    convention: str = ""  # whose labels the teacher learned; empty: the file doesn't say
 
     def __post_init__(self):
         if self.splits is None: self.splits = np.full(len(self.ids), "train")
@@ -197,7 +198,7 @@ def load_softlabels(
     ClassOrder.load(folder)
     z = read_npz(folder/"softlabels.npz", ["ids", "sha256", "logits", "views", "temperature", "scale"])
     s = Softlabels(z["ids"], z["sha256"], z["logits"], tuple(z["views"].tolist()), float(z["temperature"]), float(z["scale"]),
-                   seal.dataset_index_id, z.get("splits"), str(z.get("convention", "")) or run_convention(folder.parent))
+                   seal.dataset_index_id, z.get("splits"), str(z.get("convention", "")))
     _check_softlabels(s, folder/"softlabels.npz")
     return s
 
@@ -209,6 +210,7 @@ def check_alignment(
     dataset_index_id: str,  # of the manifest that the rows come from
     split: str | None = None,  # compare the softlabels of this split; all of them where None
     convention: str = "",  # whose labels the rows to be taught carry; empty: not compared
+    known: dict[str, str] | None = None,  # source -> convention, as the manifest says: for softlabels that are too old to say
 ) -> AlignmentReport:
     "Compare softlabels with the rows they shall teach; every mismatch becomes a note, none an exception."
     notes, s = [], None
@@ -223,7 +225,7 @@ def check_alignment(
         count_match, content_match = _compare_rows(s.of(split) if split else s, np.asarray(ids), np.asarray(sha256), notes)
         if s.dataset_index_id != dataset_index_id:
             notes.append(f"{folder}: made for dataset {s.dataset_index_id}, not for {dataset_index_id}: export the softlabels again")
-    theirs = s.convention if s is not None else ""
+    theirs = "" if s is None else s.convention or run_convention(Path(folder).parent, known)
     if foreign := bool(convention and theirs) and theirs != convention:
         notes.append(f"{folder}: its teacher learned the labels of {theirs}, and the rows to be taught carry those of {convention}: "
                      f"take a teacher of {convention}")

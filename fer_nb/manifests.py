@@ -7,16 +7,16 @@ __all__ = ['MAX_MEMBER_BYTES', 'COLUMNS', 'SPLITS', 'VIEWS', 'MANIFEST_FILE', 'M
            'MAX_HAMMING', 'MIN_CORRELATION', 'ALIASES', 'FER_ORDER', 'RAF_ORDER', 'AFFECTNET_ORDER', 'FERPLUS_ORDER',
            'ADAPTERS', 'PARTS', 'FERPLUS_COLUMNS', 'FERPLUS_PARTS', 'RAF_COMPOUND', 'RAF_COMPOUND_ORDER',
            'AFFECTNET_COLUMNS', 'POLICY', 'TIE_ORDER', 'check_member_name', 'ZipArchive', 'PixelCSV', 'open_archive',
-           'split_path', 'read_bytes', 'MissingFile', 'decode', 'majority_share', 'conflicting', 'Manifest',
-           'label_sources', 'load_manifest', 'require_valid', 'coefficients', 'perceptual_hashes', 'grey', 'pixel_hash',
-           'Prints', 'crop_box', 'usable_cores', 'fingerprint', 'hamming_pairs', 'Likeness', 'find_groups', 'Tree',
-           'to_class', 'Row', 'adapter', 'class_folders', 'fer2013_folder', 'any_folder', 'fer2013_csv',
-           'ferplus_label', 'ferplus', 'rafdb_basic', 'rafdb_compound', 'rafml', 'affectnet', 'expw', 'synthetic_faces',
-           'parse_source', 'read_source', 'draw_validation', 'exclude_copies', 'assign_splits', 'dataset_fingerprint',
-           'dataset_index', 'freeze_manifest', 'Result', 'BuildResult', 'check_rows', 'validation', 'build_manifest',
-           'collection_paused', 'with_conventions', 'ValidationResult', 'validate_manifest', 'source_disagreement',
-           'answers', 'by_picture', 'convention_agreement', 'perfect_score', 'perfect_scores', 'leakage_report',
-           'AuditResult', 'audit_manifest']
+           'split_path', 'read_bytes', 'MissingFile', 'decode', 'majority_share', 'conflicting', 'conventions_in',
+           'Manifest', 'label_sources', 'load_manifest', 'require_valid', 'coefficients', 'perceptual_hashes', 'grey',
+           'pixel_hash', 'Prints', 'crop_box', 'usable_cores', 'fingerprint', 'hamming_pairs', 'Likeness',
+           'find_groups', 'Tree', 'to_class', 'Row', 'adapter', 'class_folders', 'fer2013_folder', 'any_folder',
+           'fer2013_csv', 'ferplus_label', 'ferplus', 'rafdb_basic', 'rafdb_compound', 'rafml', 'affectnet', 'expw',
+           'synthetic_faces', 'parse_source', 'read_source', 'draw_validation', 'exclude_copies', 'assign_splits',
+           'dataset_fingerprint', 'dataset_index', 'freeze_manifest', 'Result', 'BuildResult', 'check_rows',
+           'validation', 'build_manifest', 'collection_paused', 'with_conventions', 'ValidationResult',
+           'validate_manifest', 'source_disagreement', 'answers', 'by_picture', 'convention_agreement', 'perfect_score',
+           'perfect_scores', 'leakage_report', 'AuditResult', 'audit_manifest']
 
 # %% ../nbs/00_manifests.ipynb #00-002
 import csv
@@ -237,6 +237,13 @@ def _hq(
     return good.loc[good.sort_values("id", kind="stable").drop_duplicates("group").index.sort_values()]
 
 # %% ../nbs/00_manifests.ipynb #00-021
+def conventions_in(
+    *tables: pd.DataFrame,  # rows with source, convention
+) -> dict[str, str]:  # source -> whose labels it has
+    "The conventions of the sources of some rows."
+    return {s: c for t in tables if "convention" in t for s, c in sorted(t.groupby("source").convention.first().items())}
+
+
 class Manifest:
     "A frozen table of pictures: `.df` holds every row, `.view(name)` the rows for one use."
     def __init__(self, df: pd.DataFrame, index: DatasetIndex, folder=None):
@@ -252,7 +259,7 @@ class Manifest:
     @property
     def conventions(self) -> dict[str, str]:
         "Source -> whose labels it has."
-        return dict(sorted(self.df.drop_duplicates("source").set_index("source").convention.items()))
+        return conventions_in(self.df)
 
     def view(
         self,

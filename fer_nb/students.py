@@ -166,7 +166,7 @@ def open_supervision(
 ) -> tuple[AlignmentReport, Supervision | None]:  # None where the alignment fails
     "Compare the softlabels with the training rows, and join them by id."
     ids, sha256 = (data.train.rows[c].to_numpy(str) for c in ("id", "sha256"))
-    report = check_alignment(softlabels, ids, sha256, data.dataset_index_id, "train", data.convention)
+    report = check_alignment(softlabels, ids, sha256, data.dataset_index_id, "train", data.convention, data.conventions)
     if not report.passed: return report, None
     if supervision == "fused": return report, fused_supervision(load_softlabels(softlabels), ids)
     targets = split_targets(Path(softlabels).parent)
@@ -448,6 +448,5 @@ def _write_view(out: Path, report: ViewReport, rows: pd.DataFrame, z):
     report.metrics.save(out); report.selective.save(out)
     write_csv(out/"confusion.csv", confusion_table(report.metrics.confusion), index=True)
     write_csv(out/"metrics_by_source.csv", report.by_source)
-    write_npz(out/"evaluation.npz", test_ids=rows["id"].to_numpy(str), test_logits=z, test_labels=labels_of(rows),
-              test_convention=rows["convention"].to_numpy(str))
+    write_npz(out/"evaluation.npz", test_ids=rows["id"].to_numpy(str), test_logits=z, test_labels=labels_of(rows))
     seal_folder(out, report.metrics.dataset_index_id)

@@ -43,7 +43,7 @@ from .calibration import accuracy, ece, macro_f1, nll, own_rows, report_run
 from .geometry import Geometry
 from .images import PackedFaces, eval_loader, load_cache, pack_cache
 from .integrity import backbone_guard, environment, own_test_rows, require_backbone, require_whole
-from .manifests import audit_manifest, build_manifest, label_sources, load_manifest, validate_manifest
+from .manifests import audit_manifest, build_manifest, conventions_in, label_sources, load_manifest, validate_manifest
 from .synthetic import write_dataset
 
 # %% ../nbs/02b_training.ipynb #02b-071
@@ -577,6 +577,11 @@ class FaceData:
 
     @property
     def geometry(self): return self.train.geometry
+
+    @property
+    def conventions(self) -> dict[str, str]:
+        "Source -> whose labels it has."
+        return conventions_in(self.train.rows, self.val.rows, self.test.rows)
 
     @property
     def label_sources(self) -> list[str]:

@@ -34,7 +34,8 @@ def make_rows(seed: int = 0) -> pd.DataFrame:
             key = f"{split}{i}"
             label = CLASSES[int(rng.choice(7, p=[.2, .05, .15, .2, .15, .1, .15]))]
             rows.append(dict(id=f"demo/{key}.png", path=f"{key}.png", label=label, split=split, source="studio" if i % 3 else "wild",
-                             convention="demo", usage=split, sha256=sha256_bytes(key.encode()), pixel_hash=sha256_bytes(b"p" + key.encode())[:16],
+                             convention="demo", usage=split,
+                             sha256=sha256_bytes(key.encode()), pixel_hash=sha256_bytes(b"p" + key.encode())[:16],
                              perceptual_hash="0"*16, group=f"g{key}", width=48, height=48, excluded="", votes=None, box=None,
                              confidence=None))
     return pd.DataFrame(rows)[list(COLUMNS)]
