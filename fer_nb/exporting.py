@@ -664,8 +664,8 @@ research; with the stabiliser's "(unstable)" taken seriously, and with labels of
 
 ## Known limits
 
-- It calls faces what {convention}'s annotators called them; others call a third of such pictures something else, and can't be right or
-  wrong about it.
+- It learned the opinion of {convention}'s annotators. Other people call many such pictures something else: where you disagree with the
+  model, you may be disagreeing with them.
 - Disgust and Fear are rare in training and weakly recognised; see the table.
 - Small grey web pictures, mostly of frontal faces: expect less on profiles, in bad light, on children and old people, behind glasses
   and masks. No measure by age, sex or skin tone is given here, because the data carry none.

@@ -340,6 +340,13 @@ def test_a_predictor_says_whose_labels_it_learned(student, tmp_path):
     assert read_facts(old, "m.onnx").convention == ""  # an older file opens, and doesn't say
 
 
+def test_the_student_that_ships_says_whose_labels_it_learned():
+    from fer_nb.deploy import SHIPPED, Predictor
+    card = (SHIPPED.parent/"MODEL_CARD.md").read_text()
+    assert Predictor().convention == "ferplus" and "It learned the labels of **ferplus**" in card
+    assert "| ferplus " in card and "| fer2013 " not in card and "both test sets" not in card  # no judgement by the other's labels
+
+
 def test_a_checkpoint_of_before_takes_its_convention_from_its_run(student, tmp_path):
     from fer_nb.deploy import Predictor
     old = Path(shutil.copytree(student, tmp_path/"ce"))
