@@ -11,10 +11,10 @@ __all__ = ['SPACES', 'PRESETS', 'REPORT_VIEW', 'EXPORTED', 'EVALUATED', 'SEARCHE
            'WeightSearch', 'default_step', 'check_benchmark', 'search_weights', 'macro_f1_error', 'ClassWeightSearch',
            'class_scores', 'climb_classes', 'search_class_weights', 'Panel', 'panel', 'fused_softlabels',
            'config_weights', 'open_members', 'replay', 'start_over', 'check_out', 'chosen_members', 'gated_members',
-           'judge_of', 'search_ensemble', 'Exported', 'rows_of', 'check_export', 'export_ensemble', 'SplitTargets',
-           'split_targets', 'model_metrics', 'gains', 'error_correlation', 'evaluate_ensemble', 'require_replay',
-           'seal', 'gate_lines', 'config_lines', 'metrics_lines', 'draw_models', 'class_f1_plot', 'source_plot',
-           'ece_plot', 'correlation_plot', 'simplex_points', 'simplex_plot']
+           'convention_here', 'search_ensemble', 'Exported', 'rows_of', 'check_export', 'export_ensemble',
+           'SplitTargets', 'split_targets', 'model_metrics', 'gains', 'error_correlation', 'evaluate_ensemble',
+           'require_replay', 'seal', 'gate_lines', 'config_lines', 'metrics_lines', 'draw_models', 'class_f1_plot',
+           'source_plot', 'ece_plot', 'correlation_plot', 'simplex_points', 'simplex_plot']
 
 # %% ../nbs/04_ensembles.ipynb #04-002
 import os
@@ -715,7 +715,7 @@ def gated_members(dirs, manifest: Manifest, out) -> list[Member]:
     return members
 
 
-def judge_of(convention: str | None, manifest: Manifest) -> str:
+def convention_here(convention: str | None, manifest: Manifest) -> str:
     "A convention whose rows the manifest has; empty where it is not one of those: then every row judges."
     return convention if convention in manifest.conventions.values() else ""
 
@@ -758,7 +758,7 @@ def search_ensemble(
     config = EnsembleConfig(
         name=name or out.name, members=_config_members(members, weights, out), space=space, class_aware=vectors,
         temperature=select_temperature(fused, y).temperature, preset=preset or None, class_weights=tried.report if tried else None,
-        benchmark=_benchmark(manifest, rows, benchmark, found, weights, log_p, y, space, judge_of(convention, manifest) or None),
+        benchmark=_benchmark(manifest, rows, benchmark, found, weights, log_p, y, space, convention_here(convention, manifest) or None),
         train_view=view, train_source=source, train_convention=named, convention=convention or None,
         dataset_index_id=manifest.dataset_index_id, views=list(p.views), n=len(p.ids), seed=seed, ties=ties if fixed is None else None)
     if fixed is None: write_csv(out/"ensemble_search.csv", found.table)
@@ -883,7 +883,7 @@ def evaluate_ensemble(
     rows, sources = manifest.splits(*rows_of(config)), config.benchmark.sources
     benchmark_rows(manifest, config.benchmark.view, sources)
     val, test = rows["val"], rows["test"]
-    judge = judge_of(config.convention or run_convention(folder, manifest.conventions), manifest)
+    judge = convention_here(config.convention or run_convention(folder, manifest.conventions), manifest)
     seed, identity = config.seed, soft.logits[:, 0]
     calibration, _ = report_run(folder, identity[soft.rows(val["id"])], val, identity[soft.rows(test["id"])], test, sources=sources,
                                 convention=judge, model_name=config.name, dataset_index_id=manifest.dataset_index_id,
