@@ -574,6 +574,7 @@ class FaceData:
     val: PackedFaces
     test: PackedFaces
     convention: str = ""  # whose labels are learned; only test rows with them judge
+    picked: bool = False  # the convention picked the training rows: view and source alone would give others
 
     @property
     def geometry(self): return self.train.geometry
@@ -605,9 +606,10 @@ def open_data(
     "Open a manifest and its cache, which must belong together; the manifest must be valid, and the labels those of one convention."
     manifest = load_manifest(manifest_dir, valid=True)
     cache, convention = load_cache(cache_dir, manifest), manifest.convention_for(convention, source or "")
-    rows = manifest.splits(view, source, convention)
+    rows, every = manifest.splits(view, source, convention), manifest.view(view, source)
     own_rows(rows["test"], convention)  # a model that nothing can judge is not worth its training
-    return FaceData(manifest.dataset_index_id, **{k: PackedFaces(cache, v) for k, v in rows.items()}, convention=convention)
+    return FaceData(manifest.dataset_index_id, **{k: PackedFaces(cache, v) for k, v in rows.items()}, convention=convention,
+                    picked=not rows["train"]["id"].equals(every["id"]))
 
 
 def embedded_data(

@@ -181,6 +181,9 @@ def test_training_asks_for_one_convention(folders):
         training.open_data(*folders)
     data = training.open_data(*folders, convention="wild")
     assert data.convention == "wild" and set(data.train.rows.convention) == set(data.own_val.rows.convention) == {"wild"}
+    assert data.picked  # part of what a run was trained with ...
+    for how in ({"source": "synthetic_wild"}, {"source": "synthetic_wild", "convention": "wild"}):  # ... unless the source says it already,
+        assert not training.open_data(*folders, **how).picked  # so that runs of before conventions had names resume
     narrow = training.open_data(*folders, source="synthetic_studio")
     assert narrow.convention == "synthetic" and set(narrow.train.rows.source) == {"synthetic_studio"}
     with pytest.raises(UsageError, match="has the labels of 'synthetic', not of 'wild'"):
