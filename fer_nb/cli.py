@@ -117,7 +117,7 @@ def student_train(a):
 
 def student_evaluate(a):
     from fer_nb.students import evaluate_checkpoint
-    print(evaluate_checkpoint(a.checkpoint, a.manifest, a.cache, a.view, a.source, a.convention, a.out))
+    print(evaluate_checkpoint(a.checkpoint, a.manifest, a.cache, a.view, a.source, a.convention, a.class_sets, a.out))
 
 
 def student_summarise(a):
@@ -139,6 +139,12 @@ def ensemble_export(a):
 def ensemble_evaluate(a):
     from fer_nb.ensembles import evaluate_ensemble
     print(evaluate_ensemble(a.dir, a.manifest))
+
+
+def recount(a):
+    from fer_nb.ensembles import recount
+    done = recount(a.dir, a.manifest)
+    print("\n".join(f"  {row.done:<60} {row.folder}" for row in done.itertuples()))
 
 
 def export(a):
@@ -333,11 +339,16 @@ def parser():
     c.add_argument("--view", default="test_all_sources", help="rows to judge it on (default: %(default)s)")
     c.add_argument("--source", metavar="NAME", help="one source only")
     c.add_argument("--convention", metavar="NAME", help="whose labels judge (default: the source's, or those that the model learned)")
+    c.add_argument("--class-sets", action="store_true", help="prediction sets that promise their coverage to each class")
     c.add_argument("--out", metavar="DIR", help="a folder for metrics, confusion and logits (default: nothing is written)")
     c = command(s, "summarise", student_summarise, "means, intervals and differences over seeds, of all students below a folder")
     c.add_argument("dir", metavar="DIR", help="a folder of student runs")
     c.add_argument("--out", metavar="DIR", help="where the tables go (default: the folder itself)")
-    c.add_argument("--resamples", type=int, default=10_000, metavar="N", help="of the paired bootstrap over rows (default: %(default)s)")
+    c.add_argument("--resamples", type=int, default=10_000, metavar="N", help="of the paired bootstrap over pictures (default: %(default)s)")
+
+    c = command(sub, "recount", recount, "draw finished runs' intervals by picture, and split their prediction sets by convention")
+    c.add_argument("dir", metavar="DIR", help="a folder of runs and ensembles, or of small copies")
+    c.add_argument("--manifest", required=True, metavar="DIR", help="the frozen manifest of all of them")
 
     c = command(sub, "run", run, "walk the chain of a profile; what is up to date is skipped")
     c.add_argument("--profile", required=True, help="a name in profiles/, or a YAML file")
