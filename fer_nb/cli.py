@@ -346,7 +346,7 @@ def parser():
     c.add_argument("--out", metavar="DIR", help="where the tables go (default: the folder itself)")
     c.add_argument("--resamples", type=int, default=10_000, metavar="N", help="of the paired bootstrap over pictures (default: %(default)s)")
 
-    c = command(sub, "recount", recount, "draw finished runs' intervals by picture, and split their prediction sets by convention")
+    c = command(sub, "recount", recount, "draw finished runs' intervals by picture, split their sets by convention")
     c.add_argument("dir", metavar="DIR", help="a folder of runs and ensembles, or of small copies")
     c.add_argument("--manifest", required=True, metavar="DIR", help="the frozen manifest of all of them")
 
