@@ -1302,7 +1302,8 @@ def sets_report(
     def seen(at): return None if groups is None else np.asarray(groups)[at]
     def told(at): return [] if sources is None else sorted(set(np.asarray(sources)[at].tolist()))
     parts = [set_coverages(rule, z[of(c)], y[of(c)], c, told(of(c)), seen(of(c)), resamples, seed) for c in held]
-    z, y, t, at = z[of(held[0])], y[of(held[0])], rule.temperature, of(held[0])
+    at, t = of(held[0]), rule.temperature
+    z, y = z[at], y[at]
     return SelectiveReport(
         **dict(parts[0]), others=parts[1:], model_name=model_name, dataset_index_id=dataset_index_id, split=test_name, temperature=t,
         aurc=bootstrap_interval(aurc, z, y, t, resamples, seed, groups=seen(at)), excess_aurc=excess_aurc(z, y, t),

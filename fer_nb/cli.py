@@ -344,7 +344,7 @@ def parser():
     c = command(s, "summarise", student_summarise, "means, intervals and differences over seeds, of all students below a folder")
     c.add_argument("dir", metavar="DIR", help="a folder of student runs")
     c.add_argument("--out", metavar="DIR", help="where the tables go (default: the folder itself)")
-    c.add_argument("--resamples", type=int, default=10_000, metavar="N", help="of the paired bootstrap over pictures (default: %(default)s)")
+    c.add_argument("--resamples", type=int, default=10_000, metavar="N", help="of the bootstrap over pictures (default: %(default)s)")
 
     c = command(sub, "recount", recount, "draw finished runs' intervals by picture, split their sets by convention")
     c.add_argument("dir", metavar="DIR", help="a folder of runs and ensembles, or of small copies")

@@ -9,7 +9,7 @@ __all__ = ['OPSET', 'PRECISIONS', 'LOGIT_LIMIT', 'OUTPUTS', 'LIMITS', 'COLOURS',
            'parity_plot', 'file_precision', 'open_variants', 'interleaved', 'measure_latency', 'latency_plot',
            'plain_export', 'in_colour', 'packed_faces', 'ExportResult', 'export_checkpoint', 'answers',
            'compare_accuracy', 'show_change', 'BenchResult', 'bench', 'class_f1_intervals', 'told_training',
-           'weights_of', 'told_latency', 'judged_sources', 'own_confusion', 'told_others', 'model_card', 'ship']
+           'weights_of', 'told_latency', 'judged_sources', 'own_answers', 'told_others', 'model_card', 'ship']
 
 # %% ../nbs/09_onnx_latency.ipynb #09-003
 import copy
@@ -42,7 +42,7 @@ from fer_nb.artifacts import (
     CLASSES, ArtifactError, EnsembleConfig, ExportedFile, ExportReport, GateError, Interval, OnnxParity, ParityCheck, ReliabilityMetrics,
     RunArgs, UsageError, VariantParity, atomic_path, convention_of, read_npz, sha256_file, write_bytes, write_csv, write_text,
 )
-from .calibration import BLUE, GREEN, GREY, ORANGE, accuracy, confusion, labels_of, macro_f1, paired_interval, prf
+from .calibration import BLUE, GREEN, GREY, ORANGE, accuracy, confusion, groups_of, kept_groups, labels_of, macro_f1, paired_interval, prf
 from fer_nb.deploy import (
     SHIPPED, ModelFacts, Predictor, check_prepared, checkpoint_facts, open_onnx, open_session, prepared, probabilities, read_facts,
 )
@@ -51,7 +51,7 @@ from .images import LazyFaces, PackedFaces, load_cache
 from .integrity import own_test_rows, package_versions, run_convention
 from .manifests import Result, load_manifest, usable_cores
 from .students import load_model, make_student
-from .summary import folder_of
+from .summary import folder_of, resampled_scores
 from .synthetic import render_faces
 
 # %% ../nbs/09_onnx_latency.ipynb #09-008
@@ -264,6 +264,7 @@ def compare_logits(
     labels: np.ndarray | None = None,  # (N,)
     resamples: int = 1000,
     seed: int = 1337,
+    groups: np.ndarray | None = None,  # (N,) the picture of each row
 ) -> dict:  # the fields of a VariantParity, but for the file's
     "How far two models' answers are apart, and whether that is near enough."
     dz, dp = np.abs(got - truth), np.abs(probabilities(got, temperature) - probabilities(truth, temperature))
@@ -271,7 +272,7 @@ def compare_logits(
     found = {"max_logit_diff": float(dz.max()), "max_prob_diff": float(dp.max()), "argmax_disagreement": 1 - agree}
     f1 = {}
     if labels is not None:
-        change = paired_interval(macro_f1, truth, got, labels, resamples=resamples, seed=seed)
+        change = paired_interval(macro_f1, truth, got, labels, resamples=resamples, seed=seed, groups=groups)
         points = in_points(change)
         f1 = dict(macro_f1=macro_f1(got, labels), macro_f1_change=points)
         found |= {"macro_f1_change": abs(points.value), "macro_f1_loss": -points.value}
@@ -290,6 +291,7 @@ def check_parity(
     what: str = "",  # the faces, in words
     resamples: int = 1000,
     seed: int = 1337,
+    groups: np.ndarray | None = None,  # (N,) the picture of each face
 ) -> OnnxParity:
     "Compare every exported file with its checkpoint on the same faces; writes onnx_parity.json."
     model_dir, (model, facts) = Path(model_dir), open_run(checkpoint)
@@ -301,7 +303,7 @@ def check_parity(
             raise ArtifactError(path, f"was exported from another checkpoint than {checkpoint}: export it again",
                                 key="fer_nb.checkpoint_sha256", expected=facts.checkpoint_sha256[:12] + "…",
                                 got=file.checkpoint_sha256[:12] + "…")
-        found = compare_logits(p, truth, file.logits(faces), facts.temperature, labels, resamples, seed)
+        found = compare_logits(p, truth, file.logits(faces), facts.temperature, labels, resamples, seed, groups)
         variants[p] = VariantParity(file=path.name, sha256=sha256_file(path), **found)
     if not variants: raise ArtifactError(model_dir, "holds no exported model", expected=model_file("fp32"))
     parity = OnnxParity(
@@ -553,13 +555,14 @@ def compare_accuracy(
     "Accuracy and macro-F1 of models, each in its own size, on the rows with the labels that it learned; on all where its file doesn't say."
     rows, learned = load_manifest(manifest_dir, valid=True).view(view), {name: Predictor(path).convention for name, path in models.items()}
     said, labels, found = {name: answers(path, rows, **kwargs) for name, path in models.items()}, labels_of(rows), []
+    groups = groups_of(rows)
     for convention, part in rows.groupby("convention"):
         judged = {name: p for name, p in said.items() if learned[name] in ("", convention)}
         sources = {s: (rows["source"] == s).to_numpy() for s in dict.fromkeys(part["source"])}
         if len(sources) > 1: sources["all"] = (rows["convention"] == convention).to_numpy()
         for (source, at), (name, p) in product(sources.items(), judged.items()):
             base = next(iter(judged.values()))[at]
-            change = in_points(paired_interval(macro_f1, base, p[at], labels[at], resamples=resamples, seed=seed))
+            change = in_points(paired_interval(macro_f1, base, p[at], labels[at], resamples=resamples, seed=seed, groups=groups[at]))
             found.append(dict(convention=convention, source=source, n=int(at.sum()), model=name, accuracy=accuracy(p[at], labels[at]),
                               macro_f1=macro_f1(p[at], labels[at]), change=change.value, change_low=change.low, change_high=change.high))
     if not found:
@@ -638,7 +641,7 @@ commercially where you live is not for us to say. No picture can be read back fr
 ## How good it is
 
 Checkpoint `{checkpoint}`, temperature {temperature:.3f} fitted on validation rows; every number below is of test rows that chose
-nothing and that carry the labels of {convention}, which the model learned. Brackets: bootstrap 95% intervals.
+nothing and that carry the labels of {convention}, which the model learned. Brackets: 95% intervals, bootstrap over pictures.
 
 {sources}
 
@@ -674,16 +677,15 @@ research; with the stabiliser's "(unstable)" taken seriously, and with labels of
 
 # %% ../nbs/09_onnx_latency.ipynb #09-048
 def class_f1_intervals(
-    confusion,  # (7, 7) counts, true rows
+    logits,  # (N, 7)
+    labels,  # (N,)
+    groups=None,  # (N,) the picture of each row
     resamples: int = 2000,
     seed: int = 1337,
 ) -> np.ndarray:  # (7, 2): 2.5% and 97.5%
-    "F1 by class under the row bootstrap, which for counts is a multinomial draw of the whole table."
-    c = np.asarray(confusion)
-    draws = np.random.default_rng(seed).multinomial(c.sum(), c.ravel()/c.sum(), resamples).reshape(-1, *c.shape)
-    hits, total = np.einsum("rkk->rk", draws), draws.sum(1) + draws.sum(2)
-    f1 = np.divide(2*hits, total, out=np.zeros(hits.shape), where=total > 0)
-    return np.percentile(f1, [2.5, 97.5], axis=0).T
+    "F1 by class under the bootstrap over pictures."
+    drawn = resampled_scores(labels, [np.asarray(logits).argmax(1)], resamples, seed, groups)[1][0]
+    return np.percentile(drawn[:, -len(CLASSES):], [2.5, 97.5], axis=0).T
 
 # %% ../nbs/09_onnx_latency.ipynb #09-051
 def told_training(
@@ -744,11 +746,12 @@ def judged_sources(run_dir, learned: str) -> tuple[pd.DataFrame, list[str]]:  # 
     return table[own], sorted(set(whose[~own]))
 
 
-def own_confusion(run_dir) -> np.ndarray:  # (7, 7) counts
-    "The confusion on the test rows with the labels that a run learned."
+def own_answers(run_dir) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:  # (N, 7), (N,), (N,) or None
+    "Logits, labels and pictures of the test rows with the labels that a run learned."
     z = read_npz(Path(run_dir)/"evaluation.npz", ["test_logits", "test_labels"])
-    own = own_test_rows(run_dir, z)
-    return confusion(z["test_logits"][own].astype(np.float64), z["test_labels"][own].astype(np.int64))
+    own, groups = own_test_rows(run_dir, z), z.get("test_groups")
+    if groups is None and "test_ids" in z: groups = kept_groups(run_dir, z["test_ids"], ReliabilityMetrics.load(run_dir).dataset_index_id)
+    return z["test_logits"][own].astype(np.float64), z["test_labels"][own].astype(np.int64), None if groups is None else groups[own]
 
 
 def told_others(others: list[str], learned: str) -> str:
@@ -768,12 +771,13 @@ def model_card(
     run, out = Path(run_dir), Path(export_dir)
     m, parity, learned = ReliabilityMetrics.load(run), OnnxParity.load(out), run_convention(run)
     own, others = judged_sources(run, learned)
-    counts = own_confusion(run)
+    logits, labels, groups = own_answers(run)
+    counts = confusion(logits, labels)
     def told(row, key): return f"{row[key]:.3f} [{row[f'{key}_low']:.3f}, {row[f'{key}_high']:.3f}]"
     sources = tabulate([(r["source"], f"{r['n']:,}", *(told(r, k) for k in ("accuracy", "macro_f1", "ece"))) for _, r in own.iterrows()],
                        ("test rows of", "n", "accuracy", "macro-F1", "ECE"), "pipe")
     by_class = tabulate([(c, int(row.sum()), f"{p:.3f}", f"{r:.3f}", f"{f1:.3f} [{low:.3f}, {high:.3f}]") for c, row, p, r, f1, (low, high)
-                         in zip(CLASSES, counts, *prf(counts), class_f1_intervals(counts))],
+                         in zip(CLASSES, counts, *prf(counts), class_f1_intervals(logits, labels, groups))],
                         ("class", "n", "precision", "recall", "F1"), "pipe", disable_numparse=True)
     v, p = parity.variants[precision], Predictor(out/model_file(precision))
     change = "no labels to compare" if v.macro_f1_change is None else f"macro-F1 {v.macro_f1_change.show(2, signed=True)} points"
