@@ -12,8 +12,9 @@ __all__ = ['SPACES', 'PRESETS', 'REPORT_VIEW', 'EXPORTED', 'EVALUATED', 'SEARCHE
            'class_scores', 'climb_classes', 'search_class_weights', 'Panel', 'panel', 'fused_softlabels',
            'config_weights', 'open_members', 'replay', 'start_over', 'check_out', 'chosen_members', 'gated_members',
            'convention_here', 'search_ensemble', 'Exported', 'rows_of', 'check_export', 'export_ensemble',
-           'SplitTargets', 'split_targets', 'model_metrics', 'gains', 'error_correlation', 'evaluate_ensemble',
-           'require_replay', 'seal', 'gate_lines', 'config_lines', 'metrics_lines', 'draw_models', 'class_f1_plot',
+           'SplitTargets', 'split_targets', 'model_metrics', 'gains', 'gains_by_source', 'error_correlation',
+           'ensemble_metrics', 'evaluate_ensemble', 'require_replay', 'seal', 'gate_lines', 'config_lines',
+           'metrics_lines', 'member_logits', 'recount_ensemble', 'recount', 'draw_models', 'class_f1_plot',
            'source_plot', 'ece_plot', 'correlation_plot', 'simplex_points', 'simplex_plot']
 
 # %% ../nbs/04_ensembles.ipynb #04-002
@@ -21,6 +22,7 @@ import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from datetime import UTC, datetime
 from itertools import combinations_with_replacement, permutations
 from pathlib import Path
 
@@ -32,12 +34,13 @@ from matplotlib.tri import Triangulation
 # %% ../nbs/04_ensembles.ipynb #04-003
 from fer_nb.artifacts import (
     CLASSES, AlignmentReport, Benchmark, Calibration, ClassOrder, ClassWeightReport, EnsembleConfig, EnsembleGate, EnsembleMember,
-    EnsembleMetrics, FerError, Gain, GateError, MemberCheck, ModelMetrics, RunArgs, UsageError, check_seal, read_npz,
-    seal_folder, sha256_bytes, sha256_file, unseal, write_csv, write_npz,
+    EnsembleMetrics, FerError, Gain, GateError, MemberCheck, ModelMetrics, RunArgs, UsageError, check_run_seal, check_seal, read_npz,
+    reseal, seal_folder, sha256_bytes, sha256_file, unseal, write_csv, write_npz,
 )
 from fer_nb.calibration import (
-    METRICS, accuracy, brier, check_folds, class_names, ece, evaluate, labels_of, log_softmax, macro_f1, nll, own_rows, paired_interval,
-    per_class, predictions, prf, report_run, select_temperature, stratified_folds, weight_chunks,
+    METRICS, accuracy, brier, check_folds, class_names, ece, evaluate, group_codes, groups_of, labels_of, log_softmax, macro_f1,
+    nll, own_rows, paired_interval, per_class, predictions, prf, recount_run, report_run, rows_by_id, select_temperature, stratified_folds,
+    weight_chunks,
 )
 from .integrity import VIEWS, Softlabels, check_alignment, load_softlabels, require_alignment, run_convention, save_softlabels
 from .manifests import Manifest, Result, conventions_in, label_sources, load_manifest
@@ -472,6 +475,7 @@ def search_weights(
     least: float = 0.005,  # smallest weight that the refinement moves
     names=None,  # of the members
     ties: float = 0.0,  # standard errors of macro-F1 that count as a tie
+    groups=None,  # (N,) the picture of each row
 ) -> WeightSearch:
     "The weights of highest macro-F1 on the benchmark, ties by NLL: simplex grid, then local refinement."
     log_p, y, names = check_benchmark(member_log_probs, labels, names)
@@ -487,7 +491,7 @@ def search_weights(
     table = _tried(names, "grid", grid, f1, loss)
     if seen: table = pd.concat([table, _tried(names, "refine", *map(np.array, zip(*seen)))], ignore_index=True)
     if ties and m > 1:
-        cap = at[0] - ties*macro_f1_error(fuse(log_p, weights, space), y)
+        cap = at[0] - ties*macro_f1_error(fuse(log_p, weights, space), y, groups=groups)
         i, chosen = best_of(np.minimum(table["macro_f1"], cap), table["nll"].to_numpy()), []
         weights = table[[f"w_{n}" for n in names]].to_numpy()[i]
         def even(w, s): return (t := move(w, s))[0], np.minimum(t[1], cap), t[2]
@@ -497,9 +501,10 @@ def search_weights(
     return WeightSearch(table, names, weights, *at, dict(zip(names, alone_f1.tolist())), names[best_of(alone_f1, alone_nll)], len(y), space)
 
 
-def macro_f1_error(logits, labels, resamples: int = 200, seed: int = 1337) -> float:
-    "Standard error of macro-F1, by the bootstrap over rows."
-    return float(np.std(np.concatenate([macro_f1(logits, labels, weights=w) for w in weight_chunks(len(labels), resamples, seed)]), ddof=1))
+def macro_f1_error(logits, labels, resamples: int = 200, seed: int = 1337, groups=None) -> float:
+    "Standard error of macro-F1, by the bootstrap over pictures."
+    drawn = [macro_f1(logits, labels, weights=w) for w in weight_chunks(len(labels), resamples, seed, groups=groups)]
+    return float(np.std(np.concatenate(drawn), ddof=1))
 
 
 def _tried(names, phase: str, weights, f1, loss) -> pd.DataFrame:
@@ -566,11 +571,12 @@ def search_class_weights(
     resamples: int = 1000,  # of the bootstrap of the gain
     seed: int = 1337,  # of the folds
     names=None,
+    groups=None,  # (N,) the picture of each row
 ) -> ClassWeightSearch:
     "A 7-vector a member, accepted only where it beats scalar weights on rows that it was not fitted on."
     log_p, y, names = check_benchmark(member_log_probs, labels, names)
     check_folds(y, folds)
-    start, fold = np.asarray(start, dtype=np.float64), stratified_folds(y, folds, seed)
+    start, fold = np.asarray(start, dtype=np.float64), stratified_folds(y, folds, seed, groups)
     scalar, vector = np.empty_like(log_p[0]), np.empty_like(log_p[0])
     for f in range(folds):
         mine, rest = fold == f, fold != f
@@ -578,7 +584,7 @@ def search_class_weights(
         scalar[mine] = fuse(log_p[:, mine], w, space)
         vector[mine] = fuse(log_p[:, mine], climb_classes(log_p[:, rest], y[rest], w, space), space)
     fitted = climb_classes(log_p, y, start, space)
-    gain = paired_interval(macro_f1, scalar, vector, y, resamples=resamples, seed=seed)
+    gain = paired_interval(macro_f1, scalar, vector, y, resamples=resamples, seed=seed, groups=groups)
     report = ClassWeightReport(
         accepted=gain.low > 0, folds=folds, cv_macro_f1_scalar=macro_f1(scalar, y), cv_macro_f1_class=macro_f1(vector, y), cv_gain=gain,
         macro_f1_scalar=macro_f1(fuse(log_p, start, space), y), macro_f1_class=macro_f1(fuse(log_p, fitted, space), y))
@@ -747,11 +753,11 @@ def search_ensemble(
     members = gated_members(dirs, manifest, out)
     p, y = panel(members), labels_of(rows)
     at = p.rows(rows["id"])
-    log_p = p.log_probs()[:, at, 0]
-    found = search_weights(log_p, y, space, step, refine, names=p.names, ties=ties) if fixed is None else search_weights(
+    log_p, seen = p.log_probs()[:, at, 0], groups_of(rows)
+    found = search_weights(log_p, y, space, step, refine, names=p.names, ties=ties, groups=seen) if fixed is None else search_weights(
         log_p, y, space, step=1.0, refine=False, names=p.names)  # a preset only needs the members' own scores
     scalar = found.weights if fixed is None else fixed
-    tried = search_class_weights(log_p, y, scalar, space, folds, step, resamples, seed, p.names) if class_aware else None
+    tried = search_class_weights(log_p, y, scalar, space, folds, step, resamples, seed, p.names, seen) if class_aware else None
     vectors = tried is not None and tried.report.accepted
     weights = tried.weights if vectors else scalar
     fused = fused_softlabels(p, weights, space, 1.0).logits[at, 0]
@@ -836,24 +842,51 @@ def split_targets(
 def model_metrics(name: str, logits, rows: pd.DataFrame, temperature: float, resamples: int, seed: int) -> ModelMetrics:
     "One model on the report's rows, whole and by source."
     z, y, sources = np.asarray(logits, dtype=np.float64), labels_of(rows), rows["source"].to_numpy()
-    record = evaluate(z, y, temperature, resamples=resamples, seed=seed)
+    record = evaluate(z, y, temperature, resamples=resamples, seed=seed, groups=groups_of(rows))
     kept = {"accuracy": accuracy, "macro_f1": macro_f1, "nll": nll, "brier": brier, "ece": ece}
     def by_source(at): return {"n": int(at.sum()), **{k: f(z[at], y[at], temperature) for k, f in kept.items()}}
     return ModelMetrics(
-        name=name, n=len(y), temperature=temperature, **{k: record[k] for k in kept}, null_ece=record["null_ece"],
-        null_ece_p95=record["null_ece_p95"], raw={k: METRICS[k](z, y) for k in ("nll", "brier", "ece")},
+        name=name, n=len(y), pictures=record["pictures"], temperature=temperature, **{k: record[k] for k in kept},
+        null_ece=record["null_ece"], null_ece_p95=record["null_ece_p95"], raw={k: METRICS[k](z, y) for k in ("nll", "brier", "ece")},
         per_class_f1=per_class(z, y)["f1"].to_dict(), by_source={s: by_source(sources == s) for s in sorted(set(sources))})
 
 
-def gains(ensemble, members: dict, labels, benchmark: Benchmark, metrics: list[ModelMetrics], resamples: int, seed: int) -> list[Gain]:
+def gains(
+    ensemble,  # (N, 7)
+    members: dict,  # name -> (N, 7)
+    labels,  # (N,)
+    benchmark: Benchmark,
+    resamples: int,
+    seed: int,
+    groups=None,  # (N,) the picture of each row
+    **whose,  # source and convention of these rows
+) -> list[Gain]:
     "Paired gains over the benchmark's best member, and over the best one on these rows."
-    out = []
+    out, pictures = [], None if groups is None else int(group_codes(groups, len(labels)).max() + 1)
     for key, metric in (("accuracy", accuracy), ("macro_f1", macro_f1)):
-        here = max(metrics, key=lambda m: getattr(m, key).value).name
+        here = max(members, key=lambda name, f=metric: f(members[name], labels))
         for over, rows in ((benchmark.best_member, benchmark.view), (here, benchmark.report_view)):
-            gain = paired_interval(metric, members[over], ensemble, labels, resamples=resamples, seed=seed)
-            out.append(Gain(metric=key, over=over, chosen_on=rows, gain=gain))
+            gain = paired_interval(metric, members[over], ensemble, labels, resamples=resamples, seed=seed, groups=groups)
+            out.append(Gain(metric=key, over=over, chosen_on=rows, n=len(labels), pictures=pictures, gain=gain, **whose))
     return out
+
+
+def gains_by_source(
+    ensemble,  # (N, 7)
+    members: dict,  # name -> (N, 7)
+    rows: pd.DataFrame,  # (N) test rows of all sources
+    judge: str,  # the convention that the members learned; empty: every row judges
+    benchmark: Benchmark,
+    resamples: int,
+    seed: int,
+) -> list[Gain]:
+    "Gains on the rows that judge, then on those of each source, whatever convention its labels follow."
+    sources, y, seen = rows["source"].to_numpy(str), labels_of(rows), groups_of(rows)
+    whose = rows["convention"].to_numpy(str) if "convention" in rows else np.full(len(rows), "")
+    parts = {"all": own_rows(rows, judge)} | ({s: sources == s for s in sorted(set(sources))} if len(set(sources)) > 1 else {})
+    def told(s, at): return {"source": s, "convention": (judge if s == "all" else whose[at][0]) or None}
+    return [g for s, at in parts.items() for g in gains(ensemble[at], {k: z[at] for k, z in members.items()}, y[at], benchmark,
+                                                        resamples, seed, seen[at], **told(s, at))]
 
 
 def error_correlation(
@@ -866,6 +899,25 @@ def error_correlation(
     size = np.sqrt((off**2).sum(1))
     with np.errstate(invalid="ignore", divide="ignore"): phi = off @ off.T/np.outer(size, size)
     return np.where(np.eye(len(phi), dtype=bool), 1.0, np.nan_to_num(phi))
+
+# %% ../nbs/04_ensembles.ipynb #04-451
+def ensemble_metrics(
+    config: EnsembleConfig,
+    fused,  # (N, 7) of the ensemble
+    members: dict,  # name -> (N, 7), as the member gave them
+    rows: pd.DataFrame,  # (N) test rows of all sources
+    judge: str,  # the convention that the members learned; empty: every row judges
+    resamples: int,
+) -> EnsembleMetrics:
+    "An ensemble and its members on the rows that judge them, and the gains on those of every source."
+    own, seed = own_rows(rows, judge), config.seed
+    test, how = rows[own].reset_index(drop=True), dict(resamples=resamples, seed=seed)
+    each = [model_metrics(m.name, members[m.name][own], test, m.temperature, **how) for m in config.members]
+    errors = error_correlation([z[own] for z in members.values()], labels_of(test))
+    return EnsembleMetrics(
+        name=config.name, dataset_index_id=config.dataset_index_id, report_view=REPORT_VIEW, convention=judge or None, n=len(test),
+        benchmark=config.benchmark, ensemble=model_metrics(config.name, fused[own], test, config.temperature, **how), members=each,
+        gains=gains_by_source(fused, members, rows, judge, config.benchmark, **how), error_correlation=errors.tolist(), **how)
 
 # %% ../nbs/04_ensembles.ipynb #04-062
 def evaluate_ensemble(
@@ -891,17 +943,8 @@ def evaluate_ensemble(
     if not np.isclose(calibration.selected_temperature, soft.temperature, rtol=1e-5):
         raise GateError(f"{folder}: the benchmark now gives T = {calibration.selected_temperature:g}, "
                         f"the export has {soft.temperature:g}: search again")
-    test = test[own_rows(test, judge)].reset_index(drop=True)
-    y = labels_of(test)
     z = {m.name: m.softlabels.logits[m.softlabels.rows(test["id"]), 0] for m in members}
-    fused = identity[soft.rows(test["id"])]
-    each = [model_metrics(m.name, z[m.name], test, m.temperature, resamples, seed) for m in members]
-    metrics = EnsembleMetrics(
-        name=config.name, dataset_index_id=manifest.dataset_index_id, report_view=REPORT_VIEW, convention=judge or None,
-        n=len(test), benchmark=config.benchmark,
-        ensemble=model_metrics(config.name, fused, test, soft.temperature, resamples, seed), members=each,
-        gains=gains(fused, z, y, config.benchmark, each, resamples, seed),
-        error_correlation=error_correlation(list(z.values()), y).tolist(), resamples=resamples, seed=seed)
+    metrics = ensemble_metrics(config, identity[soft.rows(test["id"])], z, test, judge, resamples)
     metrics.save(folder)
     seal(folder)
     return metrics
@@ -957,16 +1000,74 @@ def metrics_lines(self: EnsembleMetrics) -> list:
     models = [*self.members, self.ensemble]
     def raw(m, k): return f"{m.raw[k]:.4f} → {getattr(m, k).value:.4f}"
     rows = [(m.name, m.accuracy.show(), m.macro_f1.show(), *(raw(m, k) for k in ("nll", "brier", "ece"))) for m in models]
-    told = [(g.metric.replace("_", "-").replace("f1", "F1"), g.over, g.chosen_on, g.gain.show(signed=True)) for g in self.gains]
+    def part(g): return g.source if g.convention in (None, g.source) else f"{g.source}, labels of {g.convention}"
+    def metric(g): return g.metric.replace("_", "-").replace("f1", "F1")
+    def row(g): return part(g), g.n, g.pictures, metric(g), g.over, g.chosen_on, g.gain.show(signed=True)
+    told = [tuple("–" if x is None else x for x in row(g)) for g in self.gains]  # older files have no n by source
     judge = f" by the labels of {self.convention}" if self.convention else ""
     return [f"{self.name} on {self.report_view}{judge}, n = {self.n:,}, {self.dataset_index_id}; "
             f"95% intervals from {self.resamples:,} resamples",
             (("model", "accuracy", "macro-F1", "NLL, raw → scaled", "Brier", "ECE"), rows),
-            (("gain in", "over member", "best on", "paired gain"), told)]
+            (("on rows of", "n", "pictures", "gain in", "over member", "best on", "paired gain"), told)]
 
 
 for _model, _lines in ((EnsembleGate, gate_lines), (EnsembleConfig, config_lines), (EnsembleMetrics, metrics_lines)):
     _model.lines, _model.__str__, _model.__repr__, _model._repr_markdown_ = _lines, Result.__str__, Result.__str__, Result._repr_markdown_
+
+# %% ../nbs/04_ensembles.ipynb #04-453
+def member_logits(
+    folder: Path,  # the ensemble's
+    config: EnsembleConfig,
+    ids,  # (N,) of test rows
+) -> dict[str, np.ndarray]:  # member -> (N, 7) float64
+    "The members' test logits from their own folders, whose seals must hold."
+    out = {}
+    for m in config.members:
+        run = folder/m.dir
+        if not (run/"evaluation.npz").is_file(): raise GateError(f"member {m.name} ({run.name}) is not there: its test logits are needed")
+        check_run_seal(run)
+        z = read_npz(run/"evaluation.npz", ["test_ids", "test_logits"])
+        at = pd.Index(z["test_ids"]).get_indexer(ids)
+        if (at < 0).any(): raise GateError(f"member {m.name} ({run.name}) has no answer for '{np.asarray(ids)[at < 0][0]}'")
+        out[m.name] = z["test_logits"][at].astype(np.float64)
+    return out
+
+
+def recount_ensemble(
+    folder,  # a finished ensemble, counted again by `recount_run`, or its small copy
+    manifest: Manifest,
+) -> EnsembleMetrics:
+    "Measure an ensemble and its members again, with gains by source and intervals by picture."
+    folder = Path(folder)
+    small, config, z = check_run_seal(folder), EnsembleConfig.load(folder), read_npz(folder/"evaluation.npz", ["test_ids", "test_labels"])
+    rows = rows_by_id(manifest.df, z["test_ids"], z["test_labels"])
+    judge = convention_here(config.convention or run_convention(folder, manifest.conventions), manifest)
+    logits, old = member_logits(folder, config, z["test_ids"]), EnsembleMetrics.load(folder)
+    metrics = ensemble_metrics(config, z["test_logits"].astype(np.float64), logits, rows, judge, old.resamples)
+    note = f"{datetime.now(UTC):%Y-%m-%d}: by convention and picture" + ", from logits in half precision"*small
+    metrics.model_copy(update={"recomputed": note}).save(folder)
+    reseal(folder, [EnsembleMetrics.filename])
+    return metrics
+
+
+def recount(
+    folder,  # of runs and ensembles, or their small copies
+    manifest_dir,  # their manifest
+) -> pd.DataFrame:  # folder, what was done
+    "Count everything below a folder again; what lacks ids or is of another dataset stays as it is."
+    root, manifest, said = Path(folder), open_manifest(manifest_dir), []
+    for path in sorted(root.rglob("selective.json")):
+        run = path.parent
+        if not (run/"evaluation.npz").is_file() or "test_ids" not in read_npz(run/"evaluation.npz"): why = "left: its rows have no ids"
+        elif Calibration.load(run).dataset_index_id != manifest.dataset_index_id: why = "left: another dataset"
+        else: why = f"written again: {', '.join(recount_run(run, manifest.df))}"
+        said.append((run.relative_to(root).as_posix(), why))
+    for path in sorted(root.rglob("ensemble_config.json")):
+        if EnsembleConfig.load(path.parent).dataset_index_id != manifest.dataset_index_id: continue
+        recount_ensemble(path.parent, manifest)
+        said.append((path.parent.relative_to(root).as_posix(), f"written again: {EnsembleMetrics.filename}"))
+    if not said: raise UsageError(f"'{folder}' holds no finished run: give a folder of runs, such as runs/mine")
+    return pd.DataFrame(said, columns=["folder", "done"])
 
 # %% ../nbs/04_ensembles.ipynb #04-067
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")  # Okabe and Ito

@@ -26,8 +26,8 @@ import pandas as pd
 from fer_nb.artifacts import (
     CLASSES, AlignmentReport, ArtifactError, BackboneGuard, Calibration, ClassOrder, DatasetIndex, DKDUnitTest, EnsembleGate,
     Environment, ExportReport, FerError, GateError, HashManifest, LeakageReport, ManifestValidation, OnnxParity, ReliabilityMetrics,
-    RunArgs, SmokeTest, TrainingHistory, UsageError, check_seal, class_order_hash, convention_of, conventions_of, find_artifact, read_json,
-    read_npz, seal_folder, sha256_file, unseal, write_npz, write_text,
+    RunArgs, SelectiveReport, SmokeTest, TrainingHistory, UsageError, check_seal, class_order_hash, convention_of, conventions_of,
+    find_artifact, read_json, read_npz, seal_folder, sha256_file, unseal, write_npz, write_text,
 )
 
 # %% ../nbs/01_integrity_gates.ipynb #01-005
@@ -419,6 +419,22 @@ def _calibrated(folder):
     return f"selected_temperature {c.selected_temperature} stands at the bound of the grid" if c.at_grid_bound else None
 
 
+def _promise_kept(folder):
+    s, learned = SelectiveReport.load(folder), run_convention(folder)
+    if s.schema_version < 2: return "its sets were counted over all labels together: count them again with fer-nb recount"
+    if learned and s.calibrated_on != learned:
+        return f"it learned the labels of {learned}, and those of {s.calibrated_on or 'nobody knows whom'} chose its threshold"
+    if s.promise is None: return f"its sets promise for the labels of {s.calibrated_on}, and no test row has them"
+    return None if s.promise.kept else _broken_promise(s)
+
+
+def _broken_promise(s: SelectiveReport) -> str:
+    p, each = s.promise, {k: c for k, c in s.by_class.items() if c.p_value is not None and len(s.by_class)*c.p_value < s.promise.level}
+    who = "".join(f"; {k} {c.coverage:.3f} of {c.n:,}" for k, c in each.items())
+    return (f"{p.promised:.0%} is promised, and {p.covered:,} of {p.pictures:,} pictures are covered ({p.covered/p.pictures:.3f}{who}): "
+            f"where it is kept, so few come about by chance with p = {p.p_value:.2g}, below {p.level:g}")
+
+
 def _judge_training(j: _Judge, datasets: set[str]):
     "A training run: complete, of a known dataset, calibrated off the bound, reported on rows it was not fitted on."
     args = RunArgs.load(j.folder)
@@ -430,6 +446,7 @@ def _judge_training(j: _Judge, datasets: set[str]):
     if datasets: j.ask("trained on a manifest that is here", "calibration.json", lambda f: _known_dataset(f, datasets))
     j.ask("reported on rows that T was not fitted on", "reliability_metrics.json", _reported_elsewhere)
     j.ask("judged by the labels that it learned", "reliability_metrics.json", _judged_by_its_own)
+    j.ask("prediction sets keep their promise", "selective.json", _promise_kept)
     if args.stage == "teacher": _judge_softlabels(j)
     if args.stage == "student":
         j.ask("checkpoint is the student's", "backbone_guard.json", _says(BackboneGuard, "passed"))
@@ -477,6 +494,7 @@ def _judge_ensemble(j: _Judge, datasets: set[str]):
     if datasets: j.ask("fused on a manifest that is here", "calibration.json", lambda f: _known_dataset(f, datasets))
     j.ask("reported on rows that T was not fitted on", "reliability_metrics.json", _reported_elsewhere)
     j.ask("judged by the labels that its members learned", "reliability_metrics.json", _judged_by_its_own)
+    j.ask("prediction sets keep their promise", "selective.json", _promise_kept)
     _judge_softlabels(j)
 
 # %% ../nbs/01_integrity_gates.ipynb #01-031

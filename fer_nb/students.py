@@ -26,7 +26,8 @@ from fer_nb.artifacts import (
     check_seal, seal_folder, write_csv, write_npz,
 )
 from fer_nb.calibration import (
-    confusion_table, evaluate, labels_of, metrics_table, reliability_artifact, selective_report, source_table, votes_of,
+    confusion_table, evaluate, groups_of, kept_groups, labels_of, metrics_table, reliability_artifact, selective_report, source_table,
+    votes_of,
 )
 from .ensembles import SplitTargets, split_targets
 from .geometry import check_geometry
@@ -341,13 +342,15 @@ class Validation(NamedTuple):
     logits: np.ndarray  # (N, 7)
     labels: np.ndarray  # (N,)
     ids: np.ndarray  # (N,)
+    groups: np.ndarray | None  # (N,) the picture of each row; None: nothing tells
 
 
 def own_validation(run_dir) -> Validation:
     "The validation rows of the sources that a run learned its labels from."
-    z, sources = read_npz(Path(run_dir)/"evaluation.npz", ["val_logits", "val_labels", "val_ids"]), Calibration.load(run_dir).sources
-    at = np.array([not sources or i.split("/")[0] in sources for i in z["val_ids"].tolist()])
-    return Validation(z["val_logits"][at], z["val_labels"][at], z["val_ids"][at])
+    z, calibration = read_npz(Path(run_dir)/"evaluation.npz", ["val_logits", "val_labels", "val_ids"]), Calibration.load(run_dir)
+    at = np.array([not calibration.sources or i.split("/")[0] in calibration.sources for i in z["val_ids"].tolist()])
+    groups = z["val_groups"] if "val_groups" in z else kept_groups(run_dir, z["val_ids"], calibration.dataset_index_id)
+    return Validation(z["val_logits"][at], z["val_labels"][at], z["val_ids"][at], None if groups is None else groups[at])
 
 
 def view_notes(meta: dict, manifest: Manifest, rows: pd.DataFrame, val_ids) -> list[str]:
@@ -401,8 +404,15 @@ class ViewReport(Result):
         classes = [(m.name, m.support, f"{m.f1:.3f}", f"{c.coverage:.3f}", f"{c.mean_size:.2f}") for m, c in sets]
         return [self.title, *self.notes, (("metric", *table.columns), [(i, *r) for i, r in zip(table.index, table.to_numpy())]),
                 f"selective: AURC {s.aurc.show()}, excess {s.excess_aurc:.4f}; accuracy {sure}",
-                f"prediction sets for {1 - s.miss:.0%}: coverage {s.coverage.show()}, {s.mean_size:.2f} classes a set",
+                f"prediction sets for {1 - s.miss:.0%}: coverage {s.coverage.show()}, {s.mean_size:.2f} classes a set; {self._promise()}",
                 (("class", "n", "F1", "coverage", "set size"), classes), (kept, shown)]
+
+    def _promise(self) -> str:
+        "Whether the sets' coverage was promised, and is what chance allows."
+        s, p = self.selective, self.selective.promise
+        if p is None: return f"promised for the labels of {s.calibrated_on}, not for these"
+        whom = "each class" if s.class_thresholds else "all"
+        return f"promised to {whom}, {'kept' if p.kept else 'NOT kept'} (p = {p.p_value:.2g} on {p.pictures:,} pictures)"
 
 # %% ../nbs/05_students.ipynb #05-044
 def evaluate_checkpoint(
@@ -412,6 +422,7 @@ def evaluate_checkpoint(
     view: str = "test_all_sources",
     source: str | None = None,  # one source only
     convention: str | None = None,  # whose labels judge; None: the source's, or those that the model learned
+    class_conditional: bool = False,  # prediction sets promise their coverage to each class
     out=None,  # a folder for the files; None: nothing is written
     device: str = "cpu",
     resamples: int = 1000,  # of the bootstrap
@@ -430,15 +441,17 @@ def evaluate_checkpoint(
     rows, t, place = faces.rows, calibration.selected_temperature, f"{view}{f', {source}' if source else ''}"
     if not len(rows): raise UsageError(f"{place} has no rows with the labels of {judge}: give another view")
     notes = view_notes(meta, manifest, rows, own.ids) + judge_notes(learned, judge, manifest, rows)
-    z, y, votes = predict(model, eval_loader(faces), device)[0], labels_of(rows), votes_of(rows)
+    z, y, votes, groups = predict(model, eval_loader(faces), device)[0], labels_of(rows), votes_of(rows), groups_of(rows)
     named = dict(model_name=calibration.model_name, dataset_index_id=manifest.dataset_index_id)
-    scaled, raw = (evaluate(z, y, T, votes, resamples, seed) for T in (t, 1.0))
-    selective = selective_report(own.logits, own.labels, z, y, t, val_ids=own.ids, test_ids=rows["id"], test_name=place,
-                                 resamples=resamples, seed=seed, **named)
+    scaled, raw = (evaluate(z, y, T, votes, resamples, seed, groups) for T in (t, 1.0))
+    selective = selective_report(
+        own.logits, own.labels, z, y, t, val_ids=own.ids, val_groups=own.groups, class_conditional=class_conditional, convention=learned,
+        test_ids=rows["id"], conventions=np.full(len(rows), judge or learned), sources=rows["source"], groups=groups, test_name=place,
+        resamples=resamples, seed=seed, **named)
     by_source = source_table(z[:0], rows[:0], z, rows, t, resamples, seed)
     title = f"{calibration.model_name} on {place} by the labels of {judge}, n = {len(rows):,}, {manifest.dataset_index_id}"
     metrics = reliability_artifact(scaled, z, y, split=place, **named).model_copy(update={"convention": judge})
-    report = ViewReport(title, notes, metrics, raw, selective.model_copy(update={"convention": judge}), by_source)
+    report = ViewReport(title, notes, metrics, raw, selective, by_source)
     if out: _write_view(Path(out), report, rows, z)
     return report
 
@@ -448,5 +461,6 @@ def _write_view(out: Path, report: ViewReport, rows: pd.DataFrame, z):
     report.metrics.save(out); report.selective.save(out)
     write_csv(out/"confusion.csv", confusion_table(report.metrics.confusion), index=True)
     write_csv(out/"metrics_by_source.csv", report.by_source)
-    write_npz(out/"evaluation.npz", test_ids=rows["id"].to_numpy(str), test_logits=z, test_labels=labels_of(rows))
+    write_npz(out/"evaluation.npz", test_ids=rows["id"].to_numpy(str), test_logits=z, test_labels=labels_of(rows),
+              test_groups=pd.factorize(groups_of(rows))[0].astype(np.int32))
     seal_folder(out, report.metrics.dataset_index_id)
