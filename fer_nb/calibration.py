@@ -4,22 +4,25 @@
 
 # %% auto #0
 __all__ = ['BINS', 'PLAN_GRID', 'TIE', 'BLUE', 'ORANGE', 'GREEN', 'GREY', 'STRENGTHS', 'METRICS', 'SOFT_METRICS', 'LABELS', 'FEW',
-           'COVERAGES', 'check_logits', 'check', 'apply_temperature', 'log_softmax', 'softmax', 'predictions',
-           'mean_over_rows', 'nll', 'brier', 'accuracy', 'confusion', 'PRF', 'prf', 'macro_f1', 'class_names',
-           'per_class', 'bin_index', 'binned_gap', 'TopLabel', 'top_label', 'ece', 'ece_equal_mass', 'classwise_ece',
-           'check_votes', 'soft_nll', 'soft_ece', 'simulate_logits', 'bootstrap_weights', 'weight_chunks',
-           'percentile_interval', 'bootstrap_intervals', 'bootstrap_interval', 'paired_interval', 'McNemar', 'mcnemar',
-           'NullECE', 'null_ece', 'nll_slope', 'TemperatureFit', 'refuse_without_minimum', 'fit_temperature',
-           'best_row', 'check_grid', 'grow_grid', 'TemperatureSelection', 'same_predictions', 'score_grid',
-           'select_temperature', 'temperature_plot', 'stratified_folds', 'check_folds', 'shrunk_vector', 'row_nll',
-           'cross_validated_nll', 'fit_vector_temperature', 'soft_record', 'evaluate', 'metrics_table', 'flat_row',
-           'reliability_table', 'draw_bars', 'draw_counts', 'reliability_diagram', 'draw_class', 'classwise_diagram',
-           'draw_confusion', 'confusion_plot', 'confusion_table', 'confidence_groups', 'RiskCoverage', 'risk_coverage',
-           'ranked_area', 'aurc', 'excess_aurc', 'accuracy_at_coverage', 'risk_coverage_plot', 'conformal_threshold',
-           'prediction_sets', 'set_coverage', 'refuse_same_rows', 'check_ids', 'cross_fitted_logits',
-           'calibration_artifact', 'reliability_artifact', 'check_seven', 'calibrate', 'class_coverage',
-           'selective_report', 'set_size_plot', 'labels_of', 'votes_of', 'own_temperature', 'source_table',
-           'report_run']
+           'COVERAGES', 'CHANCE', 'ROW_GROUPS', 'TURNED', 'check_logits', 'check', 'apply_temperature', 'log_softmax',
+           'softmax', 'predictions', 'mean_over_rows', 'nll', 'brier', 'accuracy', 'confusion', 'PRF', 'prf',
+           'macro_f1', 'class_names', 'per_class', 'bin_index', 'binned_gap', 'TopLabel', 'top_label', 'ece',
+           'ece_equal_mass', 'classwise_ece', 'check_votes', 'soft_nll', 'soft_ece', 'simulate_logits', 'group_codes',
+           'bootstrap_weights', 'weight_chunks', 'percentile_interval', 'bootstrap_intervals', 'bootstrap_interval',
+           'paired_interval', 'McNemar', 'mcnemar', 'NullECE', 'null_ece', 'nll_slope', 'TemperatureFit',
+           'refuse_without_minimum', 'fit_temperature', 'best_row', 'check_grid', 'grow_grid', 'TemperatureSelection',
+           'same_predictions', 'score_grid', 'select_temperature', 'temperature_plot', 'stratified_folds',
+           'one_a_picture', 'check_folds', 'shrunk_vector', 'row_nll', 'cross_validated_nll', 'mean_error',
+           'fit_vector_temperature', 'soft_record', 'evaluate', 'metrics_table', 'flat_row', 'reliability_table',
+           'draw_bars', 'draw_counts', 'reliability_diagram', 'draw_class', 'classwise_diagram', 'draw_confusion',
+           'confusion_plot', 'confusion_table', 'confidence_groups', 'RiskCoverage', 'risk_coverage', 'ranked_area',
+           'aurc', 'excess_aurc', 'accuracy_at_coverage', 'risk_coverage_plot', 'conformal_rank', 'conformal_threshold',
+           'prediction_sets', 'set_coverage', 'conformal_thresholds', 'coverage_chance', 'refuse_same_rows',
+           'check_ids', 'cross_fitted_logits', 'calibration_artifact', 'reliability_artifact', 'check_seven',
+           'calibrate', 'class_coverage', 'SetRule', 'set_rule', 'promise_of', 'set_coverages', 'sets_report',
+           'selective_report', 'set_size_plot', 'labels_of', 'groups_of', 'judged_as', 'votes_of', 'own_temperature',
+           'own_rows', 'source_table', 'report_run', 'write_row_groups', 'read_row_groups', 'kept_groups',
+           'require_evaluation', 'rows_by_id', 'recounted_rule', 'recounted_sources', 'with_values', 'recount_run']
 
 # %% ../nbs/02_calibration.ipynb #02-002
 from dataclasses import dataclass
@@ -42,18 +45,26 @@ from scipy.special import digamma
 from fer_nb.artifacts import (
     CLASSES,
     SELECTION_RULE,
+    ArtifactError,
     Calibration,
     ClassCoverage,
     ClassMetrics,
+    CoveragePromise,
+    DatasetIndex,
     GateError,
     Interval,
     ReliabilityMetrics,
     SelectiveReport,
+    SetCoverage,
     UsageError,
     VectorTemperatureReport,
+    check_run_seal,
+    read_npz,
+    reseal,
     write_csv,
     write_npz,
 )
+from .integrity import run_convention
 
 # %% ../nbs/02_calibration.ipynb #02-006
 def check_logits(
@@ -301,20 +312,36 @@ def simulate_logits(
     return z*temperature, y
 
 # %% ../nbs/02_calibration.ipynb #02-041
+def group_codes(
+    groups,  # (N,) names of pictures, or None: every row is its own
+    n: int,  # rows
+) -> np.ndarray | None:  # (N,) numbers from 0, in the order of appearance
+    "Pictures as numbers; `UsageError` where a row has none."
+    if groups is None: return None
+    names = np.asarray(groups)
+    if names.shape != (n,): raise UsageError(f"groups have shape {names.shape}: give ({n},), the picture of each row")
+    codes = pd.factorize(names)[0]
+    if (codes < 0).any(): raise UsageError(f"groups name no picture in row {(codes < 0).argmax()}: give one for each row")
+    return codes
+
+
 def bootstrap_weights(
     n: int,  # rows of the data
     resamples: int,
     rng: np.random.Generator,
+    codes: np.ndarray | None = None,  # (n,) of `group_codes`: pictures are drawn, with all of their rows; None: rows are
 ) -> np.ndarray:  # (resamples, n) float64: how often each row was drawn
-    "Counts of rows drawn with replacement; each resample has n draws."
-    draws = rng.integers(n, size=(resamples, n)) + n*np.arange(resamples)[:, None]
-    return np.bincount(draws.ravel(), minlength=resamples*n).reshape(resamples, n).astype(float)
+    "Counts of pictures drawn with replacement, as many as there are, given to their rows."
+    size = n if codes is None else codes.max() + 1
+    draws = rng.integers(size, size=(resamples, size)) + size*np.arange(resamples)[:, None]
+    counts = np.bincount(draws.ravel(), minlength=resamples*size).reshape(resamples, size).astype(float)
+    return counts if codes is None else counts.take(codes, axis=1)
 
 
-def weight_chunks(n: int, resamples: int, seed: int, entries: int = 1 << 22):
+def weight_chunks(n: int, resamples: int, seed: int, entries: int = 1 << 22, groups=None):
     "All bootstrap weights, in chunks of at most about `entries` numbers."
-    rng, size = np.random.default_rng(seed), max(1, entries//n)
-    for start in range(0, resamples, size): yield bootstrap_weights(n, min(size, resamples - start), rng)
+    rng, size, codes = np.random.default_rng(seed), max(1, entries//n), group_codes(groups, n)
+    for start in range(0, resamples, size): yield bootstrap_weights(n, min(size, resamples - start), rng, codes)
 
 
 def percentile_interval(
@@ -335,18 +362,19 @@ def bootstrap_intervals(
     resamples: int = 1000,
     seed: int = 1337,
     level: float = 0.95,
+    groups=None,  # (N,) the picture of each row
 ) -> dict[str, Interval]:
     "Percentile bootstrap intervals of several metrics, all from the same resamples."
     samples = {name: [] for name in metrics}
-    for w in weight_chunks(len(logits), resamples, seed):
+    for w in weight_chunks(len(logits), resamples, seed, groups=groups):
         for name, metric in metrics.items(): samples[name].append(metric(logits, truth, temperature, w))
     return {name: percentile_interval(metric(logits, truth, temperature), np.concatenate(samples[name]), level)
             for name, metric in metrics.items()}
 
 
-def bootstrap_interval(metric, logits, truth, temperature=1.0, resamples=1000, seed=1337, level=0.95) -> Interval:
+def bootstrap_interval(metric, logits, truth, temperature=1.0, resamples=1000, seed=1337, level=0.95, groups=None) -> Interval:
     "The percentile bootstrap interval of one metric."
-    return bootstrap_intervals({"it": metric}, logits, truth, temperature, resamples, seed, level)["it"]
+    return bootstrap_intervals({"it": metric}, logits, truth, temperature, resamples, seed, level, groups)["it"]
 
 # %% ../nbs/02_calibration.ipynb #02-049
 def paired_interval(
@@ -358,33 +386,36 @@ def paired_interval(
     resamples: int = 1000,
     seed: int = 1337,
     level: float = 0.95,
+    groups=None,  # (N,) the picture of each row
 ) -> Interval:  # of metric(b) - metric(a)
     "The percentile bootstrap interval of a difference between two models, resampled in pairs."
     def difference(weights=None):
         a, b = (metric(z, truth, t, weights) for z, t in zip((logits_a, logits_b), temperatures))
         return b - a
     if len(logits_a) != len(logits_b): raise UsageError(f"{len(logits_a)} and {len(logits_b)} rows: give both models the same rows")
-    samples = [difference(w) for w in weight_chunks(len(logits_a), resamples, seed)]
+    samples = [difference(w) for w in weight_chunks(len(logits_a), resamples, seed, groups=groups)]
     return percentile_interval(difference(), np.concatenate(samples), level)
 
 # %% ../nbs/02_calibration.ipynb #02-052
 class McNemar(NamedTuple):
-    "Rows that only one of two models gets right, and how surprising their split is."
-    only_a_right: int
+    "Pictures on which one of two models is right more often, and how surprising their split is."
+    only_a_right: int  # with one row a picture: that only a gets right
     only_b_right: int
-    p_value: float  # two-sided; 1 where no row differs
+    p_value: float  # two-sided; 1 where no picture differs
 
 
 def mcnemar(
     labels,  # (N,)
     logits_a,  # (N, K) of one model
     logits_b,  # (N, K) of another, same rows
+    groups=None,  # (N,) the picture of each row
 ) -> McNemar:
-    "McNemar's exact test (1947) of equal accuracy on the same rows."
+    "McNemar's exact test (1947) of equal accuracy on the same rows; with groups the sign test over pictures."
     (a, y), (b, _) = check(logits_a, labels), check(logits_b, labels)
     if a.shape != b.shape: raise UsageError(f"logits have shapes {a.shape} and {b.shape}: give both models the same classes")
-    right_a, right_b = predictions(a) == y, predictions(b) == y
-    only_a, only_b = int((right_a & ~right_b).sum()), int((right_b & ~right_a).sum())
+    lead, codes = (predictions(b) == y).astype(int) - (predictions(a) == y), group_codes(groups, len(y))
+    if codes is not None: lead = np.bincount(codes, lead)
+    only_a, only_b = int((lead < 0).sum()), int((lead > 0).sum())
     p = scipy.stats.binomtest(only_a, only_a + only_b).pvalue if only_a + only_b else 1.0
     return McNemar(only_a, only_b, float(p))
 
@@ -401,17 +432,21 @@ def null_ece(
     resamples: int = 1000,
     seed: int = 1337,
     bins: int = BINS,
+    groups=None,  # (N,) the picture of each row; not together with n
 ) -> NullECE:
     "ECE of a model whose confidences are exactly right, by simulation."
     c = np.asarray(confidence, dtype=np.float64)
     if c.ndim != 1 or not len(c) or not ((c >= 0) & (c <= 1)).all():
         raise UsageError("give null_ece the (N,) confidences of the predicted classes, from 0 to 1")
-    rng, size = np.random.default_rng(seed), n or len(c)
+    if n is not None and groups is not None: raise UsageError("give null_ece another n, or the groups of these rows, not both")
+    rng, size, codes = np.random.default_rng(seed), n or len(c), group_codes(groups, len(c))
+    tosses = size if codes is None else codes.max() + 1
     chunk, values = max(1, (1 << 22)//size), []
     for start in range(0, resamples, chunk):
         r = min(chunk, resamples - start)
         drawn = np.broadcast_to(c, (r, size)) if n is None else rng.choice(c, (r, size))
-        gap = drawn - (rng.random((r, size)) < drawn)
+        luck = rng.random((r, tosses))
+        gap = drawn - ((luck if codes is None else luck[:, codes]) < drawn)
         cell = bin_index(drawn, bins) + bins*np.arange(r)[:, None]
         values.append(np.abs(np.bincount(cell.ravel(), gap.ravel(), minlength=bins*r)).reshape(r, bins).sum(1)/size)
     return NullECE(float(np.mean(np.concatenate(values))), float(np.quantile(np.concatenate(values), 0.95)))
@@ -576,13 +611,24 @@ def stratified_folds(
     labels: np.ndarray,  # (N,)
     folds: int,
     seed: int,
+    groups=None,  # (N,) the picture of each row, whose rows stay together; dealt by the label of its first row
 ) -> np.ndarray:  # (N,) fold of each row
-    "Deal the rows of each class out to the folds, in random order."
+    "Deal the pictures of each class out to the folds, in random order."
+    if (codes := group_codes(groups, len(labels))) is not None:
+        return stratified_folds(labels[one_a_picture(codes, len(labels))], folds, seed)[codes]
     order = np.random.default_rng(seed).permutation(len(labels))
     order = order[np.argsort(labels[order], kind="stable")]
     out = np.empty(len(labels), dtype=np.int64)
     out[order] = np.arange(len(labels)) % folds
     return out
+
+
+def one_a_picture(
+    codes: np.ndarray | None,  # (n,) of `group_codes`
+    n: int,  # rows
+) -> np.ndarray:  # row numbers, ascending
+    "The first row of each picture; every row where none are named."
+    return np.arange(n) if codes is None else np.unique(codes, return_index=True)[1]
 
 
 def check_folds(labels: np.ndarray, folds: int):
@@ -635,6 +681,16 @@ def cross_validated_nll(
     return scalar, vectors
 
 # %% ../nbs/02_calibration.ipynb #02-089
+def mean_error(
+    values: np.ndarray,  # (N,)
+    groups=None,  # (N,) the picture of each row
+) -> float:
+    "Standard error of the mean over rows, where pictures were drawn; the usual one where every row is its own picture."
+    off, codes = values - values.mean(), group_codes(groups, len(values))
+    sums = off if codes is None else np.bincount(codes, off)
+    return float(np.sqrt((sums**2).sum()*len(sums)/(len(sums) - 1))/len(values))
+
+
 def fit_vector_temperature(
     logits,  # (N, K) of validation rows
     labels,  # (N,)
@@ -642,15 +698,16 @@ def fit_vector_temperature(
     margin: float = 2.0,  # accepted where the gain exceeds this many standard errors
     strengths=STRENGTHS,  # pulls toward the scalar, to choose from
     seed: int = 1337,
+    groups=None,  # (N,) the picture of each row
 ) -> VectorTemperatureReport:
     "One temperature a class, if cross-validated NLL says so; otherwise the scalar, K times."
     z, y = check(logits, labels)
     check_folds(y, folds)
     scalar = fit_temperature(z, y).temperature
-    cv_scalar, cv_vectors = cross_validated_nll(z, y, stratified_folds(y, folds, seed), strengths)
+    cv_scalar, cv_vectors = cross_validated_nll(z, y, stratified_folds(y, folds, seed, groups), strengths)
     best = int(cv_vectors.mean(1).argmin())
     gain = cv_scalar - cv_vectors[best]
-    se = float(gain.std(ddof=1)/np.sqrt(len(y)))
+    se = mean_error(gain, groups)
     fitted = shrunk_vector(z, y, scalar, strengths[best])
     accepted = bool(gain.mean() > margin*se)
     used = fitted if accepted else np.full(z.shape[1], scalar)
@@ -666,13 +723,15 @@ METRICS = {"accuracy": accuracy, "macro_f1": macro_f1, "nll": nll, "brier": brie
 SOFT_METRICS = {"soft_nll": soft_nll, "soft_ece": soft_ece}
 
 
-def soft_record(logits: np.ndarray, votes, temperature: float, resamples: int, seed: int) -> dict:
+def soft_record(logits: np.ndarray, votes, temperature: float, resamples: int, seed: int, groups=None) -> dict:
     "Soft metrics with intervals over the rows that have votes; empty where none has."
     q = np.asarray(votes, dtype=np.float64)
     if q.shape != logits.shape: raise UsageError(f"votes have shape {q.shape}: give {logits.shape}, like the logits")
     has = ~np.isnan(q).all(1)
     if not has.any(): return {"n_votes": 0}
-    return {"n_votes": int(has.sum()), **bootstrap_intervals(SOFT_METRICS, logits[has], q[has], temperature, resamples, seed)}
+    seen = None if groups is None else np.asarray(groups)[has]
+    return {"n_votes": int(has.sum()),
+            **bootstrap_intervals(SOFT_METRICS, logits[has], q[has], temperature, resamples, seed, groups=seen)}
 
 
 def evaluate(
@@ -682,15 +741,17 @@ def evaluate(
     votes=None,  # (N, K) counts or shares; NaN rows have none
     resamples: int = 1000,  # of the bootstrap and of the null ECE
     seed: int = 1337,
-) -> dict:  # flat: n, temperature, seed, resamples, bins, an Interval a metric, null_ece, null_ece_p95
+    groups=None,  # (N,) the picture of each row
+) -> dict:  # flat: n, pictures where groups are given, temperature, seed, resamples, bins, an Interval a metric, null_ece, null_ece_p95
     "Every metric on one set of rows, with 95% intervals."
     z, y = check(logits, labels)
     if np.ndim(temperature): raise UsageError("evaluate takes one temperature: apply seven with apply_temperature, then T = 1")
-    null = null_ece(top_label(z, y, temperature).confidence, resamples=resamples, seed=seed)
-    return {"n": len(y), "temperature": float(temperature), "seed": seed, "resamples": resamples, "bins": BINS,
-            **bootstrap_intervals(METRICS, z, y, temperature, resamples, seed),
+    null = null_ece(top_label(z, y, temperature).confidence, resamples=resamples, seed=seed, groups=groups)
+    seen = {} if groups is None else {"pictures": int(group_codes(groups, len(y)).max() + 1)}
+    return {"n": len(y), **seen, "temperature": float(temperature), "seed": seed, "resamples": resamples, "bins": BINS,
+            **bootstrap_intervals(METRICS, z, y, temperature, resamples, seed, groups=groups),
             "null_ece": null.mean, "null_ece_p95": null.p95,
-            **({} if votes is None else soft_record(z, votes, temperature, resamples, seed))}
+            **({} if votes is None else soft_record(z, votes, temperature, resamples, seed, groups))}
 
 # %% ../nbs/02_calibration.ipynb #02-096
 LABELS = {"accuracy": "accuracy", "macro_f1": "macro-F1", "nll": "NLL", "brier": "Brier", "ece": "ECE",
@@ -707,7 +768,8 @@ def metrics_table(
         r = record if isinstance(record, dict) else dict(record)
         cells = {LABELS[k]: r[k].show() for k in LABELS if r.get(k) is not None}
         cells["null ECE (95% below)"] = f"{r['null_ece']:.4f} ({r['null_ece_p95']:.4f})"
-        columns[title] = cells | {"temperature": f"{r['temperature']:.4g}", "n": f"{r['n']:,}"}
+        seen = {"pictures": f"{r['pictures']:,}"} if r.get("pictures") else {}
+        columns[title] = cells | {"temperature": f"{r['temperature']:.4g}", "n": f"{r['n']:,}"} | seen
     return pd.DataFrame(columns).fillna("")
 
 
@@ -953,6 +1015,15 @@ def risk_coverage_plot(
     return fig
 
 # %% ../nbs/02_calibration.ipynb #02-125
+def conformal_rank(
+    n: int,  # calibration rows
+    miss: float,  # share of sets that may miss the true class
+) -> int:  # ceil((n+1)(1-miss)); above n where the rows are too few
+    "Of how many calibration rows the true class must reach the threshold."
+    if not 0 < miss < 1: raise UsageError(f"miss {miss}: give a share above 0 and below 1, such as 0.1")
+    return ceil((n + 1)*(1 - Fraction(str(float(miss)))))  # in decimals: 0.1 is a tenth here, not the nearest binary number
+
+
 def conformal_threshold(
     logits,  # (N, K) of calibration rows
     labels,  # (N,)
@@ -961,29 +1032,55 @@ def conformal_threshold(
 ) -> float:  # a probability: classes at or above it are in the set; 0 where the rows are too few
     "The threshold of LAC sets with the finite-sample quantile ceil((n+1)(1-miss)) (Vovk 2005; Sadinle et al. 2019)."
     z, y = check(logits, labels)
-    if not 0 < miss < 1: raise UsageError(f"miss {miss}: give a share above 0 and below 1, such as 0.1")
-    rank = ceil((len(y) + 1)*(1 - Fraction(str(float(miss)))))  # in decimals: 0.1 is a tenth here, not the nearest binary number
+    rank = conformal_rank(len(y), miss)
     if rank > len(y): return 0.0
     return float(np.sort(softmax(z, temperature)[np.arange(len(y)), y])[len(y) - rank])
 
 # %% ../nbs/02_calibration.ipynb #02-129
 def prediction_sets(
     logits,  # (N, K)
-    threshold: float,  # of `conformal_threshold`
+    threshold,  # of `conformal_threshold`, or (K,) of `conformal_thresholds`
     temperature=1.0,  # the one that the threshold was chosen at
 ) -> np.ndarray:  # (N, K) bool
     "The classes of each row at or above the threshold, and always the predicted one."
-    z = check_logits(logits)
-    if not 0 <= threshold <= 1: raise UsageError(f"threshold {threshold}: give a probability, from 0 to 1")
-    sets = softmax(z, temperature) >= threshold
+    z, q = check_logits(logits), np.asarray(threshold, dtype=np.float64)
+    if q.shape not in ((), z.shape[1:]) or not ((q >= 0) & (q <= 1)).all():
+        raise UsageError(f"threshold {threshold}: give a probability, from 0 to 1, or {z.shape[1]} of them")
+    sets = softmax(z, temperature) >= q
     sets[np.arange(len(z)), predictions(z, temperature)] = True
     return sets
 
 
-def set_coverage(logits, labels, temperature=1.0, weights=None, threshold: float = 0.0):
+def set_coverage(logits, labels, temperature=1.0, weights=None, threshold=0.0):
     "Share of the rows whose prediction set holds the label."
     z, y = check(logits, labels)
     return mean_over_rows(prediction_sets(z, threshold, temperature)[np.arange(len(y)), y].astype(float), weights)
+
+# %% ../nbs/02_calibration.ipynb #02-162
+def conformal_thresholds(
+    logits,  # (N, K) of calibration rows
+    labels,  # (N,)
+    temperature=1.0,
+    miss: float = 0.1,  # share of the sets of each class that may miss it
+) -> np.ndarray:  # (K,) probabilities; 0 where a class has too few rows
+    "One threshold a class, each from the rows of that class."
+    z, y = check(logits, labels)
+    return np.array([conformal_threshold(z[y == c], y[y == c], temperature, miss) if (y == c).any() else 0.0 for c in range(z.shape[1])])
+
+# %% ../nbs/02_calibration.ipynb #02-165
+CHANCE = 0.001  # a promise is broken where one that is kept would look so bad less often
+
+
+def coverage_chance(
+    covered: int,  # test pictures whose set holds the label
+    pictures: int,  # test pictures
+    calibration: int,  # pictures that chose the threshold
+    miss: float = 0.1,
+) -> float:
+    "Chance of so few covered pictures, or fewer, where the promise is kept."
+    rank = conformal_rank(calibration, miss)
+    if rank > calibration: return 1.0  # every set holds all classes
+    return float(scipy.stats.betabinom.cdf(covered, pictures, rank, calibration + 1 - rank))
 
 # %% ../nbs/02_calibration.ipynb #02-134
 def refuse_same_rows(
@@ -1018,26 +1115,27 @@ def cross_fitted_logits(
     labels: np.ndarray,  # (N,)
     folds: int,
     seed: int,
+    groups=None,  # (N,) the picture of each row
 ) -> np.ndarray:  # (N, K) logits, each row divided by the T of the other folds
     "Calibrated logits in which no row has chosen its own temperature."
     check_folds(labels, folds)
-    fold, out = stratified_folds(labels, folds, seed), np.empty_like(logits)
+    fold, out = stratified_folds(labels, folds, seed, groups), np.empty_like(logits)
     for f in range(folds):
         mine = fold == f
         out[mine] = logits[mine]/fit_temperature(logits[~mine], labels[~mine]).temperature
     return out
 
 # %% ../nbs/02_calibration.ipynb #02-137
-def calibration_artifact(z, y, selection, model_name, dataset_index_id, split, vector, seed) -> Calibration:
+def calibration_artifact(z, y, selection, model_name, dataset_index_id, split, vector, seed, groups=None) -> Calibration:
     "The `Calibration` of a selection."
-    table = selection.table
+    table, tried = selection.table, fit_vector_temperature(z, y, seed=seed, groups=groups) if vector else None
     return Calibration(
         model_name=model_name, dataset_index_id=dataset_index_id, selected_temperature=selection.temperature,
         fitted_temperature=selection.fit.temperature, gradient=selection.fit.gradient, grid=table["T"].tolist(),
         requested_grid=selection.requested_grid, metrics={k: table[k].tolist() for k in ("NLL", "ECE", "macro_f1")},
         selection_rule=SELECTION_RULE, tie_tolerance=TIE, at_grid_bound=selection.at_grid_bound,
         grid_grown=selection.grid_grown, split=split, n=len(y), nll_before=nll(z, y),
-        nll_after=nll(z, y, selection.temperature), vector_temperature=fit_vector_temperature(z, y, seed=seed) if vector else None,
+        nll_after=nll(z, y, selection.temperature), vector_temperature=tried,
         calibration_date=datetime.now(UTC).isoformat(timespec="seconds"), seed=seed)
 
 
@@ -1068,6 +1166,8 @@ def calibrate(
     dataset_index_id: str,
     val_ids=None,  # (N,) sample ids
     test_ids=None,  # (M,)
+    val_groups=None,  # (N,) the picture of each row: folds keep its rows together
+    test_groups=None,  # (M,) likewise: intervals draw pictures
     votes=None,  # votes of the reported rows, (M, 7); NaN rows have none
     grid=PLAN_GRID,
     val_name: str = "val",  # how the artifacts name the splits
@@ -1085,13 +1185,14 @@ def calibrate(
     t = selection.temperature
     if test_logits is None:
         raw, ty, split = z, y, f"{val_name}, cross-fitted in {folds} folds"
-        record = evaluate(cross_fitted_logits(z, y, folds, seed), y, votes=votes, resamples=resamples, seed=seed)
+        fitted = cross_fitted_logits(z, y, folds, seed, val_groups)
+        record = evaluate(fitted, y, votes=votes, resamples=resamples, seed=seed, groups=val_groups)
     else:
         raw, ty = check_seven(test_logits, test_labels, "test")
         check_ids(test_ids, ty, "test_ids")
         refuse_same_rows((z, y, val_ids), (raw, ty, test_ids))
-        split, record = test_name, evaluate(raw, ty, t, votes=votes, resamples=resamples, seed=seed)
-    return (calibration_artifact(z, y, selection, model_name, dataset_index_id, val_name, vector, seed),
+        split, record = test_name, evaluate(raw, ty, t, votes=votes, resamples=resamples, seed=seed, groups=test_groups)
+    return (calibration_artifact(z, y, selection, model_name, dataset_index_id, val_name, vector, seed, val_groups),
             reliability_artifact(record | {"temperature": t}, raw, ty, model_name, dataset_index_id, split))
 
 # %% ../nbs/02_calibration.ipynb #02-142
@@ -1108,6 +1209,109 @@ def class_coverage(
     return {name: of(c) for c, name in enumerate(class_names(sets.shape[1]))}
 
 
+class SetRule(NamedTuple):
+    "How prediction sets are made, and for whom they promise how much."
+    temperature: float
+    miss: float
+    threshold: float
+    class_thresholds: np.ndarray | None  # (K,) in its place
+    convention: str  # of the labels that chose the thresholds
+    n: int  # rows that chose them
+    pictures: np.ndarray  # (K,) calibration pictures of each class
+
+    @property
+    def limit(self): return self.threshold if self.class_thresholds is None else self.class_thresholds
+
+
+def set_rule(
+    logits,  # (N, 7) of validation rows of one convention
+    labels,  # (N,)
+    temperature: float,
+    miss: float = 0.1,  # share of sets that may miss the true class
+    class_conditional: bool = False,  # of each class
+    convention: str = "",
+    groups=None,  # (N,) the picture of each row: its first row alone chooses
+) -> SetRule:
+    "Choose the thresholds of prediction sets."
+    z, y = check_seven(logits, labels, "validation")
+    first = one_a_picture(group_codes(groups, len(y)), len(y))
+    z, y = z[first], y[first]
+    each = conformal_thresholds(z, y, temperature, miss) if class_conditional else None
+    return SetRule(float(temperature), miss, conformal_threshold(z, y, temperature, miss), each, convention, len(y),
+                   np.bincount(y, minlength=z.shape[1]))
+
+
+# %% ../nbs/02_calibration.ipynb #02-167
+def promise_of(
+    rule: SetRule,
+    inside: np.ndarray,  # (P,) bool: whether the set holds the label, one row a picture
+    labels: np.ndarray,  # (P,)
+) -> tuple[CoveragePromise, dict[str, float]]:  # the promise; the p-value of each class that has a threshold of its own
+    "Whether the promise of a rule is kept on test pictures."
+    def chance(at, calibration): return coverage_chance(int(inside[at].sum()), int(at.sum()), int(calibration), rule.miss)
+    names, by_class = class_names(len(rule.pictures)), {}
+    if rule.class_thresholds is not None: by_class = {k: chance(labels == c, rule.pictures[c]) for c, k in enumerate(names)}
+    p = min(1.0, len(names)*min(by_class.values())) if by_class else chance(np.full(len(labels), True), rule.pictures.sum())
+    return CoveragePromise(promised=1 - rule.miss, pictures=len(labels), covered=int(inside.sum()), level=CHANCE,
+                           calibration_pictures=int(rule.pictures.sum()), p_value=p), by_class
+
+
+def set_coverages(
+    rule: SetRule,
+    logits: np.ndarray,  # (M, 7) of one convention's test rows
+    labels: np.ndarray,  # (M,)
+    convention: str,
+    sources: list[str],
+    groups=None,  # (M,) the picture of each row
+    resamples: int = 1000,
+    seed: int = 1337,
+) -> SetCoverage:
+    "How often sets hold the label on one convention's rows, and whether that is what was promised."
+    sets, codes = prediction_sets(logits, rule.limit, rule.temperature), group_codes(groups, len(labels))
+    inside, first = sets[np.arange(len(labels)), labels], one_a_picture(codes, len(labels))
+    by_class, promise = class_coverage(sets, labels), None
+    if convention == rule.convention:
+        promise, chances = promise_of(rule, inside[first], labels[first])
+        by_class = {k: c.model_copy(update={"p_value": chances.get(k)}) for k, c in by_class.items()}
+    covered = partial(set_coverage, threshold=rule.limit)
+    coverage = bootstrap_interval(covered, logits, labels, rule.temperature, resamples, seed, groups=groups)
+    return SetCoverage(convention=convention, sources=sources, n=len(labels), pictures=None if codes is None else len(first),
+                       coverage=coverage, mean_size=float(sets.sum(1).mean()), by_class=by_class, promise=promise)
+
+# %% ../nbs/02_calibration.ipynb #02-170
+def sets_report(
+    rule: SetRule,
+    test_logits,  # (M, 7), rows that chose nothing
+    test_labels,  # (M,)
+    *,
+    model_name: str,
+    dataset_index_id: str,
+    conventions=None,  # (M,) whose labels the rows carry; the rule's own where None
+    sources=None,  # (M,) names
+    groups=None,  # (M,) the picture of each row
+    test_name: str = "test",  # how the artifact names the split
+    resamples: int = 1000,
+    seed: int = 1337,
+) -> SelectiveReport:
+    "Risk and coverage on the test rows of the rule's convention, or of the most frequent one where it has none; the others beside it."
+    z, y = check_seven(test_logits, test_labels, "test")
+    named = np.full(len(y), rule.convention) if conventions is None else np.asarray(conventions)
+    held = [str(c) for c in pd.Series(named).value_counts().index]
+    held.sort(key=lambda c: c != rule.convention)
+    def of(c): return np.flatnonzero(named == c)
+    def seen(at): return None if groups is None else np.asarray(groups)[at]
+    def told(at): return [] if sources is None else sorted(set(np.asarray(sources)[at].tolist()))
+    parts = [set_coverages(rule, z[of(c)], y[of(c)], c, told(of(c)), seen(of(c)), resamples, seed) for c in held]
+    at, t = of(held[0]), rule.temperature
+    z, y = z[at], y[at]
+    return SelectiveReport(
+        **dict(parts[0]), others=parts[1:], model_name=model_name, dataset_index_id=dataset_index_id, split=test_name, temperature=t,
+        aurc=bootstrap_interval(aurc, z, y, t, resamples, seed, groups=seen(at)), excess_aurc=excess_aurc(z, y, t),
+        accuracy_at_coverage=accuracy_at_coverage(z, y, t), miss=rule.miss, calibrated_on=rule.convention, threshold=rule.threshold,
+        class_thresholds=None if rule.class_thresholds is None else rule.class_thresholds.tolist(), n_calibration=rule.n,
+        resamples=resamples, seed=seed)
+
+# %% ../nbs/02_calibration.ipynb #02-171
 def selective_report(
     val_logits,  # (N, 7), rows that choose the threshold of the sets
     val_labels,  # (N,)
@@ -1115,14 +1319,13 @@ def selective_report(
     test_labels,  # (M,)
     temperature: float,
     *,
-    model_name: str,
-    dataset_index_id: str,
     val_ids=None,  # (N,) sample ids
     test_ids=None,  # (M,)
+    val_groups=None,  # (N,) the picture of each row
     miss: float = 0.1,  # share of sets that may miss the true class
-    test_name: str = "test",  # how the artifact names the split
-    resamples: int = 1000,
-    seed: int = 1337,
+    class_conditional: bool = False,  # promise it to each class
+    convention: str = "",  # of the validation rows' labels
+    **reported,  # of `sets_report`: model_name, dataset_index_id, conventions, sources, groups, test_name, resamples, seed
 ) -> SelectiveReport:
     "Risk and coverage on test, and prediction sets calibrated on validation; unsaved."
     (z, y), (tz, ty) = check_seven(val_logits, val_labels, "validation"), check_seven(test_logits, test_labels, "test")
@@ -1130,14 +1333,7 @@ def selective_report(
         raise UsageError("selective_report takes one temperature: apply seven with apply_temperature, then T = 1")
     check_ids(val_ids, y, "val_ids"); check_ids(test_ids, ty, "test_ids")
     refuse_same_rows((z, y, val_ids), (tz, ty, test_ids))
-    threshold = conformal_threshold(z, y, temperature, miss)
-    sets = prediction_sets(tz, threshold, temperature)
-    metrics = {"aurc": aurc, "coverage": partial(set_coverage, threshold=threshold)}
-    return SelectiveReport(
-        model_name=model_name, dataset_index_id=dataset_index_id, split=test_name, n=len(ty), temperature=float(temperature),
-        **bootstrap_intervals(metrics, tz, ty, temperature, resamples, seed), excess_aurc=excess_aurc(tz, ty, temperature),
-        accuracy_at_coverage=accuracy_at_coverage(tz, ty, temperature), miss=miss, threshold=threshold, n_calibration=len(y),
-        mean_size=float(sets.sum(1).mean()), by_class=class_coverage(sets, ty), resamples=resamples, seed=seed)
+    return sets_report(set_rule(z, y, temperature, miss, class_conditional, convention, val_groups), tz, ty, **reported)
 
 # %% ../nbs/02_calibration.ipynb #02-145
 def set_size_plot(
@@ -1154,8 +1350,14 @@ def set_size_plot(
     left.set(xlabel="classes in a set (dotted: mean of all rows)", xlim=(0, None))
     right.plot(covered, names, "o", ms=5, color=ORANGE)
     right.axvline(1 - report.miss, color=GREY, ls="--", lw=1)
+    for other, mark in zip(report.others, cycle("x+1")):
+        shares = np.array([c.coverage for c in other.by_class.values()][::-1], dtype=float)
+        right.plot(shares, names, mark, ms=6, color=GREY, label=f"{other.convention}: nothing promised")
+        covered = np.append(covered, shares)
+    if report.others: right.legend(fontsize=7, loc="lower left")
     right.set(xlabel=f"coverage (dashed: {1 - report.miss:g} promised)", xlim=(min(0.6, np.nanmin(covered) - 0.05), 1.02))
     said = f"sets of {report.mean_size:.2f} classes cover {report.coverage.show(3)}, n = {report.n:,}"
+    if report.convention: said = f"{report.convention}, {said}"
     fig.suptitle(title or f"{report.model_name}: {said}", fontsize=10)
     plt.close(fig)
     return fig
@@ -1168,6 +1370,25 @@ def labels_of(
     y = pd.Index(CLASSES).get_indexer(rows["label"])
     if (y < 0).any(): raise UsageError(f"label '{rows['label'].to_numpy()[y < 0][0]}' is none of {', '.join(CLASSES)}")
     return y.astype(np.int64)
+
+
+def groups_of(
+    rows: pd.DataFrame,  # of a manifest
+) -> np.ndarray:  # (N,) names
+    "The picture that each row shows; a row without one is its own."
+    if "group" not in rows: return rows["id"].to_numpy(str)
+    names = rows["group"].fillna("").to_numpy(str)
+    return np.where(names == "", rows["id"].to_numpy(str), names)
+
+
+def judged_as(
+    rows: pd.DataFrame,  # of a manifest
+    learned: str,  # a model's convention; several joined by + in runs from before they had names
+) -> np.ndarray | None:  # (N,); None where it is not known what the model learned: then every row is its own
+    "Whose labels each row carries; the model's own under its own name."
+    if not learned: return None
+    named = rows["convention"].to_numpy(str)
+    return np.where(np.isin(named, learned.split("+")), learned, named)
 
 
 def votes_of(
@@ -1187,6 +1408,18 @@ def own_temperature(logits, labels) -> float | None:
     except GateError: return None
 
 
+def own_rows(
+    rows: pd.DataFrame,  # of a manifest
+    convention: str = "",  # a convention; empty: every row
+) -> np.ndarray:  # (N,) bool
+    "The rows that a convention's labels judge; none at all is an error."
+    own = np.full(len(rows), True) if not convention else (rows["convention"] == convention).to_numpy()
+    if not own.any():
+        raise UsageError(f"none of {len(rows):,} test rows has the labels of {convention!r}: they have those of "
+                         f"{', '.join(sorted(set(rows['convention'])))}")
+    return own
+
+
 def source_table(
     val_logits, val_rows: pd.DataFrame,  # rows that may choose
     test_logits, test_rows: pd.DataFrame,  # rows that are only reported on
@@ -1201,10 +1434,11 @@ def source_table(
         fit, at = (val_rows["source"] == s).to_numpy(), (test_rows["source"] == s).to_numpy()
         z, y, own = test_logits[at], yt[at], own_temperature(val_logits[fit], yv[fit])
         scaled = {f"own_{k}": METRICS[k](z, y, own) if own else None for k in ("nll", "ece", "brier")}
-        record = flat_row(evaluate(z, y, temperature, votes_of(test_rows[at]), resamples, seed))
+        record = flat_row(evaluate(z, y, temperature, votes_of(test_rows[at]), resamples, seed, groups_of(test_rows[at])))
         raw = {f"raw_{k}": METRICS[k](z, y) for k in ("nll", "ece", "brier")}
         f1 = {f"f1_{name}": v for name, v in per_class(z, y)["f1"].items()}
-        rows.append({"source": s, **record, **f1, **raw, "own_temperature": own, **scaled})
+        whose = {"convention": test_rows["convention"][at].iloc[0]} if "convention" in test_rows else {}
+        rows.append({"source": s, **whose, **record, **f1, **raw, "own_temperature": own, **scaled})
     return pd.DataFrame(rows)
 
 
@@ -1218,20 +1452,161 @@ def report_run(
     model_name: str,
     dataset_index_id: str,
     sources=None,  # whose validation rows choose T: those that the model learned its labels from; all where None
+    convention: str = "",  # whose labels the model learned: test rows with others don't judge it; empty: all rows do
+    class_conditional: bool = False,  # prediction sets promise their coverage to each class
     resamples: int = 1000,  # of the bootstrap
     seed: int = 1337,
 ) -> tuple[Calibration, ReliabilityMetrics]:
     "Calibrate on validation and report on test; writes the three artifacts, the confusion, the metrics by source and the logits."
     run_dir, zv, zt, (yv, yt) = Path(run_dir), np.asarray(val_logits), np.asarray(test_logits), map(labels_of, (val_rows, test_rows))
     fit = np.full(len(yv), True) if sources is None else val_rows["source"].isin(sources).to_numpy()
-    common = dict(model_name=model_name, dataset_index_id=dataset_index_id, val_ids=val_rows["id"][fit], test_ids=test_rows["id"],
+    own, gv, gt = own_rows(test_rows, convention), groups_of(val_rows), groups_of(test_rows)
+    common = dict(model_name=model_name, dataset_index_id=dataset_index_id, val_ids=val_rows["id"][fit], val_groups=gv[fit],
                   resamples=resamples, seed=seed)
-    calibration, metrics = calibrate(zv[fit], yv[fit], zt, yt, votes=votes_of(test_rows), **common)
-    calibration = calibration.model_copy(update={"sources": sorted(set(val_rows["source"][fit]))})
-    selective = selective_report(zv[fit], yv[fit], zt, yt, calibration.selected_temperature, **common)
+    calibration, metrics = calibrate(zv[fit], yv[fit], zt[own], yt[own], votes=votes_of(test_rows[own]), test_ids=test_rows["id"][own],
+                                     test_groups=gt[own], **common)
+    selective = selective_report(
+        zv[fit], yv[fit], zt, yt, calibration.selected_temperature, test_ids=test_rows["id"], class_conditional=class_conditional,
+        convention=convention, conventions=judged_as(test_rows, convention), sources=test_rows["source"], groups=gt, **common)
+    calibration = calibration.model_copy(update={"sources": sorted(set(val_rows["source"][fit])), "convention": convention or None})
+    metrics = metrics.model_copy(update={"convention": convention or None})
     for artifact in (calibration, metrics, selective): artifact.save(run_dir)
     write_csv(run_dir/"confusion.csv", confusion_table(metrics.confusion), index=True)
     write_csv(run_dir/"metrics_by_source.csv", source_table(zv, val_rows, zt, test_rows, calibration.selected_temperature, resamples, seed))
+    pictures = pd.factorize(np.concatenate([gv, gt]))[0].astype(np.int32)
     write_npz(run_dir/"evaluation.npz", val_ids=val_rows["id"].to_numpy(str), val_logits=val_logits, val_labels=yv,
-              test_ids=test_rows["id"].to_numpy(str), test_logits=test_logits, test_labels=yt)
+              val_groups=pictures[:len(yv)], test_ids=test_rows["id"].to_numpy(str), test_logits=test_logits, test_labels=yt,
+              test_groups=pictures[len(yv):])
     return calibration, metrics
+
+# %% ../nbs/02_calibration.ipynb #02-173
+ROW_GROUPS = "row_groups.npz"
+
+
+def write_row_groups(
+    folder,  # a manifest's, or of its small copy
+    rows: pd.DataFrame,  # of the manifest
+    dataset_index_id: str,
+) -> Path:
+    "Keep which rows show the same picture."
+    numbers = pd.factorize(groups_of(rows))[0].astype(np.int32)
+    return write_npz(Path(folder)/ROW_GROUPS, ids=rows["id"].to_numpy(str), groups=numbers, dataset_index_id=np.array(dataset_index_id))
+
+
+def read_row_groups(folder: Path, dataset_index_id: str) -> pd.Series | None:
+    "Pictures by id of a manifest's folder or of its small copy; None where it is of another dataset, or there is none."
+    if (folder/ROW_GROUPS).is_file():
+        z = read_npz(folder/ROW_GROUPS, ["ids", "groups", "dataset_index_id"])
+        return pd.Series(z["groups"], index=z["ids"]) if z["dataset_index_id"] == dataset_index_id else None
+    table = folder/"manifest.parquet"
+    if not table.is_file() or DatasetIndex.load(folder).dataset_index_id != dataset_index_id: return None
+    rows = pd.read_parquet(table, columns=["id", "group"])
+    return pd.Series(groups_of(rows), index=rows["id"])
+
+
+def kept_groups(
+    run_dir,  # whose evaluation.npz doesn't say it
+    ids,  # (N,) of its rows
+    dataset_index_id: str,
+) -> np.ndarray | None:  # (N,)
+    "The picture of each row by a manifest beside or above the run, whole or as a small copy; None where none knows all of them."
+    for above in Path(run_dir).resolve().parents:
+        known = read_row_groups(above/"manifests", dataset_index_id)
+        if known is not None and pd.Index(ids).isin(known.index).all(): return known.loc[list(ids)].to_numpy()
+    return None
+
+# %% ../nbs/02_calibration.ipynb #02-176
+TURNED = 0.002  # share of rows whose prediction half precision may turn, and one row more
+
+
+def require_evaluation(folder: Path, logits, labels, own):
+    "Refuse a small copy whose logits don't give the sealed confusion matrix: that of its own rows, where the file names a convention."
+    metrics = ReliabilityMetrics.load(folder)
+    if metrics.convention: logits, labels = logits[own], labels[own]
+    sealed, found = np.array(metrics.confusion), confusion(logits, labels)
+    if (sealed.sum(1) != found.sum(1)).any() or np.abs(sealed - found).sum() > 2*(1 + TURNED*len(labels)):
+        raise ArtifactError(folder/"evaluation.npz", "doesn't give the sealed confusion matrix: copy the run again")
+
+
+def rows_by_id(
+    manifest_rows: pd.DataFrame,  # of a manifest
+    ids,  # (N,)
+    labels=None,  # (N,) class numbers that they must have
+) -> pd.DataFrame:  # (N) rows
+    "A manifest's rows by id, refused where one is missing or has another label."
+    at = pd.Index(manifest_rows["id"]).get_indexer(ids)
+    if (at < 0).any(): raise GateError(f"the manifest holds no row '{np.asarray(ids)[at < 0][0]}': give the manifest of the run")
+    rows = manifest_rows.iloc[at].reset_index(drop=True)
+    if labels is not None and (labels_of(rows) != labels).any():
+        raise GateError("the manifest has other labels than the run: give the manifest of the run")
+    return rows
+
+
+# %% ../nbs/02_calibration.ipynb #02-177
+def recounted_rule(
+    folder: Path,  # the run's
+    z: dict,  # its evaluation.npz
+    manifest_rows: pd.DataFrame,
+    sources,  # that it learned its labels from; all where empty
+    taught: str,  # their convention
+) -> SetRule:
+    "The thresholds of a finished run, chosen by picture; where the validation logits are not there, those that it chose."
+    old = SelectiveReport.load(folder)
+    rows = rows_by_id(manifest_rows, z["val_ids"]) if "val_logits" in z else manifest_rows.query("split == 'val' and excluded == ''")
+    mine = rows["source"].isin(sources).to_numpy() if sources else np.full(len(rows), True)
+    y, groups = labels_of(rows[mine]), groups_of(rows[mine])
+    if "val_logits" in z:
+        return set_rule(z["val_logits"][mine], y, old.temperature, old.miss, old.class_thresholds is not None, taught, groups)
+    if len(y) != old.n_calibration:
+        raise GateError(f"{folder}: {old.n_calibration:,} rows chose its threshold, this manifest has {len(y):,}: give the run's own")
+    pictures = np.bincount(y[one_a_picture(group_codes(groups, len(y)), len(y))], minlength=len(CLASSES))
+    each = None if old.class_thresholds is None else np.array(old.class_thresholds)
+    return SetRule(old.temperature, old.miss, old.threshold, each, taught, old.n_calibration, pictures)
+
+
+def recounted_sources(folder: Path, new: pd.DataFrame, small: bool) -> pd.DataFrame:
+    "metrics_by_source.csv with new intervals; of a small copy the values are those that the run computed."
+    if not small: return new
+    old = pd.read_csv(folder/"metrics_by_source.csv")
+    if old["source"].tolist() != new["source"].tolist():
+        raise ArtifactError(folder/"metrics_by_source.csv", "has other sources than the logits: copy the run again")
+    def stays(c): return not (c.endswith(("_low", "_high")) or c.startswith("null_ece"))
+    return new.assign(**{c: old[c] for c in old if stays(c)})[[*new.columns]]
+
+
+def with_values(record: dict, table: pd.DataFrame, sources) -> dict:
+    "A record with the values of a table by source, where it is about one source."
+    if len(sources) != 1: return record
+    row = table.set_index("source").loc[sources[0]]
+    return {k: v.model_copy(update={"value": float(row[k])}) if isinstance(v, Interval) else v for k, v in record.items()}
+
+# %% ../nbs/02_calibration.ipynb #02-180
+def recount_run(
+    folder,  # a finished run or ensemble, or its small copy
+    manifest_rows: pd.DataFrame,  # of its manifest, all of them
+) -> list[str]:  # the files that were written again
+    "Judge a run by the labels that it learned, with intervals by picture and prediction sets by convention."
+    folder = Path(folder)
+    small, z = check_run_seal(folder), read_npz(folder/"evaluation.npz", ["test_ids", "test_logits", "test_labels"])
+    old, calibration = ReliabilityMetrics.load(folder), Calibration.load(folder)
+    logits, labels, t = z["test_logits"].astype(np.float64), z["test_labels"].astype(np.int64), old.temperature
+    rows, how = rows_by_id(manifest_rows, z["test_ids"], labels), dict(resamples=old.resamples, seed=old.seed)
+    learned = run_convention(folder, dict(zip(manifest_rows["source"], manifest_rows["convention"])))
+    whose, groups = judged_as(rows, learned), groups_of(rows)
+    own = np.full(len(labels), True) if whose is None else whose == learned
+    require_evaluation(folder, logits, labels, own)
+    note = f"{datetime.now(UTC):%Y-%m-%d}: by convention and picture" + ", from logits in half precision"*small
+    named = dict(model_name=old.model_name, dataset_index_id=old.dataset_index_id)
+    val = rows_by_id(manifest_rows, z["val_ids"]) if "val_logits" in z else rows[:0]
+    table = recounted_sources(folder, source_table(z.get("val_logits", logits[:0]), val, logits, rows, t, **how), small)
+    record = evaluate(logits[own], labels[own], t, votes_of(rows[own]), groups=groups[own], **how)
+    if small: record = with_values(record, table, sorted(set(rows["source"][own])))
+    metrics = reliability_artifact(record, logits[own], labels[own], split=old.split, **named)
+    rule = recounted_rule(folder, z, manifest_rows, calibration.sources, learned)
+    sets = sets_report(rule, logits, labels, conventions=whose, sources=rows["source"], groups=groups, test_name=old.split, **named, **how)
+    for a in (metrics.model_copy(update={"convention": learned or None}), sets): a.model_copy(update={"recomputed": note}).save(folder)
+    write_csv(folder/"confusion.csv", confusion_table(metrics.confusion), index=True)
+    write_csv(folder/"metrics_by_source.csv", table)
+    written = [ReliabilityMetrics.filename, SelectiveReport.filename, "confusion.csv", "metrics_by_source.csv"]
+    reseal(folder, written)
+    return written

@@ -26,7 +26,15 @@ exit codes: 0 done, 1 a gate stays shut or a run failed, 2 a wrong argument"""
 
 def manifest_build(a):
     from fer_nb.manifests import build_manifest
-    print(build_manifest(a.source, a.out, name=a.name, seed=a.seed, val_fraction=a.val_fraction))
+    print(build_manifest(a.source, a.out, name=a.name, seed=a.seed, val_fraction=a.val_fraction, conventions=_conventions(a.convention)))
+
+
+def _conventions(given):
+    "SOURCE=NAME, several, as a mapping."
+    pairs = [g.partition("=") for g in given]
+    for g, (source, equals, name) in zip(given, pairs):
+        if not (source and equals and name): raise UsageError(f"--convention {g!r}: write SOURCE=NAME, such as mine=ferplus")
+    return {source: name for source, _, name in pairs}
 
 
 def manifest_validate(a):
@@ -49,7 +57,7 @@ def gates(a):
 def run(a):
     from fer_nb.runs import run_profile
     start = time.time()
-    report = run_profile(a.profile, a.data, a.out, a.cores, a.dry_run)
+    report = run_profile(a.profile, a.data, a.out, a.cores, a.dry_run, a.convention)
     if not a.dry_run: print(f"done in {(time.time() - start)/60:.1f} min; report: {_short(report)}")
 
 
@@ -65,7 +73,7 @@ def teacher_train(a):
     name = f"{a.arch}_seed{a.seed}_stage{'B' if a.init_from else 'A'}"
     out = a.out or f"runs/teachers/{name}_{Path(a.cache).name if a.cache else 'embedded'}"
     given = {"manifest_dir": a.manifest, "cache_dir": a.cache, "arch": a.arch, "seed": a.seed, "init_from": a.init_from,
-             "stage": "B" if a.init_from else "A", "weights": a.weights, "epochs": a.epochs}
+             "stage": "B" if a.init_from else "A", "weights": a.weights, "epochs": a.epochs, "convention": a.convention}
     if bool(a.manifest) != bool(a.cache): raise UsageError("give --manifest and --cache together, or neither for the embedded faces")
     _teacher(out, {k: v for k, v in given.items() if v not in (None, "")} | _parameters(a))
 
@@ -99,7 +107,7 @@ def student_train(a):
         raise UsageError(f"stage {a.stage} {'takes no soft labels: leave out' if a.softlabels else 'needs soft labels: give'} --softlabels")
     out = a.out or f"runs/students/mobilenetv3_large_100_{Path(a.cache).name if a.cache else 'embedded'}_seed{a.seed}_{a.stage}"
     given = {"manifest_dir": a.manifest, "cache_dir": a.cache, "stage": a.stage, "softlabels": a.softlabels, "supervision": a.supervision,
-             "init_from": a.init_from, "seed": a.seed, "epochs": a.epochs}
+             "init_from": a.init_from, "seed": a.seed, "epochs": a.epochs, "convention": a.convention}
     start = time.time()
     print(f"  started  {_short(out)}", flush=True)
     run_notebook("05_students", Path(out)/"05_students.ipynb",
@@ -109,7 +117,7 @@ def student_train(a):
 
 def student_evaluate(a):
     from fer_nb.students import evaluate_checkpoint
-    print(evaluate_checkpoint(a.checkpoint, a.manifest, a.cache, a.view, a.source, a.out))
+    print(evaluate_checkpoint(a.checkpoint, a.manifest, a.cache, a.view, a.source, a.convention, a.class_sets, a.out))
 
 
 def student_summarise(a):
@@ -131,6 +139,12 @@ def ensemble_export(a):
 def ensemble_evaluate(a):
     from fer_nb.ensembles import evaluate_ensemble
     print(evaluate_ensemble(a.dir, a.manifest))
+
+
+def recount(a):
+    from fer_nb.ensembles import recount
+    done = recount(a.dir, a.manifest)
+    print("\n".join(f"  {row.done:<60} {row.folder}" for row in done.itertuples()))
 
 
 def export(a):
@@ -254,6 +268,8 @@ def parser():
     m = sub.add_parser("manifest", help="build, validate and audit the table of all images").add_subparsers(metavar="ACTION", required=True)
     c = command(m, "build", manifest_build, "read datasets into one frozen manifest of seven classes")
     c.add_argument("--source", action="append", required=True, metavar="KIND=PATH", help="a dataset (folder or zip); may be repeated")
+    c.add_argument("--convention", action="append", default=[], metavar="SOURCE=NAME",
+                   help="whose labels a source has, where it is not the usual convention of its kind; may be repeated")
     c.add_argument("--out", required=True, metavar="DIR", help="folder for the manifest and its reports")
     c.add_argument("--name", default="dataset", help="first part of the dataset_index_id (default: %(default)s)")
     c.add_argument("--seed", type=int, default=1337, help="of the validation split (default: %(default)s)")
@@ -270,6 +286,7 @@ def parser():
     c.add_argument("--arch", default="RN18", help="RN18, RN50, B3, CNXT, VIT or a timm model name (default: %(default)s)")
     c.add_argument("--manifest", default="", metavar="DIR", help="a frozen manifest (default: embedded faces are drawn)")
     c.add_argument("--cache", default="", metavar="DIR", help="its packed images")
+    c.add_argument("--convention", default="", metavar="NAME", help="whose labels it learns, where the manifest has several conventions")
     c.add_argument("--out", default="", metavar="DIR", help="the run's folder (default: below runs/teachers)")
     c.add_argument("--init-from", default="", metavar="RUN_DIR", help="stage A's run: makes this stage B")
     c.add_argument("--weights", metavar="WHICH", help="none, auto (timm's) or the path of a checkpoint")
@@ -310,6 +327,7 @@ def parser():
     c.add_argument("--supervision", default="fused", choices=("fused", "split"),
                    help="split: an ensemble's members apart (default: %(default)s)")
     c.add_argument("--init-from", default="", metavar="FILE", help="a best.pt to start from, as KD does from CE's (default: from scratch)")
+    c.add_argument("--convention", default="", metavar="NAME", help="whose labels it learns, where the manifest has several conventions")
     c.add_argument("--out", default="", metavar="DIR", help="the run's folder (default: below runs/students)")
     c.add_argument("--epochs", type=int, metavar="N")
     c.add_argument("--seed", type=int, default=1337, help="(default: %(default)s)")
@@ -320,15 +338,23 @@ def parser():
     c.add_argument("--cache", required=True, metavar="DIR", help="its packed images, of the model's size")
     c.add_argument("--view", default="test_all_sources", help="rows to judge it on (default: %(default)s)")
     c.add_argument("--source", metavar="NAME", help="one source only")
+    c.add_argument("--convention", metavar="NAME", help="whose labels judge (default: the source's, or those that the model learned)")
+    c.add_argument("--class-sets", action="store_true", help="prediction sets that promise their coverage to each class")
     c.add_argument("--out", metavar="DIR", help="a folder for metrics, confusion and logits (default: nothing is written)")
     c = command(s, "summarise", student_summarise, "means, intervals and differences over seeds, of all students below a folder")
     c.add_argument("dir", metavar="DIR", help="a folder of student runs")
     c.add_argument("--out", metavar="DIR", help="where the tables go (default: the folder itself)")
-    c.add_argument("--resamples", type=int, default=10_000, metavar="N", help="of the paired bootstrap over rows (default: %(default)s)")
+    c.add_argument("--resamples", type=int, default=10_000, metavar="N", help="of the bootstrap over pictures (default: %(default)s)")
+
+    c = command(sub, "recount", recount, "draw finished runs' intervals by picture, split their sets by convention")
+    c.add_argument("dir", metavar="DIR", help="a folder of runs and ensembles, or of small copies")
+    c.add_argument("--manifest", required=True, metavar="DIR", help="the frozen manifest of all of them")
 
     c = command(sub, "run", run, "walk the chain of a profile; what is up to date is skipped")
     c.add_argument("--profile", required=True, help="a name in profiles/, or a YAML file")
     c.add_argument("--data", action="append", default=[], metavar="PATH", help="a dataset's zip or folder (or KIND=PATH); may be repeated")
+    c.add_argument("--convention", action="append", default=[], metavar="NAME",
+                   help="whose labels to learn, in place of the profile's list; may be repeated")
     c.add_argument("--out", default="", metavar="DIR", help="run folder (default: runs/PROFILE)")
     c.add_argument("--cores", type=int, metavar="N", help="cores to use (default: all)")
     c.add_argument("--dry-run", action="store_true", help="only say what would run")

@@ -26,6 +26,7 @@ from fer_nb.artifacts import (
     sha256_file,
 )
 from .geometry import Geometry, normalise, prepare_face
+from .integrity import run_convention
 
 # %% ../nbs/05b_predictor.ipynb #05b-005
 SCHEMA = "1"
@@ -39,12 +40,13 @@ class ModelFacts:
     model_name: str
     checkpoint_sha256: str  # of the best.pt behind it
     dataset_index_id: str  # of the dataset behind that
+    convention: str = ""  # whose labels it learned; empty: an older file that doesn't say
 
     def to_metadata(self) -> dict[str, str]:
         "As the pairs of strings that an ONNX file holds."
         said = dict(schema=SCHEMA, classes=json.dumps(CLASSES), geometry=self.geometry.to_json(), temperature=repr(float(self.temperature)),
                     checkpoint_sha256=self.checkpoint_sha256, dataset_index_id=self.dataset_index_id, model_name=self.model_name)
-        return {f"fer_nb.{k}": v for k, v in said.items()}
+        return {f"fer_nb.{k}": v for k, v in (said | ({"convention": self.convention} if self.convention else {})).items()}
 
 # %% ../nbs/05b_predictor.ipynb #05b-007
 def whole_geometry(
@@ -94,7 +96,7 @@ def read_facts(
     for k in ("model_name", "checkpoint_sha256", "dataset_index_id"):
         if not metadata.get(f"fer_nb.{k}"): raise ArtifactError(path, "is not there: export the model again", key=f"fer_nb.{k}")
         rest[k] = metadata[f"fer_nb.{k}"]
-    return ModelFacts(geometry, float(temperature), **rest)
+    return ModelFacts(geometry, float(temperature), **rest, convention=metadata.get("fer_nb.convention", ""))
 
 # %% ../nbs/05b_predictor.ipynb #05b-013
 def provider_name(
@@ -272,7 +274,8 @@ def checkpoint_facts(
         for f, sha256 in ((path, digest), (beside, sha256_file(beside))):
             if sealed.get(f.name, sha256) != sha256: raise ArtifactError(f, "was changed after its folder was sealed: run its stage again")
     geometry = whole_geometry(meta.get("geometry"), path, "meta.geometry")
-    return ModelFacts(geometry, calibration.selected_temperature, calibration.model_name, digest, calibration.dataset_index_id)
+    return ModelFacts(geometry, calibration.selected_temperature, calibration.model_name, digest, calibration.dataset_index_id,
+                      meta.get("convention") or run_convention(path.parent))
 
 
 def open_checkpoint(path, provider: str, threads: int):  # (facts, function from float32 (N, 3, S, S) to (N, 7))
@@ -346,6 +349,7 @@ class Predictor:
         facts, self._run = OPENERS[self.path.suffix](self.path, self.provider, threads)
         self.geometry, self.temperature, self.name = facts.geometry, facts.temperature, facts.model_name
         self.checkpoint_sha256, self.dataset_index_id = facts.checkpoint_sha256, facts.dataset_index_id
+        self.convention = facts.convention  # whose labels it learned, such as ferplus; empty: its file doesn't say
         beside = self.path.parent/"logit_bias.json"
         self.bias = read_class_values(beside, -MAX_BIAS, MAX_BIAS) if beside.is_file() else np.zeros(len(CLASSES))
 
@@ -382,4 +386,6 @@ class Predictor:
         return self.from_prepared(prepared(images, self.geometry, order))
 
     def __repr__(self):
-        return f"Predictor({self.name!r}, {self.geometry.size} px, T = {self.temperature:.4g}, {self.path.name} with {self.provider})"
+        whose = f"labels of {self.convention}, " if self.convention else ""
+        how = f"{whose}{self.geometry.size} px, T = {self.temperature:.4g}"
+        return f"Predictor({self.name!r}, {how}, {self.path.name} with {self.provider})"

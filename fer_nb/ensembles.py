@@ -5,21 +5,24 @@
 # %% auto #0
 __all__ = ['SPACES', 'PRESETS', 'REPORT_VIEW', 'EXPORTED', 'EVALUATED', 'SEARCHED', 'COLOURS', 'MARKS', 'log_probs',
            'check_weights', 'fuse', 'Member', 'load_member', 'member_names', 'check_preset', 'preset_members',
-           'open_manifest', 'training_view', 'require_separate', 'benchmark_rows', 'check_member', 'relative',
-           'common_views', 'check_members', 'require_members', 'scores', 'score_weights', 'simplex_grid', 'better',
-           'best_of', 'transfers', 'climb', 'WeightSearch', 'default_step', 'check_benchmark', 'search_weights',
-           'macro_f1_error', 'ClassWeightSearch', 'class_scores', 'climb_classes', 'search_class_weights', 'Panel',
-           'panel', 'fused_softlabels', 'config_weights', 'open_members', 'replay', 'start_over', 'check_out',
-           'chosen_members', 'gated_members', 'search_ensemble', 'Exported', 'check_export', 'export_ensemble',
-           'SplitTargets', 'split_targets', 'model_metrics', 'gains', 'error_correlation', 'evaluate_ensemble',
-           'require_replay', 'seal', 'gate_lines', 'config_lines', 'metrics_lines', 'draw_models', 'class_f1_plot',
+           'open_manifest', 'learned_by', 'most_common', 'training_view', 'taught_rows', 'require_separate',
+           'benchmark_rows', 'check_member', 'convention_reason', 'relative', 'common_views', 'check_members',
+           'require_members', 'scores', 'score_weights', 'simplex_grid', 'better', 'best_of', 'transfers', 'climb',
+           'WeightSearch', 'default_step', 'check_benchmark', 'search_weights', 'macro_f1_error', 'ClassWeightSearch',
+           'class_scores', 'climb_classes', 'search_class_weights', 'Panel', 'panel', 'fused_softlabels',
+           'config_weights', 'open_members', 'replay', 'start_over', 'check_out', 'chosen_members', 'gated_members',
+           'convention_here', 'search_ensemble', 'Exported', 'rows_of', 'check_export', 'export_ensemble',
+           'SplitTargets', 'split_targets', 'model_metrics', 'gains', 'gains_by_source', 'error_correlation',
+           'ensemble_metrics', 'evaluate_ensemble', 'require_replay', 'seal', 'gate_lines', 'config_lines',
+           'metrics_lines', 'member_logits', 'recount_ensemble', 'recount', 'draw_models', 'class_f1_plot',
            'source_plot', 'ece_plot', 'correlation_plot', 'simplex_points', 'simplex_plot']
 
 # %% ../nbs/04_ensembles.ipynb #04-002
 import os
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from datetime import UTC, datetime
 from itertools import combinations_with_replacement, permutations
 from pathlib import Path
 
@@ -31,15 +34,16 @@ from matplotlib.tri import Triangulation
 # %% ../nbs/04_ensembles.ipynb #04-003
 from fer_nb.artifacts import (
     CLASSES, AlignmentReport, Benchmark, Calibration, ClassOrder, ClassWeightReport, EnsembleConfig, EnsembleGate, EnsembleMember,
-    EnsembleMetrics, FerError, Gain, GateError, MemberCheck, ModelMetrics, RunArgs, UsageError, check_seal, read_npz,
-    seal_folder, sha256_bytes, sha256_file, unseal, write_csv, write_npz,
+    EnsembleMetrics, FerError, Gain, GateError, MemberCheck, ModelMetrics, RunArgs, UsageError, check_run_seal, check_seal, read_npz,
+    reseal, seal_folder, sha256_bytes, sha256_file, unseal, write_csv, write_npz,
 )
 from fer_nb.calibration import (
-    METRICS, accuracy, brier, check_folds, class_names, ece, evaluate, labels_of, log_softmax, macro_f1, nll, paired_interval, per_class,
-    predictions, prf, report_run, select_temperature, stratified_folds, weight_chunks,
+    METRICS, accuracy, brier, check_folds, class_names, ece, evaluate, group_codes, groups_of, labels_of, log_softmax, macro_f1,
+    nll, own_rows, paired_interval, per_class, predictions, prf, recount_run, report_run, rows_by_id, select_temperature, stratified_folds,
+    weight_chunks,
 )
-from .integrity import VIEWS, Softlabels, check_alignment, load_softlabels, require_alignment, save_softlabels
-from .manifests import Manifest, Result, label_sources, load_manifest
+from .integrity import VIEWS, Softlabels, check_alignment, load_softlabels, require_alignment, run_convention, save_softlabels
+from .manifests import Manifest, Result, conventions_in, label_sources, load_manifest
 
 # %% ../nbs/04_ensembles.ipynb #04-006
 def log_probs(
@@ -156,16 +160,44 @@ def open_manifest(manifest) -> Manifest:
     return manifest if isinstance(manifest, Manifest) else load_manifest(manifest, valid=True)
 
 
+def learned_by(
+    dirs,  # members' run folders
+    manifest: Manifest,
+) -> list[str]:  # one a member; empty where nothing tells
+    "Whose labels each member learned."
+    here = set(manifest.conventions.values())
+    only = here.pop() if len(here) == 1 else ""
+    def learned(d):
+        try: return run_convention(d, manifest.conventions) or only
+        except FerError: return only
+    return [learned(d) for d in dirs]
+
+
+def most_common(values) -> str:
+    "The most frequent value that is not empty, the first of equals; empty where there is none."
+    return next(iter(Counter(v for v in values if v).most_common(1)), ("", 0))[0]
+
+
 def training_view(
     dirs,  # members' run folders
-) -> tuple[str, str | None]:  # view and source
+) -> tuple[str, str | None, str | None]:  # view, source, convention
     "The view that most members were trained on, by their args.json."
     def view(d):
         try: p = RunArgs.load(d).parameters
         except FerError: return None
-        return p.get("train_view") or "hq_train", p.get("train_source") or None
+        return p.get("train_view") or "hq_train", p.get("train_source") or None, p.get("convention") or None
     votes = Counter(v for d in dirs if (v := view(d)))
-    return votes.most_common(1)[0][0] if votes else ("hq_train", None)
+    return votes.most_common(1)[0][0] if votes else ("hq_train", None, None)
+
+
+def taught_rows(
+    dirs,  # members' run folders
+    manifest: Manifest,
+) -> tuple[str, tuple[str, str | None, str | None]]:  # convention; view, source and convention of the rows
+    "Whose labels most members learned, and the rows that most of those were trained on."
+    whose = learned_by(dirs, manifest)
+    convention = most_common(whose)
+    return convention, training_view([d for d, c in zip(dirs, whose) if c == convention])
 
 
 
@@ -219,11 +251,11 @@ def _try(reasons: list[str], f: Callable, *args):
     except FerError as e: reasons.append(str(e))
 
 
-def _alignment(folder: Path, rows: dict[str, pd.DataFrame], index_id: str, reasons: list[str]) -> list[AlignmentReport]:
+def _alignment(folder: Path, rows: dict[str, pd.DataFrame], index_id: str, reasons: list[str], convention="") -> list[AlignmentReport]:
     "One alignment report a split; the notes that belong to one split say so."
-    reports = {}
+    reports, known = {}, conventions_in(*rows.values())
     for split, df in rows.items():
-        r = _try(reasons, check_alignment, folder, df["id"].to_numpy(str), df["sha256"].to_numpy(str), index_id, split)
+        r = _try(reasons, check_alignment, folder, df["id"].to_numpy(str), df["sha256"].to_numpy(str), index_id, split, convention, known)
         if r is not None: reports[split] = r
     common = set.intersection(*(set(r.notes) for r in reports.values())) if reports else set()
     reasons += sorted(common) + [f"{split}: {n}" for split, r in reports.items() for n in r.notes if n not in common]
@@ -237,10 +269,12 @@ def check_member(
     views=VIEWS,  # that it must have
     name: str = "",
     out=".",  # the ensemble's folder
+    convention: str = "",  # whose labels the others learned; empty: not compared
+    learned: str = "",  # whose labels it learned; empty: nothing tells
 ) -> MemberCheck:
     "What stands against one member."
     folder, reasons = Path(folder), []
-    reports = _alignment(folder/"softlabels", rows, dataset_index_id, reasons)
+    reports = _alignment(folder/"softlabels", rows, dataset_index_id, reasons, convention)
     soft = _try([], load_softlabels, folder/"softlabels") if reports else None
     args = _try(reasons, RunArgs.load, folder)
     if args is not None and "arch" not in args.parameters: reasons.append("args.json: parameters have no 'arch'")
@@ -249,12 +283,22 @@ def check_member(
         reasons.append(f"views {', '.join(soft.views)} are not {', '.join(views)}: export its softlabels again with the same views")
     uncalibrated = _calibration_reasons(folder, soft, dataset_index_id)
     reasons += uncalibrated
+    alien = convention_reason(convention, learned)
+    if alien: reasons = [alien]
     def every(key): return bool(reports) and all(getattr(r, key) for r in reports)
     return MemberCheck(
         name=name or folder.name, dir=relative(folder, out), class_order_match=every("class_order_match"),
         index_id_match=soft is not None and soft.dataset_index_id == dataset_index_id, sample_count_match=every("sample_count_match"),
         sample_content_match=every("sample_content_match"), views_match=soft is not None and soft.views == tuple(views),
-        calibrated=not uncalibrated, passed=not reasons, reasons=list(dict.fromkeys(reasons)))
+        calibrated=not uncalibrated, convention=learned or None, convention_match=not alien, passed=not reasons,
+        reasons=list(dict.fromkeys(reasons)))
+
+
+def convention_reason(convention: str, learned: str) -> str:
+    "Why a member does not speak for a convention; nothing where it does."
+    if not convention or learned == convention: return ""
+    if not learned: return f"nothing says whose labels it learned, and the others learned those of {convention}: train it again"
+    return f"it learned the labels of {learned}, and the others those of {convention}: an ensemble has members of one convention"
 
 
 def relative(folder, out) -> str:
@@ -274,18 +318,21 @@ def check_members(
     out=None,  # the ensemble's folder, where the verdict is written
     train_view: str | None = None,  # the members' own where None
     train_source: str | None = None,
+    train_convention: str | None = None,
 ) -> EnsembleGate:
     "Compare every member with the manifest and with the others; nothing raises, every mismatch is a reason."
     dirs = [Path(d) for d in dirs]
     if not dirs: raise UsageError("no members: give at least two run folders")
     if out is not None: unseal(out); unseal(Path(out)/"softlabels")
     manifest = open_manifest(manifest)
-    view, source = (train_view, train_source) if train_view else training_view(dirs)
-    rows, views = manifest.splits(view, source), common_views(dirs)
-    checks = [check_member(d, rows, manifest.dataset_index_id, views, n, out or ".") for d, n in zip(dirs, member_names(dirs))]
+    convention, own = taught_rows(dirs, manifest)
+    taught = (train_view, train_source, train_convention) if train_view else own
+    rows, views, whose = manifest.splits(*taught), common_views(dirs), learned_by(dirs, manifest)
+    checks = [check_member(d, rows, manifest.dataset_index_id, views, n, out or ".", convention, c)
+              for d, n, c in zip(dirs, member_names(dirs), whose)]
     gate = EnsembleGate(dataset_index_id=manifest.dataset_index_id, views=list(views), rows={k: len(v) for k, v in rows.items()},
-                        members=checks, passed=all(c.passed for c in checks),
-                        notes=[f"training rows: view {view}" + (f" of {source}" if source else "")])
+                        convention=convention or None, members=checks, passed=all(c.passed for c in checks),
+                        notes=[f"training rows: view {taught[0]}" + "".join(f" of {k}" for k in dict.fromkeys(taught[1:]) if k)])
     if out is not None: gate.save(out)
     return gate
 
@@ -428,6 +475,7 @@ def search_weights(
     least: float = 0.005,  # smallest weight that the refinement moves
     names=None,  # of the members
     ties: float = 0.0,  # standard errors of macro-F1 that count as a tie
+    groups=None,  # (N,) the picture of each row
 ) -> WeightSearch:
     "The weights of highest macro-F1 on the benchmark, ties by NLL: simplex grid, then local refinement."
     log_p, y, names = check_benchmark(member_log_probs, labels, names)
@@ -443,7 +491,7 @@ def search_weights(
     table = _tried(names, "grid", grid, f1, loss)
     if seen: table = pd.concat([table, _tried(names, "refine", *map(np.array, zip(*seen)))], ignore_index=True)
     if ties and m > 1:
-        cap = at[0] - ties*macro_f1_error(fuse(log_p, weights, space), y)
+        cap = at[0] - ties*macro_f1_error(fuse(log_p, weights, space), y, groups=groups)
         i, chosen = best_of(np.minimum(table["macro_f1"], cap), table["nll"].to_numpy()), []
         weights = table[[f"w_{n}" for n in names]].to_numpy()[i]
         def even(w, s): return (t := move(w, s))[0], np.minimum(t[1], cap), t[2]
@@ -453,9 +501,10 @@ def search_weights(
     return WeightSearch(table, names, weights, *at, dict(zip(names, alone_f1.tolist())), names[best_of(alone_f1, alone_nll)], len(y), space)
 
 
-def macro_f1_error(logits, labels, resamples: int = 200, seed: int = 1337) -> float:
-    "Standard error of macro-F1, by the bootstrap over rows."
-    return float(np.std(np.concatenate([macro_f1(logits, labels, weights=w) for w in weight_chunks(len(labels), resamples, seed)]), ddof=1))
+def macro_f1_error(logits, labels, resamples: int = 200, seed: int = 1337, groups=None) -> float:
+    "Standard error of macro-F1, by the bootstrap over pictures."
+    drawn = [macro_f1(logits, labels, weights=w) for w in weight_chunks(len(labels), resamples, seed, groups=groups)]
+    return float(np.std(np.concatenate(drawn), ddof=1))
 
 
 def _tried(names, phase: str, weights, f1, loss) -> pd.DataFrame:
@@ -522,11 +571,12 @@ def search_class_weights(
     resamples: int = 1000,  # of the bootstrap of the gain
     seed: int = 1337,  # of the folds
     names=None,
+    groups=None,  # (N,) the picture of each row
 ) -> ClassWeightSearch:
     "A 7-vector a member, accepted only where it beats scalar weights on rows that it was not fitted on."
     log_p, y, names = check_benchmark(member_log_probs, labels, names)
     check_folds(y, folds)
-    start, fold = np.asarray(start, dtype=np.float64), stratified_folds(y, folds, seed)
+    start, fold = np.asarray(start, dtype=np.float64), stratified_folds(y, folds, seed, groups)
     scalar, vector = np.empty_like(log_p[0]), np.empty_like(log_p[0])
     for f in range(folds):
         mine, rest = fold == f, fold != f
@@ -534,7 +584,7 @@ def search_class_weights(
         scalar[mine] = fuse(log_p[:, mine], w, space)
         vector[mine] = fuse(log_p[:, mine], climb_classes(log_p[:, rest], y[rest], w, space), space)
     fitted = climb_classes(log_p, y, start, space)
-    gain = paired_interval(macro_f1, scalar, vector, y, resamples=resamples, seed=seed)
+    gain = paired_interval(macro_f1, scalar, vector, y, resamples=resamples, seed=seed, groups=groups)
     report = ClassWeightReport(
         accepted=gain.low > 0, folds=folds, cv_macro_f1_scalar=macro_f1(scalar, y), cv_macro_f1_class=macro_f1(vector, y), cv_gain=gain,
         macro_f1_scalar=macro_f1(fuse(log_p, start, space), y), macro_f1_class=macro_f1(fuse(log_p, fitted, space), y))
@@ -644,11 +694,12 @@ def chosen_members(dirs, preset: str | None) -> tuple[list[Path], np.ndarray | N
     return [dirs[i] for i in rows], weights
 
 # %% ../nbs/04_ensembles.ipynb #04-054
-def _benchmark(manifest, rows, view: str, found: WeightSearch, weights, log_p, y, space: str) -> Benchmark:
+def _benchmark(manifest, rows, view: str, found: WeightSearch, weights, log_p, y, space: str, convention=None) -> Benchmark:
     "What the benchmark was, and what it said of the chosen weights."
     f1, loss = score_weights(log_p, y, [weights], space)
     return Benchmark(view=view, sources=sorted(set(rows["source"])), n=len(rows), report_view=REPORT_VIEW,
-                     ids_sha256=sha256_bytes("\n".join(rows["id"]).encode()), report_n=len(manifest.view(REPORT_VIEW)),
+                     ids_sha256=sha256_bytes("\n".join(rows["id"]).encode()),
+                     report_n=len(manifest.view(REPORT_VIEW, convention=convention)),
                      macro_f1=float(f1[0]), nll=float(loss[0]),
                      member_macro_f1=found.member_macro_f1, best_member=found.best_member)
 
@@ -662,13 +713,17 @@ def _config_members(members: list[Member], weights: np.ndarray, out: Path) -> li
             for i, m in enumerate(members)]
 
 
-def gated_members(dirs, manifest: Manifest, out) -> tuple[list[Member], str, str | None]:
-    "Members that passed the gate, and the view they were trained on."
-    view, source = training_view(dirs)
-    require_members(check_members(dirs, manifest, out, view, source))
+def gated_members(dirs, manifest: Manifest, out) -> list[Member]:
+    "Members that passed the gate."
+    require_members(check_members(dirs, manifest, out))
     members = [load_member(d) for d in dirs]
     for m, name in zip(members, member_names(dirs)): m.name = name
-    return members, view, source
+    return members
+
+
+def convention_here(convention: str | None, manifest: Manifest) -> str:
+    "A convention whose rows the manifest has; empty where it is not one of those: then every row judges."
+    return convention if convention in manifest.conventions.values() else ""
 
 # %% ../nbs/04_ensembles.ipynb #04-055
 def search_ensemble(
@@ -693,23 +748,24 @@ def search_ensemble(
     dirs, fixed = chosen_members(member_dirs, preset)
     out, manifest = check_out(out, member_dirs), open_manifest(manifest_dir)
     unseal(out/"softlabels"); start_over(out, (*EVALUATED, *EXPORTED, *SEARCHED))
-    view, source = training_view(dirs)
-    rows = benchmark_rows(manifest, benchmark, label_sources(manifest.view(view, source=source)))
-    members, view, source = gated_members(dirs, manifest, out)
+    convention, (view, source, named) = taught_rows(dirs, manifest)
+    rows = benchmark_rows(manifest, benchmark, label_sources(manifest.view(view, source=source, convention=named)))
+    members = gated_members(dirs, manifest, out)
     p, y = panel(members), labels_of(rows)
     at = p.rows(rows["id"])
-    log_p = p.log_probs()[:, at, 0]
-    found = search_weights(log_p, y, space, step, refine, names=p.names, ties=ties) if fixed is None else search_weights(
+    log_p, seen = p.log_probs()[:, at, 0], groups_of(rows)
+    found = search_weights(log_p, y, space, step, refine, names=p.names, ties=ties, groups=seen) if fixed is None else search_weights(
         log_p, y, space, step=1.0, refine=False, names=p.names)  # a preset only needs the members' own scores
     scalar = found.weights if fixed is None else fixed
-    tried = search_class_weights(log_p, y, scalar, space, folds, step, resamples, seed, p.names) if class_aware else None
+    tried = search_class_weights(log_p, y, scalar, space, folds, step, resamples, seed, p.names, seen) if class_aware else None
     vectors = tried is not None and tried.report.accepted
     weights = tried.weights if vectors else scalar
     fused = fused_softlabels(p, weights, space, 1.0).logits[at, 0]
     config = EnsembleConfig(
         name=name or out.name, members=_config_members(members, weights, out), space=space, class_aware=vectors,
         temperature=select_temperature(fused, y).temperature, preset=preset or None, class_weights=tried.report if tried else None,
-        benchmark=_benchmark(manifest, rows, benchmark, found, weights, log_p, y, space), train_view=view, train_source=source,
+        benchmark=_benchmark(manifest, rows, benchmark, found, weights, log_p, y, space, convention_here(convention, manifest) or None),
+        train_view=view, train_source=source, train_convention=named, convention=convention or None,
         dataset_index_id=manifest.dataset_index_id, views=list(p.views), n=len(p.ids), seed=seed, ties=ties if fixed is None else None)
     if fixed is None: write_csv(out/"ensemble_search.csv", found.table)
     config.save(out)
@@ -731,14 +787,19 @@ class Exported(Result):
                 f"split targets of {len(self.config.members)} members: {', '.join(m.name for m in self.config.members)}"]
 
 
+def rows_of(config: EnsembleConfig) -> tuple[str, str | None, str | None]:
+    "View, source and convention of the rows that the members were trained on."
+    return config.train_view, config.train_source, config.train_convention
+
+
 def check_export(folder, manifest: Manifest, config: EnsembleConfig) -> AlignmentReport:
     "Compare exported softlabels with the manifest, every split; one report of all."
-    rows = manifest.splits(config.train_view, config.train_source)
+    rows = manifest.splits(*rows_of(config))
     notes: list[str] = []
-    reports = _alignment(Path(folder)/"softlabels", rows, manifest.dataset_index_id, notes)
+    reports = _alignment(Path(folder)/"softlabels", rows, manifest.dataset_index_id, notes, config.convention or "")
     if not reports: raise GateError(f"{folder}: its softlabels cannot be compared: {'; '.join(notes)}")
     def every(key): return all(getattr(r, key) for r in reports)
-    keys = ("class_order_match", "sample_count_match", "sample_content_match", "hash_manifest_match")
+    keys = ("class_order_match", "convention_match", "sample_count_match", "sample_content_match", "hash_manifest_match")
     found = {k: every(k) for k in keys} | {"teacher_dir": Path(folder).name, "passed": not notes, "notes": notes}
     return reports[0].model_copy(update=found)
 
@@ -751,11 +812,11 @@ def export_ensemble(
     folder, manifest = Path(folder), open_manifest(manifest_dir)
     config = EnsembleConfig.load(folder)
     unseal(folder/"softlabels"); start_over(folder, (*EVALUATED, *EXPORTED))
-    require_members(check_members([folder/m.dir for m in config.members], manifest, folder, config.train_view, config.train_source))
+    require_members(check_members([folder/m.dir for m in config.members], manifest, folder, *rows_of(config)))
     p = panel(open_members(folder, config))
     fused = fused_softlabels(p, config_weights(config), config.space, config.temperature)
     write_npz(folder/"split_targets.npz", **{k: np.array(v) for k, v in vars(p).items()}, weights=[m.weights for m in config.members])
-    save_softlabels(folder/"softlabels", fused)
+    save_softlabels(folder/"softlabels", replace(fused, convention=config.convention or ""))
     report = check_export(folder, manifest, config)
     report.save(folder/"softlabels"); report.save(folder)
     require_alignment(report)
@@ -781,24 +842,51 @@ def split_targets(
 def model_metrics(name: str, logits, rows: pd.DataFrame, temperature: float, resamples: int, seed: int) -> ModelMetrics:
     "One model on the report's rows, whole and by source."
     z, y, sources = np.asarray(logits, dtype=np.float64), labels_of(rows), rows["source"].to_numpy()
-    record = evaluate(z, y, temperature, resamples=resamples, seed=seed)
+    record = evaluate(z, y, temperature, resamples=resamples, seed=seed, groups=groups_of(rows))
     kept = {"accuracy": accuracy, "macro_f1": macro_f1, "nll": nll, "brier": brier, "ece": ece}
     def by_source(at): return {"n": int(at.sum()), **{k: f(z[at], y[at], temperature) for k, f in kept.items()}}
     return ModelMetrics(
-        name=name, n=len(y), temperature=temperature, **{k: record[k] for k in kept}, null_ece=record["null_ece"],
-        null_ece_p95=record["null_ece_p95"], raw={k: METRICS[k](z, y) for k in ("nll", "brier", "ece")},
+        name=name, n=len(y), pictures=record["pictures"], temperature=temperature, **{k: record[k] for k in kept},
+        null_ece=record["null_ece"], null_ece_p95=record["null_ece_p95"], raw={k: METRICS[k](z, y) for k in ("nll", "brier", "ece")},
         per_class_f1=per_class(z, y)["f1"].to_dict(), by_source={s: by_source(sources == s) for s in sorted(set(sources))})
 
 
-def gains(ensemble, members: dict, labels, benchmark: Benchmark, metrics: list[ModelMetrics], resamples: int, seed: int) -> list[Gain]:
+def gains(
+    ensemble,  # (N, 7)
+    members: dict,  # name -> (N, 7)
+    labels,  # (N,)
+    benchmark: Benchmark,
+    resamples: int,
+    seed: int,
+    groups=None,  # (N,) the picture of each row
+    **whose,  # source and convention of these rows
+) -> list[Gain]:
     "Paired gains over the benchmark's best member, and over the best one on these rows."
-    out = []
+    out, pictures = [], None if groups is None else int(group_codes(groups, len(labels)).max() + 1)
     for key, metric in (("accuracy", accuracy), ("macro_f1", macro_f1)):
-        here = max(metrics, key=lambda m: getattr(m, key).value).name
+        here = max(members, key=lambda name, f=metric: f(members[name], labels))
         for over, rows in ((benchmark.best_member, benchmark.view), (here, benchmark.report_view)):
-            gain = paired_interval(metric, members[over], ensemble, labels, resamples=resamples, seed=seed)
-            out.append(Gain(metric=key, over=over, chosen_on=rows, gain=gain))
+            gain = paired_interval(metric, members[over], ensemble, labels, resamples=resamples, seed=seed, groups=groups)
+            out.append(Gain(metric=key, over=over, chosen_on=rows, n=len(labels), pictures=pictures, gain=gain, **whose))
     return out
+
+
+def gains_by_source(
+    ensemble,  # (N, 7)
+    members: dict,  # name -> (N, 7)
+    rows: pd.DataFrame,  # (N) test rows of all sources
+    judge: str,  # the convention that the members learned; empty: every row judges
+    benchmark: Benchmark,
+    resamples: int,
+    seed: int,
+) -> list[Gain]:
+    "Gains on the rows that judge, then on those of each source, whatever convention its labels follow."
+    sources, y, seen = rows["source"].to_numpy(str), labels_of(rows), groups_of(rows)
+    whose = rows["convention"].to_numpy(str) if "convention" in rows else np.full(len(rows), "")
+    parts = {"all": own_rows(rows, judge)} | ({s: sources == s for s in sorted(set(sources))} if len(set(sources)) > 1 else {})
+    def told(s, at): return {"source": s, "convention": (judge if s == "all" else whose[at][0]) or None}
+    return [g for s, at in parts.items() for g in gains(ensemble[at], {k: z[at] for k, z in members.items()}, y[at], benchmark,
+                                                        resamples, seed, seen[at], **told(s, at))]
 
 
 def error_correlation(
@@ -811,6 +899,25 @@ def error_correlation(
     size = np.sqrt((off**2).sum(1))
     with np.errstate(invalid="ignore", divide="ignore"): phi = off @ off.T/np.outer(size, size)
     return np.where(np.eye(len(phi), dtype=bool), 1.0, np.nan_to_num(phi))
+
+# %% ../nbs/04_ensembles.ipynb #04-451
+def ensemble_metrics(
+    config: EnsembleConfig,
+    fused,  # (N, 7) of the ensemble
+    members: dict,  # name -> (N, 7), as the member gave them
+    rows: pd.DataFrame,  # (N) test rows of all sources
+    judge: str,  # the convention that the members learned; empty: every row judges
+    resamples: int,
+) -> EnsembleMetrics:
+    "An ensemble and its members on the rows that judge them, and the gains on those of every source."
+    own, seed = own_rows(rows, judge), config.seed
+    test, how = rows[own].reset_index(drop=True), dict(resamples=resamples, seed=seed)
+    each = [model_metrics(m.name, members[m.name][own], test, m.temperature, **how) for m in config.members]
+    errors = error_correlation([z[own] for z in members.values()], labels_of(test))
+    return EnsembleMetrics(
+        name=config.name, dataset_index_id=config.dataset_index_id, report_view=REPORT_VIEW, convention=judge or None, n=len(test),
+        benchmark=config.benchmark, ensemble=model_metrics(config.name, fused[own], test, config.temperature, **how), members=each,
+        gains=gains_by_source(fused, members, rows, judge, config.benchmark, **how), error_correlation=errors.tolist(), **how)
 
 # %% ../nbs/04_ensembles.ipynb #04-062
 def evaluate_ensemble(
@@ -825,23 +932,19 @@ def evaluate_ensemble(
     members, soft = open_members(folder, config), load_softlabels(folder/"softlabels")
     require_replay(config, members, soft)
     require_alignment(check_export(folder, manifest, config))
-    rows, sources = manifest.splits(config.train_view, config.train_source), config.benchmark.sources
+    rows, sources = manifest.splits(*rows_of(config)), config.benchmark.sources
     benchmark_rows(manifest, config.benchmark.view, sources)
     val, test = rows["val"], rows["test"]
-    y, seed, identity = labels_of(test), config.seed, soft.logits[:, 0]
+    judge = convention_here(config.convention or run_convention(folder, manifest.conventions), manifest)
+    seed, identity = config.seed, soft.logits[:, 0]
     calibration, _ = report_run(folder, identity[soft.rows(val["id"])], val, identity[soft.rows(test["id"])], test, sources=sources,
-                                model_name=config.name, dataset_index_id=manifest.dataset_index_id, resamples=resamples, seed=seed)
+                                convention=judge, model_name=config.name, dataset_index_id=manifest.dataset_index_id,
+                                resamples=resamples, seed=seed)
     if not np.isclose(calibration.selected_temperature, soft.temperature, rtol=1e-5):
         raise GateError(f"{folder}: the benchmark now gives T = {calibration.selected_temperature:g}, "
                         f"the export has {soft.temperature:g}: search again")
     z = {m.name: m.softlabels.logits[m.softlabels.rows(test["id"]), 0] for m in members}
-    fused = identity[soft.rows(test["id"])]
-    each = [model_metrics(m.name, z[m.name], test, m.temperature, resamples, seed) for m in members]
-    metrics = EnsembleMetrics(
-        name=config.name, dataset_index_id=manifest.dataset_index_id, report_view=REPORT_VIEW, n=len(test), benchmark=config.benchmark,
-        ensemble=model_metrics(config.name, fused, test, soft.temperature, resamples, seed), members=each,
-        gains=gains(fused, z, y, config.benchmark, each, resamples, seed),
-        error_correlation=error_correlation(list(z.values()), y).tolist(), resamples=resamples, seed=seed)
+    metrics = ensemble_metrics(config, identity[soft.rows(test["id"])], z, test, judge, resamples)
     metrics.save(folder)
     seal(folder)
     return metrics
@@ -865,9 +968,11 @@ def seal(folder):
 # %% ../nbs/04_ensembles.ipynb #04-064
 def gate_lines(self: EnsembleGate) -> list:
     "A gate for people."
-    keys = ("class_order_match", "index_id_match", "sample_count_match", "sample_content_match", "views_match", "calibrated")
-    head = ("member", *(k.removesuffix("_match").replace("_", " ") for k in keys), "verdict")
-    rows = [(c.name, *("yes" if getattr(c, k) else "no" for k in keys), "pass" if c.passed else "refused") for c in self.members]
+    keys = ("class_order_match", "index_id_match", "sample_count_match", "sample_content_match", "views_match", "convention_match",
+            "calibrated")
+    head = ("member", "labels by", *(k.removesuffix("_match").replace("_", " ") for k in keys), "verdict")
+    def verdict(c): return *("yes" if getattr(c, k) else "no" for k in keys), "pass" if c.passed else "refused"
+    rows = [(c.name, c.convention or "–", *verdict(c)) for c in self.members]
     total = ", ".join(f"{n:,} {s}" for s, n in self.rows.items())
     return [f"ensemble gate {'passes' if self.passed else 'is shut'}: {self.dataset_index_id}, {total} rows, views {', '.join(self.views)}",
             (head, rows), *(f"{c.name}: {r}" for c in self.members for r in c.reasons)]
@@ -879,7 +984,9 @@ def config_lines(self: EnsembleConfig) -> list:
     how = f"preset {self.preset}" if self.preset else f"weights searched on {b.view}"
     def weight(m): return f"{m.weights[0]:.3f}" if not self.class_aware else " ".join(f"{w:.2f}" for w in m.weights)
     rows = [(m.name, m.arch, m.seed, weight(m), f"{m.temperature:.3f}", f"{b.member_macro_f1[m.name]:.4f}") for m in self.members]
-    out = [f"{self.name}: {how}, {self.space} space, T = {self.temperature:.3f}; macro-F1 {b.macro_f1:.4f} on {b.n:,} benchmark rows "
+    whose = f"labels of {self.convention}, " if self.convention else ""
+    out = [f"{self.name}: {how}, {whose}{self.space} space, T = {self.temperature:.3f}; "
+           f"macro-F1 {b.macro_f1:.4f} on {b.n:,} benchmark rows "
            f"(best member {b.best_member} {b.member_macro_f1[b.best_member]:.4f})",
            (("member", "arch", "seed", "weight", "T", f"macro-F1 on {b.view}"), rows)]
     if c:
@@ -893,14 +1000,74 @@ def metrics_lines(self: EnsembleMetrics) -> list:
     models = [*self.members, self.ensemble]
     def raw(m, k): return f"{m.raw[k]:.4f} → {getattr(m, k).value:.4f}"
     rows = [(m.name, m.accuracy.show(), m.macro_f1.show(), *(raw(m, k) for k in ("nll", "brier", "ece"))) for m in models]
-    told = [(g.metric.replace("_", "-").replace("f1", "F1"), g.over, g.chosen_on, g.gain.show(signed=True)) for g in self.gains]
-    return [f"{self.name} on {self.report_view}, n = {self.n:,}, {self.dataset_index_id}; 95% intervals from {self.resamples:,} resamples",
+    def part(g): return g.source if g.convention in (None, g.source) else f"{g.source}, labels of {g.convention}"
+    def metric(g): return g.metric.replace("_", "-").replace("f1", "F1")
+    def row(g): return part(g), g.n, g.pictures, metric(g), g.over, g.chosen_on, g.gain.show(signed=True)
+    told = [tuple("–" if x is None else x for x in row(g)) for g in self.gains]  # older files have no n by source
+    judge = f" by the labels of {self.convention}" if self.convention else ""
+    return [f"{self.name} on {self.report_view}{judge}, n = {self.n:,}, {self.dataset_index_id}; "
+            f"95% intervals from {self.resamples:,} resamples",
             (("model", "accuracy", "macro-F1", "NLL, raw → scaled", "Brier", "ECE"), rows),
-            (("gain in", "over member", "best on", "paired gain"), told)]
+            (("on rows of", "n", "pictures", "gain in", "over member", "best on", "paired gain"), told)]
 
 
 for _model, _lines in ((EnsembleGate, gate_lines), (EnsembleConfig, config_lines), (EnsembleMetrics, metrics_lines)):
     _model.lines, _model.__str__, _model.__repr__, _model._repr_markdown_ = _lines, Result.__str__, Result.__str__, Result._repr_markdown_
+
+# %% ../nbs/04_ensembles.ipynb #04-453
+def member_logits(
+    folder: Path,  # the ensemble's
+    config: EnsembleConfig,
+    ids,  # (N,) of test rows
+) -> dict[str, np.ndarray]:  # member -> (N, 7) float64
+    "The members' test logits from their own folders, whose seals must hold."
+    out = {}
+    for m in config.members:
+        run = folder/m.dir
+        if not (run/"evaluation.npz").is_file(): raise GateError(f"member {m.name} ({run.name}) is not there: its test logits are needed")
+        check_run_seal(run)
+        z = read_npz(run/"evaluation.npz", ["test_ids", "test_logits"])
+        at = pd.Index(z["test_ids"]).get_indexer(ids)
+        if (at < 0).any(): raise GateError(f"member {m.name} ({run.name}) has no answer for '{np.asarray(ids)[at < 0][0]}'")
+        out[m.name] = z["test_logits"][at].astype(np.float64)
+    return out
+
+
+def recount_ensemble(
+    folder,  # a finished ensemble, counted again by `recount_run`, or its small copy
+    manifest: Manifest,
+) -> EnsembleMetrics:
+    "Measure an ensemble and its members again, with gains by source and intervals by picture."
+    folder = Path(folder)
+    small, config, z = check_run_seal(folder), EnsembleConfig.load(folder), read_npz(folder/"evaluation.npz", ["test_ids", "test_labels"])
+    rows = rows_by_id(manifest.df, z["test_ids"], z["test_labels"])
+    judge = convention_here(config.convention or run_convention(folder, manifest.conventions), manifest)
+    logits, old = member_logits(folder, config, z["test_ids"]), EnsembleMetrics.load(folder)
+    metrics = ensemble_metrics(config, z["test_logits"].astype(np.float64), logits, rows, judge, old.resamples)
+    note = f"{datetime.now(UTC):%Y-%m-%d}: by convention and picture" + ", from logits in half precision"*small
+    metrics.model_copy(update={"recomputed": note}).save(folder)
+    reseal(folder, [EnsembleMetrics.filename])
+    return metrics
+
+
+def recount(
+    folder,  # of runs and ensembles, or their small copies
+    manifest_dir,  # their manifest
+) -> pd.DataFrame:  # folder, what was done
+    "Count everything below a folder again; what lacks ids or is of another dataset stays as it is."
+    root, manifest, said = Path(folder), open_manifest(manifest_dir), []
+    for path in sorted(root.rglob("selective.json")):
+        run = path.parent
+        if not (run/"evaluation.npz").is_file() or "test_ids" not in read_npz(run/"evaluation.npz"): why = "left: its rows have no ids"
+        elif Calibration.load(run).dataset_index_id != manifest.dataset_index_id: why = "left: another dataset"
+        else: why = f"written again: {', '.join(recount_run(run, manifest.df))}"
+        said.append((run.relative_to(root).as_posix(), why))
+    for path in sorted(root.rglob("ensemble_config.json")):
+        if EnsembleConfig.load(path.parent).dataset_index_id != manifest.dataset_index_id: continue
+        recount_ensemble(path.parent, manifest)
+        said.append((path.parent.relative_to(root).as_posix(), f"written again: {EnsembleMetrics.filename}"))
+    if not said: raise UsageError(f"'{folder}' holds no finished run: give a folder of runs, such as runs/mine")
+    return pd.DataFrame(said, columns=["folder", "done"])
 
 # %% ../nbs/04_ensembles.ipynb #04-067
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")  # Okabe and Ito
@@ -910,6 +1077,9 @@ MARKS = "osv^<>DX"
 def _figure(width: float = 6.4, height: float = 3.0):
     "A small figure with one set of axes."
     return plt.subplots(figsize=(width, height), dpi=90, layout="constrained")
+
+
+def _judged(metrics: EnsembleMetrics) -> str: return f", labels of {metrics.convention}" if metrics.convention else ""
 
 
 def draw_models(ax, metrics: EnsembleMetrics, values, labels: list[str]):
@@ -929,7 +1099,7 @@ def class_f1_plot(metrics: EnsembleMetrics):
     "F1 of each class, members and ensemble, on the report's rows."
     fig, ax = _figure()
     draw_models(ax, metrics, lambda m: [m.per_class_f1[c] for c in CLASSES], list(CLASSES))
-    ax.set(ylabel="F1", title=f"F1 by class, {metrics.report_view}, n = {metrics.n:,}")
+    ax.set(ylabel="F1", title=f"F1 by class{_judged(metrics)}, {metrics.report_view}, n = {metrics.n:,}")
     plt.close(fig)
     return fig
 
@@ -940,7 +1110,7 @@ def source_plot(metrics: EnsembleMetrics):
     labels = [f"{s}\nn = {metrics.ensemble.by_source[s]['n']:,.0f}" for s in sources]
     fig, ax = _figure(max(4.2, 1.6*len(sources) + 2))
     draw_models(ax, metrics, lambda m: [m.by_source[s]["macro_f1"] for s in sources], labels)
-    ax.set(ylabel="macro-F1", title=f"Macro-F1 by source, {metrics.report_view}, n = {metrics.n:,}")
+    ax.set(ylabel="macro-F1", title=f"Macro-F1 by source{_judged(metrics)}, {metrics.report_view}, n = {metrics.n:,}")
     plt.close(fig)
     return fig
 

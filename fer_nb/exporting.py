@@ -9,7 +9,7 @@ __all__ = ['OPSET', 'PRECISIONS', 'LOGIT_LIMIT', 'OUTPUTS', 'LIMITS', 'COLOURS',
            'parity_plot', 'file_precision', 'open_variants', 'interleaved', 'measure_latency', 'latency_plot',
            'plain_export', 'in_colour', 'packed_faces', 'ExportResult', 'export_checkpoint', 'answers',
            'compare_accuracy', 'show_change', 'BenchResult', 'bench', 'class_f1_intervals', 'told_training',
-           'weights_of', 'told_latency', 'model_card', 'ship']
+           'weights_of', 'told_latency', 'judged_sources', 'own_answers', 'told_others', 'model_card', 'ship']
 
 # %% ../nbs/09_onnx_latency.ipynb #09-003
 import copy
@@ -19,6 +19,7 @@ import time
 import warnings
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -39,18 +40,18 @@ from tqdm.auto import tqdm
 # %% ../nbs/09_onnx_latency.ipynb #09-005
 from fer_nb.artifacts import (
     CLASSES, ArtifactError, EnsembleConfig, ExportedFile, ExportReport, GateError, Interval, OnnxParity, ParityCheck, ReliabilityMetrics,
-    RunArgs, UsageError, VariantParity, atomic_path, sha256_file, write_bytes, write_csv, write_text,
+    RunArgs, UsageError, VariantParity, atomic_path, convention_of, read_npz, sha256_file, write_bytes, write_csv, write_text,
 )
-from .calibration import BLUE, GREEN, GREY, ORANGE, accuracy, labels_of, macro_f1, paired_interval
+from .calibration import BLUE, GREEN, GREY, ORANGE, accuracy, confusion, groups_of, kept_groups, labels_of, macro_f1, paired_interval, prf
 from fer_nb.deploy import (
     SHIPPED, ModelFacts, Predictor, check_prepared, checkpoint_facts, open_onnx, open_session, prepared, probabilities, read_facts,
 )
 from .geometry import Geometry, check_geometry, normalise
 from .images import LazyFaces, PackedFaces, load_cache
-from .integrity import package_versions
+from .integrity import own_test_rows, package_versions, run_convention
 from .manifests import Result, load_manifest, usable_cores
 from .students import load_model, make_student
-from .summary import folder_of
+from .summary import folder_of, resampled_scores
 from .synthetic import render_faces
 
 # %% ../nbs/09_onnx_latency.ipynb #09-008
@@ -238,7 +239,8 @@ def export_model(
 def _report(facts: ModelFacts, files: dict, check: ParityCheck) -> ExportReport:
     size, packages = facts.geometry.size, ("torch", "onnx", "onnxscript", "onnxruntime", "onnxconverter-common")
     return ExportReport(
-        model_name=facts.model_name, checkpoint_hash=facts.checkpoint_sha256, dataset_index_id=facts.dataset_index_id, opset=OPSET,
+        model_name=facts.model_name, checkpoint_hash=facts.checkpoint_sha256, dataset_index_id=facts.dataset_index_id,
+        convention=facts.convention or None, opset=OPSET,
         precision=list(files), input_shape=["batch", 3, size, size], temperature=facts.temperature, geometry=facts.geometry.to_dict(),
         files=files, parity_check=check, versions=package_versions(packages), date=datetime.now(UTC).isoformat(timespec="seconds"))
 
@@ -262,6 +264,7 @@ def compare_logits(
     labels: np.ndarray | None = None,  # (N,)
     resamples: int = 1000,
     seed: int = 1337,
+    groups: np.ndarray | None = None,  # (N,) the picture of each row
 ) -> dict:  # the fields of a VariantParity, but for the file's
     "How far two models' answers are apart, and whether that is near enough."
     dz, dp = np.abs(got - truth), np.abs(probabilities(got, temperature) - probabilities(truth, temperature))
@@ -269,7 +272,7 @@ def compare_logits(
     found = {"max_logit_diff": float(dz.max()), "max_prob_diff": float(dp.max()), "argmax_disagreement": 1 - agree}
     f1 = {}
     if labels is not None:
-        change = paired_interval(macro_f1, truth, got, labels, resamples=resamples, seed=seed)
+        change = paired_interval(macro_f1, truth, got, labels, resamples=resamples, seed=seed, groups=groups)
         points = in_points(change)
         f1 = dict(macro_f1=macro_f1(got, labels), macro_f1_change=points)
         found |= {"macro_f1_change": abs(points.value), "macro_f1_loss": -points.value}
@@ -288,6 +291,7 @@ def check_parity(
     what: str = "",  # the faces, in words
     resamples: int = 1000,
     seed: int = 1337,
+    groups: np.ndarray | None = None,  # (N,) the picture of each face
 ) -> OnnxParity:
     "Compare every exported file with its checkpoint on the same faces; writes onnx_parity.json."
     model_dir, (model, facts) = Path(model_dir), open_run(checkpoint)
@@ -299,7 +303,7 @@ def check_parity(
             raise ArtifactError(path, f"was exported from another checkpoint than {checkpoint}: export it again",
                                 key="fer_nb.checkpoint_sha256", expected=facts.checkpoint_sha256[:12] + "…",
                                 got=file.checkpoint_sha256[:12] + "…")
-        found = compare_logits(p, truth, file.logits(faces), facts.temperature, labels, resamples, seed)
+        found = compare_logits(p, truth, file.logits(faces), facts.temperature, labels, resamples, seed, groups)
         variants[p] = VariantParity(file=path.name, sha256=sha256_file(path), **found)
     if not variants: raise ArtifactError(model_dir, "holds no exported model", expected=model_file("fp32"))
     parity = OnnxParity(
@@ -467,12 +471,13 @@ def packed_faces(
     geometry: Geometry,  # the model's
     n: int = 0,  # drawn at random; 0: all
     seed: int = 1337,
+    convention: str = "",  # only rows with these labels; empty, or another than the manifest's: all
 ) -> tuple[np.ndarray, np.ndarray]:  # uint8 (N, S, S, 3), (N,) labels
     "Prepared faces of a view, three channels each."
     manifest = load_manifest(manifest_dir, valid=True)
     cache = load_cache(cache_dir, manifest)
     check_geometry(geometry, cache.geometry, what=f"the cache {cache_dir}")
-    rows = PackedFaces(cache, manifest.view(view))
+    rows = PackedFaces(cache, manifest.view(view, convention=convention if convention in manifest.conventions.values() else None))
     at = np.arange(len(rows)) if not 0 < n < len(rows) else np.sort(np.random.default_rng(seed).choice(len(rows), n, replace=False))
     return in_colour(rows.gather(at)), rows.labels[at]
 
@@ -509,12 +514,13 @@ def export_checkpoint(
     "Export a run and compare the files with it; a `GateError` where fp32 or fp16 differ too much."
     if (manifest_dir is None) != (cache_dir is None): raise UsageError("a manifest and its cache go together: give both, or neither")
     path = Path(checkpoint)
-    geometry, out = open_run(path)[1].geometry, Path(out or (path if path.is_dir() else path.parent)/"onnx")
+    facts = open_run(path)[1]
+    geometry, out = facts.geometry, Path(out or (path if path.is_dir() else path.parent)/"onnx")
     if manifest_dir is None: train, test, labels, what = None, embedded_faces(geometry, seed=seed), None, "embedded"
     else:
-        train = packed_faces(manifest_dir, cache_dir, "hq_train", geometry, calibration, seed)[0]
-        test, labels = packed_faces(manifest_dir, cache_dir, view, geometry, faces, seed)
-        what = f"{load_manifest(manifest_dir).dataset_index_id}, {view}"
+        train = packed_faces(manifest_dir, cache_dir, "hq_train", geometry, calibration, seed, facts.convention)[0]
+        test, labels = packed_faces(manifest_dir, cache_dir, view, geometry, faces, seed, facts.convention)
+        what = f"{load_manifest(manifest_dir).dataset_index_id}, {view}{f', labels of {facts.convention}' if facts.convention else ''}"
     report = export_model(path, out, precisions, train)
     parity = check_parity(out, path, test, labels, what, seed=seed)
     require_parity(parity, out)
@@ -545,18 +551,24 @@ def compare_accuracy(
     resamples: int = 1000,
     seed: int = 1337,
     **kwargs,  # threads, progress of answers
-) -> pd.DataFrame:  # a row a source and model; `change` in points of macro-F1, with its paired 95% interval
-    "Accuracy and macro-F1 of models on the same rows, each in its own size."
-    rows = load_manifest(manifest_dir, valid=True).view(view)
+) -> pd.DataFrame:  # a row a convention, source and model; `change` in points of macro-F1, with its paired 95% interval
+    "Accuracy and macro-F1 of models, each in its own size, on the rows with the labels that it learned; on all where its file doesn't say."
+    rows, learned = load_manifest(manifest_dir, valid=True).view(view), {name: Predictor(path).convention for name, path in models.items()}
     said, labels, found = {name: answers(path, rows, **kwargs) for name, path in models.items()}, labels_of(rows), []
-    sources = {s: (rows["source"] == s).to_numpy() for s in dict.fromkeys(rows["source"])}
-    if len(sources) > 1: sources["all"] = np.ones(len(rows), bool)
-    for source, at in sources.items():
-        base = next(iter(said.values()))[at]
-        for name, p in said.items():
-            change = in_points(paired_interval(macro_f1, base, p[at], labels[at], resamples=resamples, seed=seed))
-            found.append(dict(source=source, n=int(at.sum()), model=name, accuracy=accuracy(p[at], labels[at]),
+    groups = groups_of(rows)
+    for convention, part in rows.groupby("convention"):
+        judged = {name: p for name, p in said.items() if learned[name] in ("", convention)}
+        sources = {s: (rows["source"] == s).to_numpy() for s in dict.fromkeys(part["source"])}
+        if len(sources) > 1: sources["all"] = (rows["convention"] == convention).to_numpy()
+        for (source, at), (name, p) in product(sources.items(), judged.items()):
+            base = next(iter(judged.values()))[at]
+            change = in_points(paired_interval(macro_f1, base, p[at], labels[at], resamples=resamples, seed=seed, groups=groups[at]))
+            found.append(dict(convention=convention, source=source, n=int(at.sum()), model=name, accuracy=accuracy(p[at], labels[at]),
                               macro_f1=macro_f1(p[at], labels[at]), change=change.value, change_low=change.low, change_high=change.high))
+    if not found:
+        here, theirs = (", ".join(sorted(set(c))) for c in (rows["convention"], learned.values()))
+        raise UsageError(f"{manifest_dir}: its {view} has the labels of {here}, and the models learned those of {theirs}: "
+                         "give a manifest with labels that they learned")
     return pd.DataFrame(found)
 
 
@@ -585,11 +597,11 @@ class BenchResult(Result):
     def _accuracy(self):
         "The second table, if test faces were given."
         if self.accuracy is None: return []
-        first, rows = self.accuracy["model"][0], []
-        for r in self.accuracy.itertuples():
-            change = "" if r.model == first else show_change(r)
-            rows.append((r.source, f"{r.n:,}", r.model, f"{r.accuracy:.4f}", f"{r.macro_f1:.4f}", change))
-        return [(("test rows", "n", "model", "accuracy", "macro-F1", "points of it over the first"), rows)]
+        first, rows = self.accuracy.groupby(["convention", "source"])["model"].transform("first"), []
+        for r, base in zip(self.accuracy.itertuples(), first):
+            change = "" if r.model == base else show_change(r)
+            rows.append((r.source, r.convention, f"{r.n:,}", r.model, f"{r.accuracy:.4f}", f"{r.macro_f1:.4f}", change))
+        return [(("test rows", "labels by", "n", "model", "accuracy", "macro-F1", "points of it over the first"), rows)]
 
 
 def bench(
@@ -621,7 +633,7 @@ A MobileNetV3-Large of {size} px that names the expression of one prepared face:
 ## Data and licences
 
 Trained on `{dataset}`: FER2013 (Kaggle, 2013; research use) and FERPlus's labels for the same pictures (Barsoum et al., ICMI 2016;
-MIT), without every training picture that also stands in a test split. {training}
+MIT), without every training picture that also stands in a test split. It learned the labels of **{convention}**. {training}
 
 This student's weights are under the project's licence, Apache-2.0; whether what was learned from these pictures may be used
 commercially where you live is not for us to say. No picture can be read back from this card, and none comes with the package.
@@ -629,11 +641,11 @@ commercially where you live is not for us to say. No picture can be read back fr
 ## How good it is
 
 Checkpoint `{checkpoint}`, temperature {temperature:.3f} fitted on validation rows; every number below is of test rows that chose
-nothing. Brackets: bootstrap 95% intervals.
+nothing and that carry the labels of {convention}, which the model learned. Brackets: 95% intervals, bootstrap over pictures.
 
 {sources}
 
-By class, both test sets together (n = {n:,}):
+{others}By class, by the labels of {convention} (n = {n:,}):
 
 {by_class}
 
@@ -655,7 +667,8 @@ research; with the stabiliser's "(unstable)" taken seriously, and with labels of
 
 ## Known limits
 
-- FER2013's labels are noisy, and FERPlus disagrees with them on a third of the pictures: the model learned FERPlus's view.
+- It learned the opinion of {convention}'s annotators. Other people call many such pictures something else: where you disagree with the
+  model, you may be disagreeing with them.
 - Disgust and Fear are rare in training and weakly recognised; see the table.
 - Small grey web pictures, mostly of frontal faces: expect less on profiles, in bad light, on children and old people, behind glasses
   and masks. No measure by age, sex or skin tone is given here, because the data carry none.
@@ -664,16 +677,15 @@ research; with the stabiliser's "(unstable)" taken seriously, and with labels of
 
 # %% ../nbs/09_onnx_latency.ipynb #09-048
 def class_f1_intervals(
-    confusion,  # (7, 7) counts, true rows
+    logits,  # (N, 7)
+    labels,  # (N,)
+    groups=None,  # (N,) the picture of each row
     resamples: int = 2000,
     seed: int = 1337,
 ) -> np.ndarray:  # (7, 2): 2.5% and 97.5%
-    "F1 by class under the row bootstrap, which for counts is a multinomial draw of the whole table."
-    c = np.asarray(confusion)
-    draws = np.random.default_rng(seed).multinomial(c.sum(), c.ravel()/c.sum(), resamples).reshape(-1, *c.shape)
-    hits, total = np.einsum("rkk->rk", draws), draws.sum(1) + draws.sum(2)
-    f1 = np.divide(2*hits, total, out=np.zeros(hits.shape), where=total > 0)
-    return np.percentile(f1, [2.5, 97.5], axis=0).T
+    "F1 by class under the bootstrap over pictures."
+    drawn = resampled_scores(labels, [np.asarray(logits).argmax(1)], resamples, seed, groups)[1][0]
+    return np.percentile(drawn[:, -len(CLASSES):], [2.5, 97.5], axis=0).T
 
 # %% ../nbs/09_onnx_latency.ipynb #09-051
 def told_training(
@@ -726,6 +738,30 @@ def told_latency(
     return told
 
 # %% ../nbs/09_onnx_latency.ipynb #09-052
+def judged_sources(run_dir, learned: str) -> tuple[pd.DataFrame, list[str]]:  # rows of metrics_by_source.csv; conventions left out
+    "A run's test sources with the labels that it learned, and the other conventions, which can't judge it."
+    table = pd.read_csv(Path(run_dir)/"metrics_by_source.csv")
+    whose = table["convention"] if "convention" in table else table["source"].map(convention_of)
+    own = whose.isin(learned.split("+"))
+    return table[own], sorted(set(whose[~own]))
+
+
+def own_answers(run_dir) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:  # (N, 7), (N,), (N,) or None
+    "Logits, labels and pictures of the test rows with the labels that a run learned."
+    z = read_npz(Path(run_dir)/"evaluation.npz", ["test_logits", "test_labels"])
+    own, groups = own_test_rows(run_dir, z), z.get("test_groups")
+    if groups is None and "test_ids" in z: groups = kept_groups(run_dir, z["test_ids"], ReliabilityMetrics.load(run_dir).dataset_index_id)
+    return z["test_logits"][own].astype(np.float64), z["test_labels"][own].astype(np.int64), None if groups is None else groups[own]
+
+
+def told_others(others: list[str], learned: str) -> str:
+    "Why there are no numbers by other conventions; nothing where there are none."
+    if not others: return ""
+    return (f"No numbers by the labels of {' and '.join(others)} stand here: these call many of the same pictures something else, so\n"
+            f"they would say how far they agree with {learned}'s, and not how good this model is. The audit of the data has that\n"
+            "agreement (`leakage_report.json`: `perfect_scores`).\n\n")
+
+
 def model_card(
     run_dir,  # the student's run
     export_dir,  # its export, with parity and latencies
@@ -733,18 +769,22 @@ def model_card(
 ) -> str:
     "The card of an exported student, from its artifacts."
     run, out = Path(run_dir), Path(export_dir)
-    m, parity, table = ReliabilityMetrics.load(run), OnnxParity.load(out), pd.read_csv(run/"metrics_by_source.csv")
+    m, parity, learned = ReliabilityMetrics.load(run), OnnxParity.load(out), run_convention(run)
+    own, others = judged_sources(run, learned)
+    logits, labels, groups = own_answers(run)
+    counts = confusion(logits, labels)
     def told(row, key): return f"{row[key]:.3f} [{row[f'{key}_low']:.3f}, {row[f'{key}_high']:.3f}]"
-    sources = tabulate([(r["source"], f"{r['n']:,}", *(told(r, k) for k in ("accuracy", "macro_f1", "ece"))) for _, r in table.iterrows()],
+    sources = tabulate([(r["source"], f"{r['n']:,}", *(told(r, k) for k in ("accuracy", "macro_f1", "ece"))) for _, r in own.iterrows()],
                        ("test rows of", "n", "accuracy", "macro-F1", "ECE"), "pipe")
-    by_class = tabulate([(c.name, c.support, f"{c.precision:.3f}", f"{c.recall:.3f}", f"{c.f1:.3f} [{low:.3f}, {high:.3f}]")
-                         for c, (low, high) in zip(m.per_class, class_f1_intervals(m.confusion))],
+    by_class = tabulate([(c, int(row.sum()), f"{p:.3f}", f"{r:.3f}", f"{f1:.3f} [{low:.3f}, {high:.3f}]") for c, row, p, r, f1, (low, high)
+                         in zip(CLASSES, counts, *prf(counts), class_f1_intervals(logits, labels, groups))],
                         ("class", "n", "precision", "recall", "F1"), "pipe", disable_numparse=True)
     v, p = parity.variants[precision], Predictor(out/model_file(precision))
     change = "no labels to compare" if v.macro_f1_change is None else f"macro-F1 {v.macro_f1_change.show(2, signed=True)} points"
     return CARD.format(
         name=p.name, size=p.geometry.size, classes=", ".join(CLASSES), precision=precision, megabytes=(out/v.file).stat().st_size/1e6,
-        dataset=m.dataset_index_id, checkpoint=p.checkpoint_sha256[:16], temperature=p.temperature, n=m.n, sources=sources,
+        dataset=m.dataset_index_id, checkpoint=p.checkpoint_sha256[:16], temperature=p.temperature, n=int(counts.sum()), sources=sources,
+        convention=learned, others=told_others(others, learned),
         training=told_training(run), by_class=by_class, parity_n=parity.n, parity=f"{v.argmax_agreement:.1%} the same label, {change}",
         latency="\n\n".join(told_latency(out)) or "Latencies were not measured.")
 

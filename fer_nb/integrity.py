@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'VIEWS', 'SOFTLABEL_FILES', 'TRAINING_FILES', 'ENSEMBLE_FILES', 'package_versions', 'git_state',
-           'environment', 'write_provenance', 'Softlabels', 'save_softlabels', 'load_softlabels', 'check_alignment',
-           'require_alignment', 'backbone_guard', 'require_backbone', 'require_whole', 'smoke_verdict',
-           'class_order_holds', 'require_go', 'Line', 'Checklist', 'gates']
+           'environment', 'write_provenance', 'run_convention', 'own_test_rows', 'Softlabels', 'save_softlabels',
+           'load_softlabels', 'check_alignment', 'require_alignment', 'backbone_guard', 'require_backbone',
+           'require_whole', 'smoke_verdict', 'class_order_holds', 'require_go', 'Line', 'Checklist', 'gates']
 
 # %% ../nbs/01_integrity_gates.ipynb #01-002
 import json
@@ -26,8 +26,8 @@ import pandas as pd
 from fer_nb.artifacts import (
     CLASSES, AlignmentReport, ArtifactError, BackboneGuard, Calibration, ClassOrder, DatasetIndex, DKDUnitTest, EnsembleGate,
     Environment, ExportReport, FerError, GateError, HashManifest, LeakageReport, ManifestValidation, OnnxParity, ReliabilityMetrics,
-    RunArgs, SmokeTest, TrainingHistory, UsageError, check_seal, class_order_hash, find_artifact, read_npz, seal_folder, sha256_file,
-    unseal, write_npz, write_text,
+    RunArgs, SelectiveReport, SmokeTest, TrainingHistory, UsageError, check_seal, class_order_hash, convention_of, conventions_of,
+    find_artifact, read_json, read_npz, seal_folder, sha256_file, unseal, write_npz, write_text,
 )
 
 # %% ../nbs/01_integrity_gates.ipynb #01-005
@@ -81,6 +81,34 @@ def write_provenance(
     env.save(run_dir)
     ClassOrder().save(run_dir, "classes.json")
 
+# %% ../nbs/01_integrity_gates.ipynb #01-340
+def run_convention(
+    folder,  # a run's or an ensemble's folder
+    known: dict[str, str] | None = None,  # source -> convention, as the manifest says
+) -> str:  # several joined by + where it mixed them; empty: nothing there tells
+    "The convention whose labels a run or an ensemble learned."
+    def said(name):
+        path = find_artifact(folder, name)
+        return read_json(path) if path else {}
+    args, config, calibration = said(RunArgs.filename).get("parameters", {}), said("ensemble_config.json"), said(Calibration.filename)
+    for named in (args, config, calibration):
+        if named.get("convention"): return named["convention"]
+    named = [s for s in (args.get("train_source"), config.get("train_source")) if s]
+    return conventions_of(named or config.get("benchmark", {}).get("sources") or calibration.get("sources") or [], known)
+
+
+def own_test_rows(
+    folder,  # a run's or an ensemble's folder
+    evaluation: dict,  # the arrays of its evaluation.npz
+) -> np.ndarray:  # (N,) bool
+    "The test rows that judge it: those with the labels that it learned; all of them where nothing tells."
+    learned, table = run_convention(folder), Path(folder)/"metrics_by_source.csv"
+    if not learned or "test_ids" not in evaluation: return np.full(len(evaluation["test_labels"]), True)
+    by_source = pd.read_csv(table) if table.is_file() else pd.DataFrame()
+    known = dict(zip(by_source["source"], by_source["convention"])) if "convention" in by_source else {}
+    whose = [convention_of(i.split("/")[0], known) for i in evaluation["test_ids"].tolist()]  # an id begins with its source
+    return np.isin(whose, learned.split("+"))
+
 # %% ../nbs/01_integrity_gates.ipynb #01-009
 VIEWS = ("identity", "hflip")
 SOFTLABEL_FILES = ("softlabels.npz", "softlabels_index.jsonl", "class_order.json", "sample_count.txt")
@@ -97,6 +125,7 @@ class Softlabels:
     scale: float  # ArcFace's s, inside the logits (1 for a plain head)
     dataset_index_id: str
     splits: np.ndarray | None = None  # (N,) train, val or test; all train where None
+    convention: str = ""  # whose labels the teacher learned; empty: the file doesn't say
 
     def __post_init__(self):
         if self.splits is None: self.splits = np.full(len(self.ids), "train")
@@ -151,7 +180,7 @@ def save_softlabels(
     unseal(folder)
     write_npz(folder/"softlabels.npz", ids=s.ids.astype(str), sha256=s.sha256.astype(str), splits=s.splits.astype(str),
               logits=s.logits.astype(np.float32), probs_T2=s.probs(2.0), views=np.array(s.views),
-              temperature=np.float64(s.temperature), scale=np.float64(s.scale))
+              temperature=np.float64(s.temperature), scale=np.float64(s.scale), convention=np.array(s.convention))
     rows = enumerate(zip(s.ids.tolist(), s.sha256.tolist(), s.splits.tolist()))
     lines = (json.dumps({"row": i, "id": a, "sha256": h, "split": part}) for i, (a, h, part) in rows)
     write_text(folder/"softlabels_index.jsonl", "\n".join(lines) + "\n")
@@ -169,7 +198,7 @@ def load_softlabels(
     ClassOrder.load(folder)
     z = read_npz(folder/"softlabels.npz", ["ids", "sha256", "logits", "views", "temperature", "scale"])
     s = Softlabels(z["ids"], z["sha256"], z["logits"], tuple(z["views"].tolist()), float(z["temperature"]), float(z["scale"]),
-                   seal.dataset_index_id, z.get("splits"))
+                   seal.dataset_index_id, z.get("splits"), str(z.get("convention", "")))
     _check_softlabels(s, folder/"softlabels.npz")
     return s
 
@@ -180,6 +209,8 @@ def check_alignment(
     sha256,  # (N,) their content hashes
     dataset_index_id: str,  # of the manifest that the rows come from
     split: str | None = None,  # compare the softlabels of this split; all of them where None
+    convention: str = "",  # whose labels the rows to be taught carry; empty: not compared
+    known: dict[str, str] | None = None,  # source -> convention, as the manifest says: for softlabels that are too old to say
 ) -> AlignmentReport:
     "Compare softlabels with the rows they shall teach; every mismatch becomes a note, none an exception."
     notes, s = [], None
@@ -194,7 +225,12 @@ def check_alignment(
         count_match, content_match = _compare_rows(s.of(split) if split else s, np.asarray(ids), np.asarray(sha256), notes)
         if s.dataset_index_id != dataset_index_id:
             notes.append(f"{folder}: made for dataset {s.dataset_index_id}, not for {dataset_index_id}: export the softlabels again")
+    theirs = "" if s is None else s.convention or run_convention(Path(folder).parent, known)
+    if foreign := bool(convention and theirs) and theirs != convention:
+        notes.append(f"{folder}: its teacher learned the labels of {theirs}, and the rows to be taught carry those of {convention}: "
+                     f"take a teacher of {convention}")
     return AlignmentReport(
+        convention=theirs or None, convention_match=not foreign,
         dataset_index_id=dataset_index_id, class_order_match=class_order_match, class_order_hash=class_order_hash(),
         sample_count_match=count_match, sample_content_match=content_match, hash_manifest_match=seal_match,
         teacher_dir=Path(folder).parent.as_posix(), passed=s is not None and not notes, notes=notes)
@@ -383,6 +419,22 @@ def _calibrated(folder):
     return f"selected_temperature {c.selected_temperature} stands at the bound of the grid" if c.at_grid_bound else None
 
 
+def _promise_kept(folder):
+    s, learned = SelectiveReport.load(folder), run_convention(folder)
+    if s.schema_version < 2: return "its sets were counted over all labels together: count them again with fer-nb recount"
+    if learned and s.calibrated_on != learned:
+        return f"it learned the labels of {learned}, and those of {s.calibrated_on or 'nobody knows whom'} chose its threshold"
+    if s.promise is None: return f"its sets promise for the labels of {s.calibrated_on}, and no test row has them"
+    return None if s.promise.kept else _broken_promise(s)
+
+
+def _broken_promise(s: SelectiveReport) -> str:
+    p, each = s.promise, {k: c for k, c in s.by_class.items() if c.p_value is not None and len(s.by_class)*c.p_value < s.promise.level}
+    who = "".join(f"; {k} {c.coverage:.3f} of {c.n:,}" for k, c in each.items())
+    return (f"{p.promised:.0%} is promised, and {p.covered:,} of {p.pictures:,} pictures are covered ({p.covered/p.pictures:.3f}{who}): "
+            f"where it is kept, so few come about by chance with p = {p.p_value:.2g}, below {p.level:g}")
+
+
 def _judge_training(j: _Judge, datasets: set[str]):
     "A training run: complete, of a known dataset, calibrated off the bound, reported on rows it was not fitted on."
     args = RunArgs.load(j.folder)
@@ -393,6 +445,8 @@ def _judge_training(j: _Judge, datasets: set[str]):
     j.ask("temperature is inside the grid", "calibration.json", _calibrated)
     if datasets: j.ask("trained on a manifest that is here", "calibration.json", lambda f: _known_dataset(f, datasets))
     j.ask("reported on rows that T was not fitted on", "reliability_metrics.json", _reported_elsewhere)
+    j.ask("judged by the labels that it learned", "reliability_metrics.json", _judged_by_its_own)
+    j.ask("prediction sets keep their promise", "selective.json", _promise_kept)
     if args.stage == "teacher": _judge_softlabels(j)
     if args.stage == "student":
         j.ask("checkpoint is the student's", "backbone_guard.json", _says(BackboneGuard, "passed"))
@@ -400,6 +454,11 @@ def _judge_training(j: _Judge, datasets: set[str]):
         j.ask("smoke test", "smoke_test.json", _says(SmokeTest, "go_no_go", "GO"))
         if args.parameters.get("softlabels"):
             j.ask("taught by softlabels of its own rows", "alignment_report.json", _says(AlignmentReport, "passed"))
+
+
+def _judged_by_its_own(folder):
+    judge, learned = ReliabilityMetrics.load(folder).convention, run_convention(folder)
+    return f"it learned the labels of {learned}, and those of {judge} judge it" if judge and judge != learned else None
 
 
 def _judge_softlabels(j: _Judge):
@@ -434,6 +493,8 @@ def _judge_ensemble(j: _Judge, datasets: set[str]):
     j.ask("temperature is inside the grid", "calibration.json", _calibrated)
     if datasets: j.ask("fused on a manifest that is here", "calibration.json", lambda f: _known_dataset(f, datasets))
     j.ask("reported on rows that T was not fitted on", "reliability_metrics.json", _reported_elsewhere)
+    j.ask("judged by the labels that its members learned", "reliability_metrics.json", _judged_by_its_own)
+    j.ask("prediction sets keep their promise", "selective.json", _promise_kept)
     _judge_softlabels(j)
 
 # %% ../nbs/01_integrity_gates.ipynb #01-031

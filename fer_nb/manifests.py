@@ -6,16 +6,17 @@
 __all__ = ['MAX_MEMBER_BYTES', 'COLUMNS', 'SPLITS', 'VIEWS', 'MANIFEST_FILE', 'MANIFEST_CSV', 'COEFFICIENTS', 'HASH_BITS',
            'MAX_HAMMING', 'MIN_CORRELATION', 'ALIASES', 'FER_ORDER', 'RAF_ORDER', 'AFFECTNET_ORDER', 'FERPLUS_ORDER',
            'ADAPTERS', 'PARTS', 'FERPLUS_COLUMNS', 'FERPLUS_PARTS', 'RAF_COMPOUND', 'RAF_COMPOUND_ORDER',
-           'AFFECTNET_COLUMNS', 'POLICY', 'check_member_name', 'ZipArchive', 'PixelCSV', 'open_archive', 'split_path',
-           'read_bytes', 'MissingFile', 'decode', 'majority_share', 'conflicting', 'Manifest', 'label_sources',
-           'load_manifest', 'require_valid', 'coefficients', 'perceptual_hashes', 'grey', 'pixel_hash', 'Prints',
-           'crop_box', 'usable_cores', 'fingerprint', 'hamming_pairs', 'Likeness', 'find_groups', 'Tree', 'to_class',
-           'Row', 'adapter', 'class_folders', 'fer2013_folder', 'any_folder', 'fer2013_csv', 'ferplus_label', 'ferplus',
-           'rafdb_basic', 'rafdb_compound', 'rafml', 'affectnet', 'expw', 'synthetic_faces', 'parse_source',
-           'read_source', 'draw_validation', 'exclude_copies', 'assign_splits', 'dataset_fingerprint', 'dataset_index',
-           'freeze_manifest', 'Result', 'BuildResult', 'check_rows', 'validation', 'build_manifest',
-           'collection_paused', 'ValidationResult', 'validate_manifest', 'source_disagreement', 'leakage_report',
-           'AuditResult', 'audit_manifest']
+           'AFFECTNET_COLUMNS', 'POLICY', 'TIE_ORDER', 'check_member_name', 'ZipArchive', 'PixelCSV', 'open_archive',
+           'split_path', 'read_bytes', 'MissingFile', 'decode', 'majority_share', 'conflicting', 'conventions_in',
+           'Manifest', 'label_sources', 'load_manifest', 'require_valid', 'coefficients', 'perceptual_hashes', 'grey',
+           'pixel_hash', 'Prints', 'crop_box', 'usable_cores', 'fingerprint', 'hamming_pairs', 'Likeness',
+           'find_groups', 'Tree', 'to_class', 'Row', 'adapter', 'class_folders', 'fer2013_folder', 'any_folder',
+           'fer2013_csv', 'ferplus_label', 'ferplus', 'rafdb_basic', 'rafdb_compound', 'rafml', 'affectnet', 'expw',
+           'synthetic_faces', 'parse_source', 'read_source', 'draw_validation', 'exclude_copies', 'assign_splits',
+           'dataset_fingerprint', 'dataset_index', 'freeze_manifest', 'Result', 'BuildResult', 'check_rows',
+           'validation', 'build_manifest', 'collection_paused', 'with_conventions', 'ValidationResult',
+           'validate_manifest', 'source_disagreement', 'answers', 'by_picture', 'convention_agreement', 'perfect_score',
+           'perfect_scores', 'leakage_report', 'AuditResult', 'audit_manifest']
 
 # %% ../nbs/00_manifests.ipynb #00-002
 import csv
@@ -54,8 +55,9 @@ from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
 
 # %% ../nbs/00_manifests.ipynb #00-003
-from .artifacts import (CLASSES, ArtifactError, ClassOrder, DatasetIndex, FerError, GateError, LeakageReport, ManifestValidation,
-                              PartOverlap, SourceDisagreement, UsageError, atomic_path, check_seal, seal_folder, unseal)
+from .artifacts import (CLASSES, ArtifactError, ClassOrder, ConventionAgreement, DatasetIndex, FerError, GateError, LeakageReport,
+                              ManifestValidation, PartOverlap, PerfectScore, SourceDisagreement, UsageError, atomic_path, check_seal,
+                              convention_of, seal_folder, unseal)
 
 # %% ../nbs/00_manifests.ipynb #00-006
 MAX_MEMBER_BYTES = 1 << 28  # 256 MB: no picture is larger, and a zip bomb is
@@ -193,8 +195,8 @@ def decode(
     return image
 
 # %% ../nbs/00_manifests.ipynb #00-018
-COLUMNS = ("id", "path", "label", "split", "source", "usage", "sha256", "pixel_hash", "perceptual_hash", "group", "width", "height",
-           "excluded", "votes", "box", "confidence")
+COLUMNS = ("id", "path", "label", "split", "source", "convention", "usage", "sha256", "pixel_hash", "perceptual_hash", "group", "width",
+           "height", "excluded", "votes", "box", "confidence")
 SPLITS = ("train", "val", "test")
 VIEWS = {
     "all": "every usable row",
@@ -217,11 +219,12 @@ def majority_share(votes) -> np.ndarray:
 def conflicting(
     df: pd.DataFrame,  # rows with `label`
     by: str,  # the column that names a group: pixel_hash or group
+    within: str | None = None,  # a column, such as convention: only labels under the same value of it are compared
 ) -> np.ndarray:  # bool, one a row: its group carries more than one label
     "Rows whose group stands under several labels."
-    labelled = df[df.label.isin(CLASSES) & (df[by] != "")]
-    kinds = labelled.groupby(by, sort=False).label.nunique()
-    return df[by].isin(kinds.index[kinds > 1]).to_numpy()
+    labelled, keys = df[df.label.isin(CLASSES) & (df[by] != "")], [by] if within is None else [by, within]
+    kinds = labelled.groupby(keys, sort=False).label.nunique().loc[lambda k: k > 1].reset_index()[keys]
+    return pd.MultiIndex.from_frame(df[keys]).isin(pd.MultiIndex.from_frame(kinds))
 
 
 def _hq(
@@ -234,9 +237,18 @@ def _hq(
     return good.loc[good.sort_values("id", kind="stable").drop_duplicates("group").index.sort_values()]
 
 # %% ../nbs/00_manifests.ipynb #00-021
+def conventions_in(
+    *tables: pd.DataFrame,  # rows with source, convention
+) -> dict[str, str]:  # source -> whose labels it has
+    "The conventions of the sources of some rows."
+    return {s: c for t in tables if "convention" in t for s, c in sorted(t.groupby("source").convention.first().items())}
+
+
 class Manifest:
     "A frozen table of pictures: `.df` holds every row, `.view(name)` the rows for one use."
     def __init__(self, df: pd.DataFrame, index: DatasetIndex, folder=None):
+        if "convention" not in df:  # frozen before conventions had names
+            df = df.assign(convention=df.source.map({s: convention_of(s, index and index.conventions) for s in df.source.unique()}))
         self.df, self.index, self.folder = df, index, None if folder is None else Path(folder)
 
     @property
@@ -244,19 +256,25 @@ class Manifest:
         "The name and the first 12 hex of the hash over (id, sha256, label, split)."
         return self.index.dataset_index_id
 
+    @property
+    def conventions(self) -> dict[str, str]:
+        "Source -> whose labels it has."
+        return conventions_in(self.df)
+
     def view(
         self,
         name: str = "all",  # one of VIEWS
         source: str | None = None,  # only this source's rows
         usage: str | None = None,  # only this part, by the source's own name, such as PublicTest
+        convention: str | None = None,  # only rows with these labels
     ) -> pd.DataFrame:  # rows in the order of the manifest, with a fresh index
         "The rows for one use."
         if name not in VIEWS: raise UsageError(f"unknown view {name!r}: choose from {', '.join(VIEWS)}")
-        every = self._only(self._only(self.df, "source", source), "usage", usage)
+        every = self._only(self._only(self._only(self.df, "source", source), "usage", usage), "convention", convention)
         if name == "excluded": return every[every.excluded != ""].reset_index(drop=True)
         df = every[every.excluded == ""]
         if name == "hq_train":
-            conflict = pd.Series(conflicting(self.df, "pixel_hash"), index=self.df.index)
+            conflict = pd.Series(conflicting(self.df, "pixel_hash", "convention"), index=self.df.index)
             train = df[df.split == "train"]
             return _hq(train, pd.Index(every.group[every.votes.notna()]), conflict[train.index].to_numpy()).reset_index(drop=True)
         splits = {"all": SPLITS, "train_all": ("train",), "val": ("val",), "eval_only": ("val", "test")}.get(name, ("test",))
@@ -266,9 +284,27 @@ class Manifest:
         self,
         train_view: str = "hq_train",
         source: str | None = None,  # train and validate on one source only
+        convention: str | None = None,  # train and validate on rows with these labels only
     ) -> dict[str, pd.DataFrame]:  # train, val and test rows
-        "The rows that a model is trained, validated and tested on; whatever it was trained on, it is tested on all sources."
-        return {"train": self.view(train_view, source), "val": self.view("val", source), "test": self.view("test_all_sources")}
+        "The rows that a model is trained, validated and tested on; whatever it was trained on, its test rows are those of all sources."
+        own = dict(source=source, convention=convention)
+        return {"train": self.view(train_view, **own), "val": self.view("val", **own), "test": self.view("test_all_sources")}
+
+    def convention_for(
+        self,
+        wanted: str = "",  # a convention; empty: the source's, or the only one that there is
+        source: str = "",  # the one source to learn from; empty: all
+    ) -> str:
+        "The one convention that a model is taught; where there is a choice and nobody made it, that is an error."
+        if source: self._only(self.df, "source", source)
+        if wanted: self._only(self.df, "convention", wanted)
+        here = [self.conventions[source]] if source else sorted(self.view("train_all").convention.unique())
+        if source and wanted not in ("", here[0]):
+            raise UsageError(f"source {source!r} has the labels of {here[0]!r}, not of {wanted!r}: give one of the two, or two that agree")
+        if not wanted and len(here) > 1:
+            raise UsageError(f"{self.dataset_index_id} has training rows of {len(here)} label conventions ({', '.join(here)}), which call "
+                             f"the same pictures different names: say which one to learn, as in convention={here[-1]!r}")
+        return wanted or "".join(here)
 
     def _only(self, df, column, value):
         if value is None: return df
@@ -696,10 +732,11 @@ ADAPTERS = {}
 def adapter(
     kind: str,  # what the user writes before the =
     source: str | None = None,  # the source's name in ids; the kind itself where None
+    convention: str | None = None,  # whose labels it has, whatever a user calls it; where None the usual one of that name
 ):
     "Register a function (Tree) -> list of Row."
     def register(f):
-        ADAPTERS[kind] = (f, source or kind)
+        ADAPTERS[kind] = (f, source or kind, convention_of(source or kind) if convention is None else convention)
         return f
     return register
 
@@ -742,7 +779,7 @@ def fer2013_folder(tree: Tree) -> list[Row]:
     return rows
 
 
-@adapter("folder")
+@adapter("folder", convention="")  # its own name: nobody else has labelled these
 def any_folder(tree: Tree) -> list[Row]:
     "Anybody's data: class-named folders, below train, val and test where there are such parts."
     return [Row(inside, tree.paths[name], label, PARTS.get(part.lower(), "train"), part, reason)
@@ -993,7 +1030,7 @@ def read_source(spec: str) -> pd.DataFrame:
     columns = dict(zip(("id", *Row._fields[1:]), zip(*rows)))
     twice = next((a for a, b in itertools.pairwise(columns["id"]) if a == b), None)
     if twice: raise UsageError(f"{path}: {twice!r} is listed more than once; list each picture once")
-    return pd.DataFrame({k: list(v) for k, v in columns.items()})
+    return pd.DataFrame({k: list(v) for k, v in columns.items()}).assign(convention=ADAPTERS[kind][2] or name)
 
 # %% ../nbs/00_manifests.ipynb #00-078
 def _strata(df: pd.DataFrame, group: np.ndarray) -> np.ndarray:
@@ -1089,7 +1126,7 @@ def dataset_index(df: pd.DataFrame, name: str, seed: int, val_fraction: float, m
     return DatasetIndex(dataset_index_id=f"{name}-{mark[:12]}", name=name, row_count=len(df), usable_count=len(usable),
                         excluded=_counts(df.excluded[df.excluded != ""]), split_counts={s: int((usable.split == s).sum()) for s in SPLITS},
                         class_counts=classes, source_counts=_counts(df.source), fingerprint=mark, seed=seed, val_fraction=val_fraction,
-                        max_hamming=max_hamming)
+                        max_hamming=max_hamming, conventions=Manifest(df, None).conventions)
 
 # %% ../nbs/00_manifests.ipynb #00-085
 _SCHEMA = pa.schema([(c, {"width": pa.int32(), "height": pa.int32(), "confidence": pa.float64(), "votes": pa.list_(pa.float64()),
@@ -1159,11 +1196,11 @@ class BuildResult(Result):
     def lines(self):
         df, index = self.manifest.df, self.manifest.index
         usable = df[df.excluded == ""]
-        rows = [(s, len(part), *[int((usable[usable.source == s].split == x).sum()) for x in SPLITS], int((part.excluded != "").sum()))
-                for s, part in df.groupby("source")]
+        def counted(s): return [int((usable[usable.source == s].split == x).sum()) for x in SPLITS]
+        rows = [(s, part.convention.iloc[0], len(part), *counted(s), int((part.excluded != "").sum())) for s, part in df.groupby("source")]
         rate = len(df)/max(self.seconds, 1e-9)
         head = f"{index.dataset_index_id}: {len(df):,} rows, {len(usable):,} usable, built in {self.seconds:.1f} s ({rate:,.0f} images/s)"
-        out = [head, (("source", "rows", *SPLITS, "excluded"), rows)]
+        out = [head, (("source", "labels by", "rows", *SPLITS, "excluded"), rows)]
         if self.validated: out.append(f"validated: all {len(usable):,} usable rows exist, decode and carry one of the seven labels")
         if index.excluded: out.append((("excluded because", "rows"), sorted(index.excluded.items(), key=lambda kv: -kv[1])))
         return out
@@ -1209,12 +1246,13 @@ def build_manifest(
     validate: bool = True,  # also write manifest_validation.json from this reading
     workers: int | None = None,  # processes or threads; all usable cores where None
     progress: bool | None = None,  # show a bar; None: only in a terminal
+    conventions: dict[str, str] | None = None,  # source -> whose labels it has, where that is not the usual convention of its kind
 ) -> BuildResult:
     "Build and freeze a manifest from sources; wrong arguments and empty sources are usage errors."
     start = time.perf_counter()
     _check_build(sources, name, val_fraction, max_hamming)
     with collection_paused():
-        df = _together([read_source(s) for s in sources])
+        df = with_conventions(_together([read_source(s) for s in sources]), conventions or {})
     prints = fingerprint(df.path, df.box, workers, progress=progress)
     df = assign_splits(_with_prints(df, prints, max_hamming), val_fraction, seed)
     if not (df.excluded == "").any():
@@ -1250,6 +1288,20 @@ def _together(parts: list[pd.DataFrame]) -> pd.DataFrame:
     if twice := [n for n, k in names.items() if k > 1]:
         raise UsageError(f"two sources are called {twice[0]!r}: name one of them, as in kind:other_name=path")
     return pd.concat(parts, ignore_index=True).sort_values("id", kind="stable", ignore_index=True)
+
+
+def with_conventions(
+    df: pd.DataFrame,  # rows with source, convention
+    given: dict[str, str],  # source -> convention
+) -> pd.DataFrame:
+    "The rows under the conventions that a person gave; a source that is not here and a name that can't be one are refused."
+    here = sorted(df.source.unique())
+    for source, convention in given.items():
+        if source not in here:
+            raise UsageError(f"a convention is given for the source {source!r}, and there is none: give {', '.join(here)}")
+        if not re.fullmatch(r"[A-Za-z0-9_.-]+", str(convention)):
+            raise UsageError(f"the convention of {source} is {convention!r}: use letters, digits, _ . -")
+    return df.assign(convention=[given.get(s, c) for s, c in zip(df.source, df.convention)])
 
 
 def _hex(hashes: np.ndarray) -> list[str]:
@@ -1336,6 +1388,71 @@ def source_disagreement(
     agree = int(np.trace(matrix))
     return SourceDisagreement(source_a=a, source_b=b, pictures=n, agree=agree, disagreement=1 - agree/n, matrix=matrix.tolist())
 
+# %% ../nbs/00_manifests.ipynb #00-328
+TIE_ORDER = tuple(to_class(c)[0] for c in FERPLUS_ORDER[:7])
+
+
+def answers(
+    df: pd.DataFrame,  # rows with label, votes, excluded
+) -> pd.Series:  # one of the seven, or ""
+    "What a row's convention calls its picture; of tied votes the class that FERPlus lists first."
+    tied = (df.excluded == "tied votes") & df.votes.notna()
+    first = [max(TIE_ORDER, key=lambda c, v=v: v[CLASSES.index(c)]) for v in df.votes[tied]]  # max keeps the first of equals
+    return df.label.where(df.label.isin(CLASSES), "").mask(tied, pd.Series(first, index=df.index[tied], dtype=object))
+
+
+def by_picture(
+    df: pd.DataFrame,  # rows with convention, answer, group, split
+    convention: str,
+) -> pd.Series:  # (group, split) -> the one answer of all its rows; pictures with several are left out
+    "A convention's answers, picture by picture."
+    rows = df[(df.convention == convention) & (df.answer != "") & (df.group != "")]
+    found = rows.groupby(["group", "split"]).answer.agg(["nunique", "first"])
+    return found["first"][found["nunique"] == 1]
+
+
+def _crossed(a: pd.Series, b: pd.Series) -> np.ndarray:
+    "Counts of pairs of labels, (7, 7)."
+    return pd.crosstab(a.to_numpy(), b.to_numpy()).reindex(index=list(CLASSES), columns=list(CLASSES), fill_value=0).to_numpy()
+
+# %% ../nbs/00_manifests.ipynb #00-329
+def convention_agreement(
+    df: pd.DataFrame,  # rows with convention, answer, group, split
+    a: str,  # a convention
+    b: str,  # another
+) -> ConventionAgreement | None:  # None where no picture is answered by both
+    "How two conventions answer the pictures that both know."
+    one, other = by_picture(df, a), by_picture(df, b)
+    both = one.index.intersection(other.index)
+    if not len(both): return None
+    matrix = _crossed(one[both], other[both])
+    return ConventionAgreement(convention_a=a, convention_b=b, pictures=len(both), agree=int(np.trace(matrix)), matrix=matrix.tolist())
+
+
+def perfect_score(
+    df: pd.DataFrame,  # all rows, with convention, answer, group, split
+    rows: pd.DataFrame,  # those that judge: usable, of one convention
+    labeller: str,  # the convention that is known by heart
+    part: str = "",  # what the rows are called
+) -> PerfectScore | None:  # None where it knows none of the pictures
+    "The score of a perfect labeller of another convention."
+    said = by_picture(df, labeller).reindex(pd.MultiIndex.from_frame(rows[["group", "split"]])).to_numpy()
+    known = pd.notna(said)
+    if not known.any(): return None
+    m = _crossed(rows.label[known], pd.Series(said[known]))
+    hits, true, given = np.diag(m), m.sum(1), m.sum(0)
+    return PerfectScore(
+        part=part, convention=rows.convention.iloc[0], labeller=labeller, rows=len(rows), n=int(known.sum()), accuracy=hits.sum()/m.sum(),
+        macro_f1=float(np.mean(2*hits/np.maximum(true + given, 1))),
+        recall={c: float(h/t) if t else None for c, h, t in zip(CLASSES, hits, true)})
+
+
+def perfect_scores(df: pd.DataFrame) -> list[PerfectScore]:
+    "Every test part under a perfect labeller of every other convention."
+    test, every = df[(df.split == "test") & (df.excluded == "")], sorted(df.convention.unique())
+    found = [perfect_score(df, rows, c, part) for part, rows in test.groupby("part") for c in every if c != rows.convention.iloc[0]]
+    return [s for s in found if s]
+
 # %% ../nbs/00_manifests.ipynb #00-108
 def _repeated(df: pd.DataFrame, by: str) -> pd.DataFrame:
     "Rows that share their group with another row."
@@ -1365,7 +1482,7 @@ def leakage_report(
 ) -> LeakageReport:
     "Count pictures that stand more than once."
     df = manifest.df.assign(group=like.group)
-    df = df.assign(part=df.source + np.where(df.usage == "", "", "/" + df.usage))
+    df = df.assign(part=df.source + np.where(df.usage == "", "", "/" + df.usage), answer=answers(df))
     identical, near = _repeated(df, "pixel_hash"), _repeated(df, "group")
     near = near[near.groupby("group").pixel_hash.transform("nunique") > 1] if len(near) else near
     conflicts = {by: set(rows.loc[conflicting(rows, by), by]) for by, rows in (("pixel_hash", identical), ("group", near))}
@@ -1387,6 +1504,8 @@ def leakage_report(
         identical_across_sources=_overlap(identical, "pixel_hash", "source", sources),
         near_across_sources=_overlap(near, "group", "source", sources),
         source_disagreement=[d for p in sources if (d := source_disagreement(df, *p))],
+        convention_agreement=[a for p in _pairs(df.convention.unique()) if (a := convention_agreement(df, *p))],
+        perfect_scores=perfect_scores(df),
         policy=POLICY, excluded=manifest.index.excluded, test_rows=test_rows, test_rows_with_copy_in_train=copies,
         test_rows_with_copy_and_same_label=same, remaining_leaks=len(leaks),
         examples={"identical_across_splits": _examples(identical, "pixel_hash", across),
@@ -1396,8 +1515,8 @@ def leakage_report(
 # %% ../nbs/00_manifests.ipynb #00-110
 class AuditResult(Result):
     "What `audit_manifest` found."
-    def __init__(self, report: LeakageReport, seconds: float):
-        self.report, self.seconds = report, seconds
+    def __init__(self, report: LeakageReport, seconds: float, conventions: dict[str, str] | None = None):
+        self.report, self.seconds, self.conventions = report, seconds, conventions or {}
 
     def lines(self):
         r = self.report
@@ -1411,10 +1530,31 @@ class AuditResult(Result):
                 f"{r.confirmed_pairs:,} of {r.candidate_pairs:,} candidate pairs confirmed",
                 *self._places(),
                 *[f"{d.source_a} and {d.source_b} share {d.pictures:,} labelled pictures and disagree on "
-                  f"{d.pictures - d.agree:,} ({d.disagreement:.1%})" for d in r.source_disagreement],
+                  f"{d.pictures - d.agree:,} ({d.disagreement:.1%})" for d in r.source_disagreement if self._alike(d)],
+                *self._conventions(),
                 f"policy: {r.policy}",
                 f"without it {r.test_rows_with_copy_in_train:,} of {r.test_rows:,} test rows ({share:.1%}) would have a copy in "
                 f"training, {r.test_rows_with_copy_and_same_label:,} under the same label; usable rows that leak: {r.remaining_leaks}"]
+
+    def _alike(self, d: SourceDisagreement) -> bool:
+        "Whether two sources have one convention: what they disagree on is noise then."
+        return convention_of(d.source_a, self.conventions) == convention_of(d.source_b, self.conventions)
+
+    def _conventions(self):
+        "How conventions answer the same pictures, and what a perfect labeller of one scores by another."
+        out, scores = [], self.report.perfect_scores
+        for a in self.report.convention_agreement:
+            total = [sum(row) for row in a.matrix]
+            rows = [(c, t, *(f"{k/t:.2f}" if t else "–" for k in row)) for c, t, row in zip(CLASSES, total, a.matrix)]
+            out += [f"the labels of {a.convention_a} and {a.convention_b} agree on {a.agree:,} of {a.pictures:,} pictures "
+                    f"({a.agree/a.pictures:.1%}); shares of each row:",
+                    ((f"{a.convention_a} below, {a.convention_b} right", "pictures", *CLASSES), rows)]
+        def share(v): return "–" if v is None else f"{v:.2f}"
+        rows = [(s.part, s.convention, s.labeller, f"{s.n:,} of {s.rows:,}", f"{s.accuracy:.3f}", f"{s.macro_f1:.3f}",
+                 *(share(s.recall[c]) for c in CLASSES)) for s in scores]
+        head = ("test part", "judged by", "perfect labeller of", "answered", "accuracy", "macro-F1", *CLASSES)
+        said = "what a perfect labeller of another convention scores; by class: the share of its rows (recall)"
+        return out + [said, (head, rows)]*bool(rows)
 
     def _places(self):
         "The table of pictures that stand in two places; nothing where there are none."
@@ -1442,4 +1582,4 @@ def audit_manifest(
         raise GateError(f"{folder}: {k} usable pictures cannot be read; run `fer-nb manifest validate` to see which")
     report = leakage_report(manifest, find_groups(prints, max_hamming), max_hamming)
     report.save(folder)
-    return AuditResult(report, time.perf_counter() - start)
+    return AuditResult(report, time.perf_counter() - start, manifest.conventions)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PROFILE_DEFAULTS', 'PROFILE_KEYS', 'MARKS', 'CHATTER', 'project_root', 'notebook_path', 'notebook_parameters',
-           'check_parameters', 'run_notebook', 'complete_profile', 'load_profile', 'source_of', 'unseal_broken',
-           'chain_config', 'run_profile']
+           'check_parameters', 'run_notebook', 'check_conventions', 'complete_profile', 'load_profile', 'source_of',
+           'unseal_broken', 'require_conventions', 'chain_config', 'run_profile']
 
 # %% ../nbs/09a_runs.ipynb #09a-002
 import ast
@@ -24,6 +24,7 @@ import yaml
 from traitlets.config import Config
 
 from .artifacts import STAGES, ArtifactError, GateError, HashManifest, UsageError, check_seal, unseal, write_text
+from .manifests import ADAPTERS
 
 # %% ../nbs/09a_runs.ipynb #09a-005
 def project_root() -> Path:
@@ -86,13 +87,22 @@ def run_notebook(
 
 # %% ../nbs/09a_runs.ipynb #09a-014
 PROFILE_DEFAULTS = {"img_size": 48, "teachers": ["RN18"], "stage_b": {}, "ensembles": {}, "student_teachers": [], "stages": list(STAGES),
-                    "seeds": [1337], "threads": 0, "sources": [], "notebooks": {}}
+                    "seeds": [1337], "threads": 0, "sources": [], "conventions": [], "notebooks": {}}
 PROFILE_KEYS = {"about", *PROFILE_DEFAULTS}
 
 
 def _named(entries) -> dict[str, dict]:
     "Names with parameters, where a profile may give a list of names, or a mapping with empty entries."
     return {k: v or {} for k, v in entries.items()} if isinstance(entries, dict) else {k: {} for k in entries or ()}
+
+
+def check_conventions(names, path) -> list[str]:
+    "The conventions that a profile trains; each is part of a folder's name."
+    if names is None or isinstance(names, list) and not names: return []
+    odd = [c for c in names if not isinstance(c, str) or not re.fullmatch(r"[A-Za-z0-9_.-]+", c)] if isinstance(names, list) else [names]
+    if odd: raise UsageError(f"{path}: conventions has {odd[0]!r}: give a list of names, such as [ferplus, fer2013]")
+    if len(set(names)) < len(names): raise UsageError(f"{path}: conventions names one twice: give each once")
+    return names
 
 
 def complete_profile(
@@ -106,6 +116,7 @@ def complete_profile(
               *(("04_ensembles", e) for e in p["ensembles"].values()), *(("05_students", s) for s in p["stages"].values())]
     for notebook, parameters in checks: check_parameters(notebook_path(notebook), parameters or {})
     if type(n := p["threads"]) is not int or n < 0: raise UsageError(f"{path}: threads is {n!r}: give a whole number, 0 for all")
+    p["conventions"] = check_conventions(p["conventions"], path)
     if p["stage_b"] and "img_size" not in p["stage_b"]: raise UsageError(f"{path}: stage_b has no img_size: give its side in pixels")
     for name, e in p["ensembles"].items():
         e["members"] = list(e.get("members") or p["teachers"])
@@ -167,15 +178,32 @@ def unseal_broken(
     return broken
 
 # %% ../nbs/09a_runs.ipynb #09a-021
+def require_conventions(
+    profile: dict,  # as `load_profile` gives it
+    kinds: list[str],  # of the sources; none: the embedded faces
+):
+    "Refuse a choice of conventions that the data don't have, and no choice where there is one."
+    if (profile["notebooks"].get("00_manifests") or {}).get("conventions"): return  # said source by source: the manifest knows them
+    here, wanted = sorted({ADAPTERS[k][2] or ADAPTERS[k][1] for k in kinds or ["synthetic"] if k in ADAPTERS}), profile["conventions"]
+    unknown = [c for c in wanted if c not in here]
+    if unknown: raise UsageError(f"convention {unknown[0]!r} is to be learned, and the data have the labels of {', '.join(here)}")
+    if not wanted and len(here) > 1:
+        raise UsageError(f"the data have the labels of {len(here)} conventions ({', '.join(here)}), which call the same pictures different "
+                         f"names: say which to learn, as in --convention {here[-1]} (a profile lists them under conventions)")
+
+
 def chain_config(
     profile: dict,  # as `load_profile` gives it
     data=(),  # PATH or KIND=PATH
+    conventions=(),  # in place of the profile's
 ) -> dict:  # Snakemake's configuration
     "The profile with its sources; the embedded faces are drawn where the profile asks for no data."
     sources = [source_of(d) for d in data]
     kinds = [s.split("=", 1)[0] for s in sources]
     missing = [k for k in profile["sources"] if k not in kinds]
     if missing: raise UsageError(f"this profile needs {' and '.join(profile['sources'])}: give --data PATH for {missing[0]}")
+    profile = {**profile, "conventions": check_conventions(list(conventions), "--convention") or profile["conventions"]}
+    require_conventions(profile, kinds)
     return {**profile, "sources": [f"{k}={Path(p).resolve().as_posix()}" for k, p in (s.split("=", 1) for s in sources)]}
 
 # %% ../nbs/09a_runs.ipynb #09a-023
@@ -208,9 +236,10 @@ def run_profile(
     out: str = "",  # runs/NAME where empty
     cores: int | None = None,  # all where None
     dry_run: bool = False,  # only say what would run
+    conventions=(),  # whose labels to learn, in place of the profile's
 ) -> Path:  # the report page
     "Walk the chain of a profile; what is up to date is skipped, what was interrupted goes on."
-    config = chain_config(load_profile(name), data)
+    config = chain_config(load_profile(name), data, conventions)
     root = project_root()
     folder = (Path(out) if out else root/"runs"/Path(name).stem).resolve()
     for line in unseal_broken(folder): print(f"will run again: {line}")

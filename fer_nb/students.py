@@ -6,7 +6,7 @@
 __all__ = ['STUDENT_BACKBONE', 'make_student', 'kd_rows', 'kd_loss', 'tckd_nckd', 'dkd_loss', 'Supervision', 'fused_supervision',
            'split_supervision', 'supervision_files', 'open_supervision', 'Distillation', 'blend_logits', 'StudentLoss',
            'dkd_gradient', 'dkd_unit_test', 'start_from', 'load_model', 'Validation', 'own_validation', 'view_notes',
-           'ViewReport', 'evaluate_checkpoint']
+           'judge_of', 'judge_notes', 'ViewReport', 'evaluate_checkpoint']
 
 # %% ../nbs/05_students.ipynb #05-003
 import math
@@ -26,15 +26,17 @@ from fer_nb.artifacts import (
     check_seal, seal_folder, write_csv, write_npz,
 )
 from fer_nb.calibration import (
-    confusion_table, evaluate, labels_of, metrics_table, reliability_artifact, selective_report, source_table, votes_of,
+    confusion_table, evaluate, groups_of, kept_groups, labels_of, metrics_table, reliability_artifact, selective_report, source_table,
+    votes_of,
 )
 from .ensembles import SplitTargets, split_targets
 from .geometry import check_geometry
 from .images import PackedFaces, eval_loader, load_cache
-from .integrity import Softlabels, backbone_guard, check_alignment, load_softlabels, require_backbone
-from .manifests import Manifest, Result, load_manifest
+from .integrity import Softlabels, backbone_guard, check_alignment, load_softlabels, require_backbone, run_convention
+from .manifests import Manifest, Result, answers, load_manifest, perfect_score
 from .teachers import Teacher, set_stem_stride, start_as_identity
 from .training import FaceData, load_checkpoint, load_matching, load_whole, predict
+
 
 # %% ../nbs/05_students.ipynb #05-006
 STUDENT_BACKBONE = "mobilenetv3_large_100"
@@ -165,7 +167,7 @@ def open_supervision(
 ) -> tuple[AlignmentReport, Supervision | None]:  # None where the alignment fails
     "Compare the softlabels with the training rows, and join them by id."
     ids, sha256 = (data.train.rows[c].to_numpy(str) for c in ("id", "sha256"))
-    report = check_alignment(softlabels, ids, sha256, data.dataset_index_id, "train")
+    report = check_alignment(softlabels, ids, sha256, data.dataset_index_id, "train", data.convention, data.conventions)
     if not report.passed: return report, None
     if supervision == "fused": return report, fused_supervision(load_softlabels(softlabels), ids)
     targets = split_targets(Path(softlabels).parent)
@@ -340,13 +342,15 @@ class Validation(NamedTuple):
     logits: np.ndarray  # (N, 7)
     labels: np.ndarray  # (N,)
     ids: np.ndarray  # (N,)
+    groups: np.ndarray | None  # (N,) the picture of each row; None: nothing tells
 
 
 def own_validation(run_dir) -> Validation:
     "The validation rows of the sources that a run learned its labels from."
-    z, sources = read_npz(Path(run_dir)/"evaluation.npz", ["val_logits", "val_labels", "val_ids"]), Calibration.load(run_dir).sources
-    at = np.array([not sources or i.split("/")[0] in sources for i in z["val_ids"].tolist()])
-    return Validation(z["val_logits"][at], z["val_labels"][at], z["val_ids"][at])
+    z, calibration = read_npz(Path(run_dir)/"evaluation.npz", ["val_logits", "val_labels", "val_ids"]), Calibration.load(run_dir)
+    at = np.array([not calibration.sources or i.split("/")[0] in calibration.sources for i in z["val_ids"].tolist()])
+    groups = z["val_groups"] if "val_groups" in z else kept_groups(run_dir, z["val_ids"], calibration.dataset_index_id)
+    return Validation(z["val_logits"][at], z["val_labels"][at], z["val_ids"][at], None if groups is None else groups[at])
 
 
 def view_notes(meta: dict, manifest: Manifest, rows: pd.DataFrame, val_ids) -> list[str]:
@@ -356,6 +360,32 @@ def view_notes(meta: dict, manifest: Manifest, rows: pd.DataFrame, val_ids) -> l
     chose, trained = int(rows["id"].isin(val_ids).sum()), int((rows["split"] == "train").sum())
     if chose: raise GateError(f"{chose:,} of these rows chose the model's epoch and temperature: report on test rows")
     return [f"careful: the model may have trained on {trained:,} of these rows"] if trained else []
+
+
+def judge_of(
+    learned: str,  # the model's convention
+    manifest: Manifest,
+    convention: str | None = None,  # that was asked for
+    source: str | None = None,  # likewise
+) -> str | None:  # None: every row, where it is not known what the model learned
+    "Whose labels judge: those that were asked for, else those of the source, else those that the model learned."
+    here = manifest.conventions
+    if convention or source in here: return convention or here[source]
+    if learned in here.values(): return learned
+    if len(set(here.values())) > 1:
+        raise UsageError(f"the model learned the labels of {learned or 'nobody knows whom'}, and {manifest.dataset_index_id} has those of "
+                         f"{', '.join(sorted(set(here.values())))}: say whose shall judge it, as in convention={min(here.values())!r}")
+    return next(iter(here.values()))
+
+
+def judge_notes(learned: str, judge: str, manifest: Manifest, rows: pd.DataFrame) -> list[str]:
+    "What a judgement by another convention than the model's is worth; nothing where they are one."
+    if judge == learned: return []
+    told = f"judged by the labels of {judge}, and the model learned those of {learned or 'nobody knows whom'}"
+    s = perfect_score(manifest.df.assign(answer=answers(manifest.df)), rows, learned)
+    if s is None: return [f"{told}: this says how far the two agree, not how good the model is"]
+    return [f"{told}: a perfect labeller of {learned} scores accuracy {s.accuracy:.3f} and macro-F1 {s.macro_f1:.3f} here "
+            f"({s.n:,} of {s.rows:,} rows), so this is no judgement of the model"]
 
 # %% ../nbs/05_students.ipynb #05-043
 class ViewReport(Result):
@@ -374,8 +404,15 @@ class ViewReport(Result):
         classes = [(m.name, m.support, f"{m.f1:.3f}", f"{c.coverage:.3f}", f"{c.mean_size:.2f}") for m, c in sets]
         return [self.title, *self.notes, (("metric", *table.columns), [(i, *r) for i, r in zip(table.index, table.to_numpy())]),
                 f"selective: AURC {s.aurc.show()}, excess {s.excess_aurc:.4f}; accuracy {sure}",
-                f"prediction sets for {1 - s.miss:.0%}: coverage {s.coverage.show()}, {s.mean_size:.2f} classes a set",
+                f"prediction sets for {1 - s.miss:.0%}: coverage {s.coverage.show()}, {s.mean_size:.2f} classes a set; {self._promise()}",
                 (("class", "n", "F1", "coverage", "set size"), classes), (kept, shown)]
+
+    def _promise(self) -> str:
+        "Whether the sets' coverage was promised, and is what chance allows."
+        s, p = self.selective, self.selective.promise
+        if p is None: return f"promised for the labels of {s.calibrated_on}, not for these"
+        whom = "each class" if s.class_thresholds else "all"
+        return f"promised to {whom}, {'kept' if p.kept else 'NOT kept'} (p = {p.p_value:.2g} on {p.pictures:,} pictures)"
 
 # %% ../nbs/05_students.ipynb #05-044
 def evaluate_checkpoint(
@@ -384,6 +421,8 @@ def evaluate_checkpoint(
     cache_dir,  # its packed images, in the model's geometry
     view: str = "test_all_sources",
     source: str | None = None,  # one source only
+    convention: str | None = None,  # whose labels judge; None: the source's, or those that the model learned
+    class_conditional: bool = False,  # prediction sets promise their coverage to each class
     out=None,  # a folder for the files; None: nothing is written
     device: str = "cpu",
     resamples: int = 1000,  # of the bootstrap
@@ -395,18 +434,24 @@ def evaluate_checkpoint(
     check_seal(path.parent)
     calibration, own = Calibration.load(path.parent), own_validation(path.parent)
     manifest = load_manifest(manifest_dir, valid=True)
-    faces = PackedFaces(load_cache(cache_dir, manifest), manifest.view(view, source))
+    learned = meta.get("convention") or run_convention(path.parent, manifest.conventions)
+    judge = judge_of(learned, manifest, convention, source)
+    faces = PackedFaces(load_cache(cache_dir, manifest), manifest.view(view, source, convention=judge))
     check_geometry(meta["geometry"], faces.geometry, what=f"the cache {cache_dir}")
     rows, t, place = faces.rows, calibration.selected_temperature, f"{view}{f', {source}' if source else ''}"
-    notes = view_notes(meta, manifest, rows, own.ids)
-    z, y, votes = predict(model, eval_loader(faces), device)[0], labels_of(rows), votes_of(rows)
+    if not len(rows): raise UsageError(f"{place} has no rows with the labels of {judge}: give another view")
+    notes = view_notes(meta, manifest, rows, own.ids) + judge_notes(learned, judge, manifest, rows)
+    z, y, votes, groups = predict(model, eval_loader(faces), device)[0], labels_of(rows), votes_of(rows), groups_of(rows)
     named = dict(model_name=calibration.model_name, dataset_index_id=manifest.dataset_index_id)
-    scaled, raw = (evaluate(z, y, T, votes, resamples, seed) for T in (t, 1.0))
-    selective = selective_report(own.logits, own.labels, z, y, t, val_ids=own.ids, test_ids=rows["id"], test_name=place,
-                                 resamples=resamples, seed=seed, **named)
+    scaled, raw = (evaluate(z, y, T, votes, resamples, seed, groups) for T in (t, 1.0))
+    selective = selective_report(
+        own.logits, own.labels, z, y, t, val_ids=own.ids, val_groups=own.groups, class_conditional=class_conditional, convention=learned,
+        test_ids=rows["id"], conventions=np.full(len(rows), judge or learned), sources=rows["source"], groups=groups, test_name=place,
+        resamples=resamples, seed=seed, **named)
     by_source = source_table(z[:0], rows[:0], z, rows, t, resamples, seed)
-    title = f"{calibration.model_name} on {place}, n = {len(rows):,}, {manifest.dataset_index_id}"
-    report = ViewReport(title, notes, reliability_artifact(scaled, z, y, split=place, **named), raw, selective, by_source)
+    title = f"{calibration.model_name} on {place} by the labels of {judge}, n = {len(rows):,}, {manifest.dataset_index_id}"
+    metrics = reliability_artifact(scaled, z, y, split=place, **named).model_copy(update={"convention": judge})
+    report = ViewReport(title, notes, metrics, raw, selective, by_source)
     if out: _write_view(Path(out), report, rows, z)
     return report
 
@@ -416,5 +461,6 @@ def _write_view(out: Path, report: ViewReport, rows: pd.DataFrame, z):
     report.metrics.save(out); report.selective.save(out)
     write_csv(out/"confusion.csv", confusion_table(report.metrics.confusion), index=True)
     write_csv(out/"metrics_by_source.csv", report.by_source)
-    write_npz(out/"evaluation.npz", test_ids=rows["id"].to_numpy(str), test_logits=z, test_labels=labels_of(rows))
+    write_npz(out/"evaluation.npz", test_ids=rows["id"].to_numpy(str), test_logits=z, test_labels=labels_of(rows),
+              test_groups=pd.factorize(groups_of(rows))[0].astype(np.int32))
     seal_folder(out, report.metrics.dataset_index_id)

@@ -117,7 +117,12 @@ def vote_targets(
 ) -> Tensor:  # (N, 7) float32, rows sum to 1
     "Shares of the votes; all on the label where a row has none."
     q, votes = np.eye(len(CLASSES))[labels_of(rows)], votes_of(rows)
-    if votes is None: raise UsageError("targets is 'votes', and no training row has votes: give targets='labels'")
+    whose = sorted(set(rows["convention"])) if "convention" in rows else []
+    if len(whose) > 1:
+        raise UsageError(f"targets is 'votes', and the training rows have the labels of {' and '.join(whose)}: name one of them")
+    if votes is None:
+        raise UsageError(f"targets is 'votes', and no training row has votes{f' of {whose[0]}' if whose else ''}: give targets='labels', "
+                         "or a convention that has votes, such as ferplus")
     has = np.nansum(votes, 1) > 0
     q[has] = votes[has]/votes[has].sum(1, keepdims=True)
     return torch.from_numpy(q.astype(np.float32))
@@ -365,8 +370,9 @@ def export_softlabels(
     logits = [np.stack([predict(teacher, eval_loader(p, view=v), device)[0] for v in range(len(VIEWS))], 1) for p in parts.values()]
     ids, sha = (np.concatenate([p.rows[k].to_numpy(str) for p in parts.values()]) for k in ("id", "sha256"))
     splits = np.repeat(list(parts), [len(p) for p in parts.values()])
-    save_softlabels(folder, Softlabels(ids, sha, np.concatenate(logits), VIEWS, temperature, scale, data.dataset_index_id, splits))
-    report = check_alignment(folder, ids, sha, data.dataset_index_id)
+    soft = Softlabels(ids, sha, np.concatenate(logits), VIEWS, temperature, scale, data.dataset_index_id, splits, data.convention)
+    save_softlabels(folder, soft)
+    report = check_alignment(folder, ids, sha, data.dataset_index_id, convention=data.convention)
     report.save(folder)
     report.save(run_dir)
     return require_alignment(report)

@@ -39,11 +39,11 @@ from fer_nb.artifacts import (
     CLASSES, ArtifactError, BackboneGuard, Calibration, Environment, GateError, ReliabilityMetrics, TrainingHistory,
     UsageError, atomic_path, read_npz, write_csv, write_npz,
 )
-from .calibration import accuracy, ece, macro_f1, nll, report_run
+from .calibration import accuracy, ece, macro_f1, nll, own_rows, report_run
 from .geometry import Geometry
 from .images import PackedFaces, eval_loader, load_cache, pack_cache
-from .integrity import backbone_guard, environment, require_backbone, require_whole
-from .manifests import audit_manifest, build_manifest, label_sources, load_manifest, validate_manifest
+from .integrity import backbone_guard, environment, own_test_rows, require_backbone, require_whole
+from .manifests import audit_manifest, build_manifest, conventions_in, label_sources, load_manifest, validate_manifest
 from .synthetic import write_dataset
 
 # %% ../nbs/02b_training.ipynb #02b-071
@@ -573,9 +573,16 @@ class FaceData:
     train: PackedFaces
     val: PackedFaces
     test: PackedFaces
+    convention: str = ""  # whose labels are learned; only test rows with them judge
+    picked: bool = False  # the convention picked the training rows: view and source alone would give others
 
     @property
     def geometry(self): return self.train.geometry
+
+    @property
+    def conventions(self) -> dict[str, str]:
+        "Source -> whose labels it has."
+        return conventions_in(self.train.rows, self.val.rows, self.test.rows)
 
     @property
     def label_sources(self) -> list[str]:
@@ -594,11 +601,15 @@ def open_data(
     cache_dir,  # its packed images
     view: str = "hq_train",  # the training view
     source: str | None = None,  # train and validate on one source only
+    convention: str = "",  # whose labels are learned; may be empty where the source, or the whole manifest, has one only
 ) -> FaceData:
-    "Open a manifest and its cache, which must belong together; the manifest must be valid."
+    "Open a manifest and its cache, which must belong together; the manifest must be valid, and the labels those of one convention."
     manifest = load_manifest(manifest_dir, valid=True)
-    cache = load_cache(cache_dir, manifest)
-    return FaceData(manifest.dataset_index_id, **{k: PackedFaces(cache, rows) for k, rows in manifest.splits(view, source).items()})
+    cache, convention = load_cache(cache_dir, manifest), manifest.convention_for(convention, source or "")
+    rows, every = manifest.splits(view, source, convention), manifest.view(view, source)
+    own_rows(rows["test"], convention)  # a model that nothing can judge is not worth its training
+    return FaceData(manifest.dataset_index_id, **{k: PackedFaces(cache, v) for k, v in rows.items()}, convention=convention,
+                    picked=not rows["train"]["id"].equals(every["id"]))
 
 
 def embedded_data(
@@ -629,14 +640,16 @@ def evaluate_run(
     best = Path(run_dir)/"best.pt"
     load_whole(model, load_checkpoint(best), best)
     zv, zt = (predict(model, eval_loader(rows), device)[0] for rows in (data.val, data.test))
-    return report_run(run_dir, zv, data.val.rows, zt, data.test.rows, sources=data.label_sources, model_name=name,
+    return report_run(run_dir, zv, data.val.rows, zt, data.test.rows, sources=data.label_sources, convention=data.convention,
+                      model_name=name,
                       dataset_index_id=data.dataset_index_id, resamples=resamples, seed=seed)
 
 
 def test_logits(run_dir) -> tuple[np.ndarray, np.ndarray]:  # (N, 7), (N,)
-    "Logits and labels of a run's test rows, as `evaluate_run` left them."
+    "Logits and labels of the test rows that judge a run, as `evaluate_run` left them."
     z = read_npz(Path(run_dir)/"evaluation.npz", ["test_logits", "test_labels"])
-    return z["test_logits"], z["test_labels"]
+    own = own_test_rows(run_dir, z)
+    return z["test_logits"][own], z["test_labels"][own]
 
 # %% ../nbs/02b_training.ipynb #02b-058
 def training_environment(device: str) -> Environment:

@@ -16,7 +16,9 @@ from sklearn import metrics as sk
 from torchmetrics.classification import BinaryCalibrationError, MulticlassCalibrationError, MulticlassConfusionMatrix
 
 from fer_nb import calibration as cal
-from fer_nb.artifacts import CLASSES, Calibration, GateError, ReliabilityMetrics, SelectiveReport, UsageError
+from fer_nb.artifacts import (
+    CLASSES, Calibration, GateError, HashManifest, ReliabilityMetrics, SelectiveReport, UsageError, check_run_seal, seal_folder, write_npz,
+)
 
 GRID = [(n, k, spread, seed) for n in (1, 13, 200, 1500) for k in (2, 7) for spread in (0.1, 2.0, 8.0) for seed in (0, 1)]
 HARD = [*cal.METRICS.values(), cal.aurc, cal.excess_aurc]
@@ -647,3 +649,264 @@ def test_selective_plots_draw_what_the_report_says():
     np.testing.assert_allclose([b.get_width() for b in size.patches][::-1], [c.mean_size or np.nan for c in report.by_class.values()])
     np.testing.assert_allclose(covered.lines[0].get_xdata()[::-1], [np.nan if c.n == 0 else c.coverage for c in report.by_class.values()])
     assert list(covered.lines[1].get_xdata()) == [0.9, 0.9]
+
+
+# --- pictures
+
+
+def twice(n, seed=0):
+    "Logits and labels of n pictures that stand in two rows each, with two labels that need not agree; the pictures' numbers."
+    rng = np.random.default_rng(seed)
+    z, y = cal.simulate_logits(n, 2.0, seed=seed)
+    other = np.where(rng.random(n) < 0.4, rng.integers(7, size=n), y)
+    return np.repeat(z, 2, 0), np.stack([y, other], 1).ravel(), np.repeat(rng.permutation(n), 2)
+
+
+def test_the_bootstrap_of_pictures_equals_a_plain_loop():
+    "Pictures of one to four rows, drawn one by one, each with all of its rows."
+    z, y = cal.simulate_logits(150, 2.0)
+    groups = np.sort(np.random.default_rng(1).integers(70, size=150)).astype(str)
+    names = list(dict.fromkeys(groups.tolist()))
+    rows = {g: np.flatnonzero(groups == g) for g in names}
+    draws = np.random.default_rng(9).integers(len(names), size=(200, len(names)))
+    taken = [np.concatenate([rows[names[i]] for i in d]) for d in draws]
+    assert len({len(t) for t in taken}) > 1  # a resample has as many pictures, not as many rows
+    for metric in HARD:
+        got = cal.bootstrap_interval(metric, z, y, resamples=200, seed=9, groups=groups)
+        slow = [metric(z[t], y[t]) for t in taken]
+        assert [got.low, got.high] == pytest.approx(np.quantile(slow, [0.025, 0.975]).tolist(), abs=1e-9), metric.__name__
+
+
+def test_every_row_its_own_picture_changes_no_bit():
+    z, y = cal.simulate_logits(300, 2.0)
+    assert cal.evaluate(z, y, resamples=50, groups=np.arange(300)[::-1]) == cal.evaluate(z, y, resamples=50) | {"pictures": 300}
+    w = [cal.bootstrap_weights(300, 20, np.random.default_rng(4), c) for c in (None, np.arange(300))]
+    assert np.array_equal(*w)
+
+
+@pytest.mark.parametrize("copies", [2, 3])
+def test_rows_written_down_again_are_no_evidence(copies):
+    z, y = cal.simulate_logits(400, 2.0)
+    once = cal.evaluate(z, y, resamples=200)
+    again = cal.evaluate(np.tile(z, (copies, 1)), np.tile(y, copies), resamples=200, groups=np.tile(np.arange(400), copies))
+    for name in cal.METRICS:
+        assert (again[name].low, again[name].high) == pytest.approx((once[name].low, once[name].high), abs=1e-9), name
+    assert again["null_ece"] == pytest.approx(once["null_ece"], rel=0.1)
+    gain = cal.paired_interval(cal.nll, z, z, y, (1.0, 2.0), 200)
+    assert cal.paired_interval(cal.nll, *[np.tile(z, (copies, 1))]*2, np.tile(y, copies), (1.0, 2.0), 200,
+                               groups=np.tile(np.arange(400), copies)).low == pytest.approx(gain.low, abs=1e-9)
+
+
+def test_intervals_by_picture_cover_and_those_by_row_do_not():
+    "Two rows a picture: over 300 draws the interval by picture holds the truth in about 95 of 100, that by row far less often."
+    z, y, _ = twice(100_000)
+    truth, inside = cal.accuracy(z, y), {"picture": [], "row": []}
+    for s in range(300):
+        part, groups = slice(400*s, 400*(s + 1)), np.arange(400)//2
+        for how, g in (("picture", groups), ("row", None)):
+            got = cal.bootstrap_interval(cal.accuracy, z[part], y[part], resamples=300, seed=s, groups=g)
+            inside[how].append(got.low <= truth <= got.high)
+    assert 0.90 <= np.mean(inside["picture"]) <= 0.98 and np.mean(inside["row"]) < 0.90
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.tuples(st.integers(0, 5), st.booleans(), st.booleans()), min_size=1, max_size=30))
+def test_mcnemar_counts_a_picture_once(rows):
+    "Each picture for the model that gets more of its rows right, whatever the order of the rows."
+    groups, right_a, right_b = (np.array(c) for c in zip(*rows))
+    y = np.arange(len(rows)) % 7
+    za, zb = (np.eye(7)[np.where(right, y, (y + 1) % 7)] for right in (right_a, right_b))
+    lead = [int(right_b[groups == g].sum()) - int(right_a[groups == g].sum()) for g in set(groups.tolist())]
+    got, order = cal.mcnemar(y, za, zb, groups), np.random.default_rng(0).permutation(len(rows))
+    assert got[:2] == (sum(x < 0 for x in lead), sum(x > 0 for x in lead))
+    assert cal.mcnemar(y[order], za[order], zb[order], groups[order]) == got
+    assert got.p_value == pytest.approx(binom_two_sided(got.only_a_right, got.only_b_right), rel=1e-9)
+
+
+def binom_two_sided(a, b):
+    tail = sum(comb(a + b, i) for i in range(min(a, b) + 1))
+    return min(1, 2*tail/2**(a + b))
+
+
+def test_folds_keep_pictures_whole_and_classes_even():
+    rng = np.random.default_rng(0)
+    groups = rng.integers(400, size=900)
+    label = rng.choice(7, 400, p=[.14, .04, .13, .25, .17, .10, .17])
+    y = label[groups]
+    fold = cal.stratified_folds(y, 5, 1, groups)
+    assert all(len(set(fold[groups == g].tolist())) == 1 for g in set(groups.tolist()))
+    firsts = np.unique(groups, return_index=True)[1]
+    counts = np.array([np.bincount(fold[firsts][y[firsts] == c], minlength=5) for c in range(7)])
+    assert (counts.max(1) - counts.min(1) <= 1).all()
+
+
+def test_a_temperature_is_never_judged_by_another_row_of_its_picture():
+    "Cross-fitted logits of the two rows of a picture are divided by one temperature, which neither has chosen."
+    z, y, groups = twice(150)
+    fitted = cal.cross_fitted_logits(z, y, 5, seed=1, groups=groups)
+    np.testing.assert_allclose(fitted[0::2], fitted[1::2])
+    apart = cal.cross_fitted_logits(z, y, 5, seed=1)
+    assert not np.allclose(apart[0::2], apart[1::2])
+
+
+@pytest.mark.parametrize("call", [
+    lambda z, y: cal.bootstrap_interval(cal.nll, z, y, groups=["a"]), lambda z, y: cal.mcnemar(y, z, z, groups=np.zeros((50, 1))),
+    lambda z, y: cal.null_ece(np.full(50, 0.5), groups=list("ab")), lambda z, y: cal.stratified_folds(y, 5, 1, groups=["a"]),
+    lambda z, y: cal.evaluate(z, y, groups=[None]*50)])
+def test_bad_groups_are_refused(call):
+    z, y = cal.simulate_logits(50)
+    with pytest.raises(UsageError, match="groups"): call(z, y)
+
+
+# --- promises
+
+
+@pytest.mark.parametrize(("covered", "m", "n", "miss"), [(0, 3, 9, 0.1), (2, 3, 9, 0.1), (15, 20, 19, 0.1), (30, 40, 24, 0.2)])
+def test_the_chance_of_a_coverage_is_the_beta_binomial_sum(covered, m, n, miss):
+    "Ranks among n + 1 exchangeable scores, counted by hand: urns with k and n + 1 - k balls, one more of the same kind after each draw."
+    k = ceil((n + 1)*(1000 - round(1000*miss))/1000)
+    def chance(j):
+        up = np.prod([k + i for i in range(j)], dtype=float)*np.prod([n + 1 - k + i for i in range(m - j)], dtype=float)
+        return comb(m, j)*up/np.prod([n + 1 + i for i in range(m)], dtype=float)
+    assert cal.coverage_chance(covered, m, n, miss) == pytest.approx(sum(chance(j) for j in range(covered + 1)), rel=1e-9)
+
+
+def test_a_promise_that_is_kept_is_rarely_called_broken():
+    "Over 2,000 simulated pairs of calibration and test the p-value is small as rarely as it says, and never for more than chance."
+    rng, p = np.random.default_rng(0), []
+    for _ in range(2000):
+        threshold = np.sort(rng.random(200))[200 - cal.conformal_rank(200, 0.1)]
+        p.append(cal.coverage_chance(int((rng.random(300) >= threshold).sum()), 300, 200))
+    for level in (0.01, 0.05, 0.2): assert np.mean(np.array(p) < level) <= level + 3*np.sqrt(level*(1 - level)/2000)
+    assert 0.03 <= np.mean(np.array(p) < 0.05) <= 0.07
+
+
+def test_class_conditional_sets_keep_their_promise_to_each_class():
+    "A class that the model underrates: one threshold leaves it out, one a class does not; both keep 90% on average."
+    covered = {"one": [], "each": []}
+    for s in range(60):
+        z, y = cal.simulate_logits(3000, 1.0, seed=s)
+        z = z - 2.0*(np.arange(7) == 2)
+        for how, q in (("one", cal.conformal_threshold(z[:1500], y[:1500])), ("each", cal.conformal_thresholds(z[:1500], y[:1500]))):
+            sets = cal.prediction_sets(z[1500:], q)
+            inside, later = sets[np.arange(1500), y[1500:]], y[1500:]
+            covered[how].append([inside[later == c].mean() for c in range(7)] + [inside.mean()])
+    one, each = (np.mean(covered[k], 0) for k in ("one", "each"))
+    assert one[-1] == pytest.approx(0.9, abs=0.01) and one[2] < 0.8
+    assert (each[:-1] > 0.89).all() and (each < 0.93).all()
+
+
+def mixed_conventions(n=600, seed=1):
+    "Pictures under two conventions that agree on two thirds: logits, rows of a manifest for validation and for test."
+    zv, yv = cal.simulate_logits(n, 2.5, seed=seed)
+    zt, yt = cal.simulate_logits(n, 2.5, seed=seed + 100)
+    def rows(y, split):
+        other = np.where(np.arange(len(y)) % 3, y, (y + 1) % 7)
+        parts = [pd.DataFrame({"id": [f"{s}/{split}/{i}" for i in range(len(y))], "label": np.array(CLASSES)[labels], "source": s,
+                               "convention": s, "group": [f"{split}{i}" for i in range(len(y))], "votes": None, "split": split,
+                               "excluded": ""}) for s, labels in (("ours", y), ("theirs", other))]
+        return pd.concat(parts, ignore_index=True)
+    return np.tile(zv, (2, 1)), rows(yv, "val"), np.tile(zt, (2, 1)), rows(yt, "test")
+
+
+def test_a_run_promises_for_its_own_convention_alone(tmp_path):
+    "The fault: threshold from one convention, coverage counted over two, so that a kept promise of 90% looked like 77%."
+    data = mixed_conventions()
+    cal.report_run(tmp_path, *data, sources=["ours"], convention="ours", **NAMES)
+    s = SelectiveReport.load(tmp_path)
+    assert (s.convention, s.calibrated_on, s.n, s.pictures, s.sources) == ("ours", "ours", 600, 600, ["ours"])
+    assert s.promise.kept and s.promise.pictures == 600 and s.promise.calibration_pictures == s.n_calibration == 600
+    assert s.coverage.value == pytest.approx(0.9, abs=0.04)
+    other, = s.others
+    assert (other.convention, other.n, other.promise) == ("theirs", 600, None) and other.coverage.high < 0.8
+    assert s.accuracy_at_coverage["1.0"] == pytest.approx(cal.accuracy(data[2][:600], cal.labels_of(data[3][:600])))
+
+
+def test_a_run_keeps_which_rows_show_one_picture(tmp_path):
+    zv, val, zt, test = mixed_conventions()
+    _, metrics = cal.report_run(tmp_path, zv, val, zt, test, **NAMES)
+    z = np.load(tmp_path/"evaluation.npz")
+    assert (z["test_groups"][:600] == z["test_groups"][600:]).all() and not set(z["val_groups"]) & set(z["test_groups"])
+    assert (metrics.n, metrics.pictures) == (1200, 600)
+    table = pd.read_csv(tmp_path/"metrics_by_source.csv")
+    assert table["pictures"].tolist() == [600, 600]
+
+
+def test_class_thresholds_travel_with_the_report(tmp_path):
+    data = mixed_conventions()
+    cal.report_run(tmp_path, *data, sources=["ours"], convention="ours", class_conditional=True, **NAMES)
+    s, first = SelectiveReport.load(tmp_path), data[0][:600]
+    t = Calibration.load(tmp_path).selected_temperature
+    assert s.class_thresholds == pytest.approx(cal.conformal_thresholds(first, cal.labels_of(data[1][:600]), t).tolist())
+    assert s.promise.p_value == pytest.approx(min(1, 7*min(c.p_value for c in s.by_class.values())))
+    assert s.mean_size > 1 and all(c.p_value is None for c in s.others[0].by_class.values())
+
+
+def test_a_picture_in_several_calibration_rows_chooses_once():
+    z, y = cal.simulate_logits(300, 2.5, seed=1)
+    many = np.repeat(np.arange(300), np.random.default_rng(0).integers(1, 5, 300))
+    rule = cal.set_rule(z[many], y[many], 2.5, groups=many)
+    assert rule.threshold == cal.conformal_threshold(z, y, 2.5) and rule.n == 300
+    assert rule.pictures.tolist() == np.bincount(y, minlength=7).tolist()
+
+
+# --- counted again
+
+
+def small_copy(folder):
+    "What travels of a sealed run."
+    z = dict(np.load(folder/"evaluation.npz"))
+    (folder/"best.pt").unlink()
+    write_npz(folder/"evaluation.npz", test_ids=z["test_ids"], test_labels=z["test_labels"].astype("int8"),
+              test_logits=z["test_logits"].astype("float16"))
+
+
+@pytest.fixture
+def old_run(tmp_path):
+    "A sealed run as they were before pictures and conventions, and the rows of its manifest."
+    zv, val, zt, test = mixed_conventions()
+    plain = [r.drop(columns=["group", "convention"]) for r in (val, test)]
+    cal.report_run(tmp_path, zv, plain[0], zt, plain[1], sources=["ours"], **NAMES)
+    (tmp_path/"best.pt").write_bytes(b"weights")
+    seal_folder(tmp_path, NAMES["dataset_index_id"])
+    return tmp_path, pd.concat([val, test], ignore_index=True), (zv, val, zt, test)
+
+
+@pytest.mark.parametrize("small", [False, True])
+def test_an_old_run_counted_again_is_a_new_one(old_run, tmp_path_factory, small):
+    folder, manifest, data = old_run
+    before, old_threshold = HashManifest.load(folder), SelectiveReport.load(folder).threshold
+    if small: small_copy(folder)
+    cal.recount_run(folder, manifest)
+    fresh = tmp_path_factory.mktemp("fresh")
+    cal.report_run(fresh, *data, sources=["ours"], convention="ours", **NAMES)
+    got, want = ReliabilityMetrics.load(folder), ReliabilityMetrics.load(fresh)
+    for k in ("accuracy", "macro_f1", "nll", "ece"):
+        assert getattr(got, k).value == pytest.approx(getattr(want, k).value, abs=1e-12)  # from the table by source, in full precision
+        assert getattr(got, k).low == pytest.approx(getattr(want, k).low, abs=2e-3 if small else 1e-12)
+    assert (got.n, got.pictures, got.convention) == (600, 600, "ours")
+    sets, new = SelectiveReport.load(folder), SelectiveReport.load(fresh)
+    assert sets.threshold == old_threshold and (sets.promise.covered, len(sets.others)) == (new.promise.covered, 1)
+    seal = HashManifest.load(folder)
+    assert check_run_seal(folder) == small and ("half precision" in got.recomputed) == small
+    assert seal.rewritten["selective.json"] == before.files["selective.json"] != seal.files["selective.json"]
+    assert seal.files["best.pt"] == before.files["best.pt"]
+    assert cal.recount_run(folder, manifest) and HashManifest.load(folder).rewritten == seal.rewritten  # the run's own stay on record
+
+
+@pytest.mark.parametrize(("spoil", "says"), [
+    ("logits", "confusion matrix"), ("labels", "other labels"), ("row", "holds no row"), ("seal", "was changed"),
+    ("val", "chose its threshold")])
+def test_what_does_not_fit_is_not_counted_again(old_run, spoil, says):
+    folder, manifest, _ = old_run
+    small_copy(folder)
+    z = dict(np.load(folder/"evaluation.npz"))
+    match spoil:
+        case "logits": write_npz(folder/"evaluation.npz", **z | {"test_logits": np.roll(z["test_logits"], 1, 1)})
+        case "labels": manifest = manifest.assign(label="Sad")
+        case "row": manifest = manifest[manifest["source"] == "ours"]
+        case "seal": (folder/"calibration.json").write_text((folder/"calibration.json").read_text() + "\n")
+        case "val": manifest = manifest[(manifest["split"] == "test") | (manifest.index % 2 == 0)]
+    kept = (folder/"selective.json").read_bytes()
+    with pytest.raises(GateError, match=says): cal.recount_run(folder, manifest)
+    assert (folder/"selective.json").read_bytes() == kept

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from fer_nb import ensembles
 from fer_nb.artifacts import (
     CLASSES, ArtifactError, Calibration, ClassOrder, EnsembleConfig, EnsembleGate, EnsembleMetrics, GateError, ManifestValidation, RunArgs,
-    UsageError, check_seal, read_json, sha256_bytes, write_json,
+    UsageError, check_seal, read_json, seal_folder, sha256_bytes, write_json,
 )
-from fer_nb.calibration import calibrate, labels_of, macro_f1, nll, paired_interval, softmax
+from fer_nb.calibration import calibrate, labels_of, macro_f1, nll, paired_interval, report_run, softmax
 from fer_nb.integrity import VIEWS, Softlabels, check_alignment, load_softlabels, save_softlabels
 from fer_nb.manifests import COLUMNS, dataset_index, freeze_manifest, load_manifest
 
@@ -34,7 +34,8 @@ def make_rows(seed: int = 0) -> pd.DataFrame:
             key = f"{split}{i}"
             label = CLASSES[int(rng.choice(7, p=[.2, .05, .15, .2, .15, .1, .15]))]
             rows.append(dict(id=f"demo/{key}.png", path=f"{key}.png", label=label, split=split, source="studio" if i % 3 else "wild",
-                             usage=split, sha256=sha256_bytes(key.encode()), pixel_hash=sha256_bytes(b"p" + key.encode())[:16],
+                             convention="demo", usage=split,
+                             sha256=sha256_bytes(key.encode()), pixel_hash=sha256_bytes(b"p" + key.encode())[:16],
                              perceptual_hash="0"*16, group=f"g{key}", width=48, height=48, excluded="", votes=None, box=None,
                              confidence=None))
     return pd.DataFrame(rows)[list(COLUMNS)]
@@ -537,13 +538,69 @@ def test_gains_are_over_the_members_best_on_each_set_of_rows(base):
     y = np.arange(70) % 7
     right = {"RN18": 60, "B3": 40, "CNXT": 20}  # rows that each gets right on the report's rows
     z = {k: np.eye(7)[np.where(np.arange(70) < n, y, (y + 1) % 7)] for k, n in right.items()}
-    rows = pd.DataFrame({"id": [str(i) for i in range(70)], "label": np.array(CLASSES)[y], "source": "s"})
-    each = [ensembles.model_metrics(k, v, rows, 1.0, 20, 1) for k, v in z.items()]
     bench = m.benchmark.model_copy(update={"best_member": "B3"})
-    told = {(g.metric, g.chosen_on): g for g in ensembles.gains(np.eye(7)[y], z, y, bench, each, 20, 1)}
+    told = {(g.metric, g.chosen_on): g for g in ensembles.gains(np.eye(7)[y], z, y, bench, 20, 1)}
     assert [told["accuracy", k].over for k in ("val", "test_all_sources")] == ["B3", "RN18"]
     assert told["accuracy", "val"].gain.value == pytest.approx(30/70)
     assert told["accuracy", "test_all_sources"].gain.value == pytest.approx(10/70)
+
+
+def test_gains_are_told_source_by_source_and_by_whose_labels(base):
+    "A gain by the labels that were learned, a loss by others'; only the first is the ensemble's own, both are in the file."
+    m = EnsembleMetrics.load(base/"ensembles"/"trio")
+    y, bench = np.arange(140) % 7, m.benchmark.model_copy(update={"best_member": "B3"})
+    own, shifted = np.arange(140) < 70, (y + 1) % 7
+    rows = pd.DataFrame({"id": [f"x/{i}" for i in range(140)], "label": np.array(CLASSES)[np.where(own, y, shifted)],
+                         "source": np.where(own, "ours", "theirs"), "convention": np.where(own, "ours", "theirs"),
+                         "group": [f"g{i % 70}" for i in range(140)]})
+    said = {"RN18": np.eye(7)[np.where(np.arange(140) % 70 < 40, y, shifted)], "B3": np.eye(7)[shifted]}
+    found = ensembles.gains_by_source(np.eye(7)[y], said, rows, "ours", bench, 50, 1)
+    told = {(g.source, g.metric, g.chosen_on): g for g in found}
+    assert {(g.source, g.convention, g.n, g.pictures) for g in found} == {("all", "ours", 70, 70), ("ours", "ours", 70, 70),
+                                                                        ("theirs", "theirs", 70, 70)}
+    assert told["all", "accuracy", "val"].gain == told["ours", "accuracy", "val"].gain and told["all", "accuracy", "val"].gain.value == 1
+    assert told["theirs", "accuracy", "val"].gain.value == -1  # its labels call the ensemble wrong everywhere
+    assert [told[s, "accuracy", "test_all_sources"].over for s in ("ours", "theirs")] == ["RN18", "B3"]
+
+
+def test_gains_draw_pictures(base):
+    "The same rows written down twice: the interval stays, where rows would make it narrower."
+    m, rng = EnsembleMetrics.load(base/"ensembles"/"trio"), np.random.default_rng(0)
+    y = np.arange(200) % 7
+    z = {k: np.eye(7)[np.where(rng.random(200) < p, y, (y + 1) % 7)] for k, p in (("RN18", .7), ("B3", .6))}
+    fused, bench = np.eye(7)[np.where(rng.random(200) < .75, y, (y + 1) % 7)], m.benchmark.model_copy(update={"best_member": "B3"})
+    once = ensembles.gains(fused, z, y, bench, 200, 1)
+    again = ensembles.gains(np.tile(fused, (2, 1)), {k: np.tile(v, (2, 1)) for k, v in z.items()}, np.tile(y, 2), bench, 200, 1,
+                            np.tile(np.arange(200), 2))
+    assert [(g.over, g.gain.low, g.gain.high, g.pictures) for g in again] == [
+        (g.over, pytest.approx(g.gain.low, abs=1e-12), pytest.approx(g.gain.high, abs=1e-12), 200) for g in once]
+
+
+def finish_member(run: Path, manifest):
+    "Give a member what a training run leaves: its report and its seal."
+    z, rows = load_softlabels(run/"softlabels"), manifest.splits()
+    val, test = rows["val"], rows["test"]
+    report_run(run, z.logits[z.rows(val["id"]), 0], val, z.logits[z.rows(test["id"]), 0], test, convention="demo", model_name=run.name,
+               dataset_index_id=manifest.dataset_index_id, resamples=20)
+    (run/"best.pt").write_bytes(b"weights")
+    seal_folder(run, manifest.dataset_index_id)
+
+
+def test_a_folder_counted_again_gives_what_it_had(world):
+    "Runs and ensembles of today are counted again to the same numbers; a member that was changed or is gone is named."
+    manifest, out = load_manifest(world/"manifests"), world/"ensembles"/"trio"
+    for run in members_of(world)[:3]: finish_member(run, manifest)
+    before = EnsembleMetrics.load(out)
+    done = ensembles.recount(world, world/"manifests")
+    assert sorted(done["folder"]) == sorted(["ensembles/trio"]*2 + [f"teachers/{r.name}" for r in members_of(world)[:3]])
+    after = EnsembleMetrics.load(out)
+    assert after.gains == before.gains and after.ensemble == before.ensemble and after.members == before.members
+    assert "by convention and picture" in after.recomputed and check_seal(out).rewritten.keys() >= {"ensemble_metrics.json"}
+    run = members_of(world)[0]
+    (run/"history.csv").write_text("epoch"); seal_folder(run, manifest.dataset_index_id); (run/"history.csv").write_text("changed")
+    with pytest.raises(ArtifactError, match="was changed"): ensembles.recount_ensemble(out, manifest)
+    shutil.rmtree(run)
+    with pytest.raises(GateError, match="member RN18 .* is not there"): ensembles.recount_ensemble(out, manifest)
 
 
 def killed_at(rename: int, stage) -> bool:

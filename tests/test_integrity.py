@@ -6,9 +6,9 @@ import pytest
 
 from fer_nb.artifacts import (
     CLASSES, OTHER_NAMES, AlignmentReport, Artifact, ArtifactError, Calibration, ClassOrder, GateError, artifact_models, atomic_path,
-    class_order_hash, inventory, read_json, seal_folder, sha256_file, write_json, write_npz,
+    check_seal, class_order_hash, inventory, read_json, reseal, seal_folder, sha256_file, write_json, write_npz,
 )
-from fer_nb.calibration import calibrate
+from fer_nb.calibration import calibrate, conformal_threshold, prediction_sets, selective_report, simulate_logits
 from fer_nb.integrity import (
     VIEWS, Softlabels, backbone_guard, check_alignment, environment, gates, load_softlabels, require_alignment, require_backbone,
     save_softlabels, smoke_verdict, write_provenance,
@@ -192,6 +192,73 @@ def test_gates_refuse_a_report_on_the_rows_that_chose_the_temperature(tmp_path, 
     write_npz(tmp_path / "evaluation.npz", val_ids=np.array(["a", "b"]), test_ids=np.array(test_ids))
     line = next(x for x in gates(tmp_path).lines if x.question.startswith("reported on rows"))
     assert line.go == go, line.reason
+
+
+def promise(tmp_path, labels, **how):
+    "The line of the checklist on prediction sets, for a run of the convention 'ours' that is tested on these labels."
+    z, y = simulate_logits(800, 2.5, seed=1)
+    zt, yt = simulate_logits(800, 2.5, seed=2)
+    named = dict(model_name="m", dataset_index_id=INDEX, resamples=20, convention="ours")
+    write_provenance(tmp_path, "teacher", {"convention": "ours"}, 1, environment())
+    report = selective_report(z, y, zt, labels(yt), 2.5, **named | how)
+    report.save(tmp_path)
+    line, = (x for x in gates(tmp_path).lines if x.question == "prediction sets keep their promise")
+    return line, report
+
+
+def test_a_kept_promise_is_go(tmp_path):
+    line, report = promise(tmp_path, lambda y: y)
+    assert line.go and line.file == "selective.json" and report.promise.kept
+
+
+def test_a_broken_promise_is_no_go_with_its_numbers(tmp_path):
+    "A third of the test labels follow another convention, under the name of the run's own."
+    line, report = promise(tmp_path, lambda y: np.where(np.arange(800) % 3, y, (y + 1) % 7))
+    p = report.promise
+    told = f"90% is promised, and {p.covered} of 800 pictures are covered ({p.covered/800:.3f})"
+    assert not line.go and told in line.reason
+
+
+def test_a_class_whose_promise_is_broken_is_named(tmp_path):
+    line, report = promise(tmp_path, lambda y: np.where(y == 2, 4, y), class_conditional=True)  # Fear is called Sad
+    assert not line.go and f"Sad {report.by_class['Sad'].coverage:.3f}" in line.reason and "Happy" not in line.reason
+
+
+def test_a_picture_in_many_rows_is_asked_once(tmp_path):
+    "Ten of 100 pictures, whose label changed, stand in ten rows each: by row nearly half of the sets miss, by picture few do."
+    z, y = simulate_logits(800, 2.5, seed=1)
+    zt, yt = simulate_logits(400, 2.5, seed=2)
+    inside = prediction_sets(zt, conformal_threshold(z, y, 2.5), 2.5)[np.arange(400), yt]
+    often = np.flatnonzero(~inside)[:10]
+    rows = np.concatenate([np.arange(400), np.repeat(often, 20)])
+    named = dict(model_name="m", dataset_index_id=INDEX, resamples=20)
+    by_picture = selective_report(z, y, zt[rows], yt[rows], 2.5, groups=rows, **named)
+    assert by_picture.promise.kept and by_picture.promise.pictures == 400 and by_picture.coverage.value < 0.75
+    assert not selective_report(z, y, zt[rows], yt[rows], 2.5, **named).promise.kept
+
+
+@pytest.mark.parametrize(("how", "says"), [
+    ("older", "fer-nb recount"), ("missing", "is missing"), ("another's threshold", "those of theirs chose its threshold"),
+    ("no such rows", "no test row has them")])
+def test_what_proves_no_promise_is_no_go(tmp_path, how, says):
+    line, report = promise(tmp_path, lambda y: y, conventions=np.full(800, "theirs" if how == "no such rows" else "ours"))
+    match how:
+        case "older": report.model_copy(update={"schema_version": 1, "promise": None}).save(tmp_path)
+        case "missing": (tmp_path/"selective.json").unlink()
+        case "another's threshold": report.model_copy(update={"calibrated_on": "theirs"}).save(tmp_path)
+    line, = (x for x in gates(tmp_path).lines if x.question == "prediction sets keep their promise")
+    assert not line.go and says in line.reason
+
+
+def test_rewritten_files_are_sealed_with_what_they_replaced(tmp_path):
+    (tmp_path/"a.json").write_text("1"); (tmp_path/"b.json").write_text("1")
+    first = seal_folder(tmp_path, INDEX)
+    (tmp_path/"a.json").write_text("2")
+    with pytest.raises(ArtifactError, match="was changed"): check_seal(tmp_path)
+    assert reseal(tmp_path, ["a.json", "b.json"]).rewritten == {"a.json": first.files["a.json"]}  # b is what it was
+    check_seal(tmp_path)
+    (tmp_path/"a.json").write_text("3")
+    assert reseal(tmp_path, ["a.json"]).rewritten == {"a.json": first.files["a.json"]}  # the run's own, not the second
 
 
 def test_gates_of_softlabels_alone_have_nothing_to_judge(folder):

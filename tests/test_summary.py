@@ -12,7 +12,7 @@ from fer_nb import summary
 from fer_nb.artifacts import (
     ArtifactError, GateError, HashManifest, ReliabilityMetrics, RunArgs, UsageError, read_npz, seal_folder, write_npz,
 )
-from fer_nb.calibration import paired_interval, predictions
+from fer_nb.calibration import mcnemar, paired_interval, predictions, write_row_groups
 from tests.conftest import ROOT
 
 SEEDS, N = (3, 1, 2), 300
@@ -86,7 +86,7 @@ def test_one_seed_has_no_interval():
 def test_results_equal_scikit_learn(nine, tmp_path):
     summary.summarise_students(nine, tmp_path, resamples=20)
     table = pd.read_csv(tmp_path/summary.RESULTS).set_index(["arm", "source", "metric"])
-    assert len(table) == 3*3*12 and list(table.columns) == ["n_seeds", "seeds", "n", "mean", "sd", "low", "high", "raw_mean"]
+    assert len(table) == 3*3*12 and list(table.columns) == ["convention", "n_seeds", "seeds", "n", "mean", "sd", "low", "high", "raw_mean"]
     for source in ("all", "studio", "wild"):
         values = {k: [] for k in ("accuracy", "macro_f1", "nll", "raw_nll", "f1_Disgust", "brier")}
         for seed in sorted(SEEDS):
@@ -111,7 +111,7 @@ def test_results_equal_scikit_learn(nine, tmp_path):
 def test_comparison_equals_a_plain_loop(folder, tmp_path):
     for run in folder.iterdir():  # 60 rows are enough for a loop
         z = read_npz(run/"evaluation.npz")
-        change_rows(run, **{k: z[k][:60] for k in ("test_ids", "test_logits", "test_labels")})
+        change_rows(run, **{k: z[k][:60] for k in ("test_ids", "test_logits", "test_labels", "test_groups")})
     resamples, seed = 80, 11
     found = summary.summarise_students(folder, tmp_path, resamples, seed).comparisons.set_index(["arm_a", "arm_b", "source", "metric"])
     runs = {(s, k): summary.read_student(folder/f"net_seed{s}_{k}") for s in SEEDS for k in SKILL}
@@ -189,6 +189,69 @@ def test_class_gains_add_up_to_macro_f1(nine):
     by_class = gains.groupby(keys)["difference"].mean()
     macro = pairs[pairs["metric"] == "macro_f1"].set_index(keys)["difference"]
     pd.testing.assert_series_equal(by_class.sort_index(), macro.sort_index(), check_names=False)
+
+
+# --- pictures in several rows
+
+
+@pytest.fixture(scope="module")
+def twins(tmp_path_factory) -> Path:
+    "Two stages by two seeds; test rows come in pairs that show the same picture."
+    root = tmp_path_factory.mktemp("twins")/"students"
+    for seed in (1, 2):
+        for stage in ("CE", "DKD"):
+            summary.simulate_student(root/f"net_seed{seed}_{stage}", parameters(stage, seed), SKILL[stage], N, rows_a_picture=2)
+    return root
+
+
+def test_pictures_are_resampled_with_all_their_rows(twins):
+    "Against a plain loop over drawn pictures."
+    runs, resamples = summary.find_students(twins), 60
+    found = summary.compare_arms(runs, resamples, 11)[0].set_index(["arm_a", "arm_b", "source", "metric"])
+    a, b = (next(r for r in runs if (r.arm.stage, r.seed) == (k, 1)) for k in ("CE", "DKD"))
+    assert (a.groups[0::2] == a.groups[1::2]).all() and len(set(a.groups.tolist())) == N//2
+    rng, drawn = np.random.default_rng(11), []
+    def gain(rows): return np.mean([(predictions(r.logits[rows]) == r.labels[rows]).mean()*sign for r in runs
+                                    for sign in [1 if r.arm.stage == "DKD" else -1]])*2
+    for _ in range(resamples):
+        drawn.append(gain(np.concatenate([(2*i, 2*i + 1) for i in rng.integers(N//2, size=N//2)])))
+    row = found.loc[("CE", "DKD four_way", "all", "accuracy")]
+    assert (row["n"], row["pictures"]) == (N, N//2)
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    assert (row["difference"], row["low"], row["high"]) == pytest.approx((gain(np.arange(N)), low, high), abs=1e-9)
+    only_a, only_b, p = mcnemar(a.labels, a.logits, b.logits, a.groups)
+    assert float(row["mcnemar_p"].split(";")[0]) == pytest.approx(p, rel=6e-3) and only_a + only_b < N//2
+
+
+def test_runs_that_know_no_pictures_say_so(twins):
+    runs = summary.find_students(twins)
+    for r in runs: r.groups = None
+    assert "nothing says which test rows show the same picture" in summary.remarks(runs)[-1]
+    assert summary.compare_arms(runs, 20)[0]["pictures"].isna().all()
+
+
+def test_the_remark_counts_pictures(twins): assert f"{N} test rows show {N//2} pictures" in str(summary.compare_students(twins, 20))
+
+
+def test_runs_that_disagree_on_pictures_are_refused(twins, tmp_path):
+    folder = Path(shutil.copytree(twins, tmp_path/"students"))
+    change_rows(folder/"net_seed2_CE", test_groups=np.arange(N))
+    with pytest.raises(GateError, match="net_seed2_CE is foreign: pictures of the test rows"): summary.find_students(folder)
+
+
+def test_a_small_copy_finds_its_pictures_above(twins, tmp_path):
+    "The kept copy of a run from before evaluation.npz named pictures: its manifest's small copy does."
+    folder = Path(shutil.copytree(twins, tmp_path/"students"))
+    z = read_npz(folder/"net_seed1_CE"/"evaluation.npz")
+    known = pd.DataFrame({"id": z["test_ids"], "group": z["test_groups"].astype(str)})
+    whole = summary.compare_arms(summary.find_students(folder), 50)[0]
+    for run in folder.glob("net_*"): shrink(run, test_ids=read_npz(run/"evaluation.npz")["test_ids"])
+    assert all(r.groups is None for r in summary.find_students(folder))
+    write_row_groups(tmp_path/"manifests", known, "another-1")
+    assert all(r.groups is None for r in summary.find_students(folder))
+    write_row_groups(tmp_path/"manifests", known, "simulated-0")
+    kept = summary.compare_arms(summary.find_students(folder), 50)[0]
+    assert kept["pictures"].tolist() == whole["pictures"].tolist() and np.abs(kept["low"] - whole["low"]).max() < 0.02
 
 
 # --- arms
@@ -270,7 +333,7 @@ def spoil(folder: Path, how: str):
         case "truncated": (run/"evaluation.npz").write_bytes((run/"evaluation.npz").read_bytes()[:500])
         case "no args": (run/"args.json").write_text("{")
         case "other ids": change_rows(run, test_ids=np.char.add(z["test_ids"], "x"))
-        case "fewer rows": change_rows(run, **{k: z[k][1:] for k in ("test_ids", "test_logits", "test_labels")})
+        case "fewer rows": change_rows(run, **{k: z[k][1:] for k in ("test_ids", "test_logits", "test_labels", "test_groups")})
         case "other labels": change_rows(run, test_labels=(z["test_labels"] + 1) % 7)
         case "no seed": change_args(run, drop=("seed",))
         case "other dataset":
@@ -309,7 +372,7 @@ def test_other_stages_and_hidden_folders_are_no_students(folder):
 def test_rows_in_another_order_are_joined_by_id(folder):
     before, run = summary.compare_arms(summary.find_students(folder), 50), folder/"net_seed2_KD"
     z, order = read_npz(run/"evaluation.npz"), np.random.default_rng(0).permutation(N)
-    change_rows(run, **{k: z[k][order] for k in ("test_ids", "test_logits", "test_labels")})
+    change_rows(run, **{k: z[k][order] for k in ("test_ids", "test_logits", "test_labels", "test_groups")})
     for a, b in zip(before, summary.compare_arms(summary.find_students(folder), 50)): pd.testing.assert_frame_equal(a, b)
 
 
