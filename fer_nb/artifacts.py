@@ -497,6 +497,7 @@ class Calibration(Artifact):
     split: str = "val"  # the rows it was fitted on
     sources: list[str] = []  # whose rows of that split; empty: all
     convention: str | None = None  # whose labels they carry; null: an older file
+    checkpoint_sha256: str = ""  # of the weights whose logits it was fitted to; empty: an older file, or an ensemble
     n: int | None = Field(None, gt=0)
     nll_before: float | None = None  # at T = 1, same rows
     nll_after: float | None = None  # at the selected T, same rows

@@ -1454,6 +1454,7 @@ def report_run(
     sources=None,  # whose validation rows choose T: those that the model learned its labels from; all where None
     convention: str = "",  # whose labels the model learned: test rows with others don't judge it; empty: all rows do
     class_conditional: bool = False,  # prediction sets promise their coverage to each class
+    checkpoint_sha256: str = "",  # of the weights that gave the logits
     resamples: int = 1000,  # of the bootstrap
     seed: int = 1337,
 ) -> tuple[Calibration, ReliabilityMetrics]:
@@ -1468,7 +1469,8 @@ def report_run(
     selective = selective_report(
         zv[fit], yv[fit], zt, yt, calibration.selected_temperature, test_ids=test_rows["id"], class_conditional=class_conditional,
         convention=convention, conventions=judged_as(test_rows, convention), sources=test_rows["source"], groups=gt, **common)
-    calibration = calibration.model_copy(update={"sources": sorted(set(val_rows["source"][fit])), "convention": convention or None})
+    calibration = calibration.model_copy(update={"sources": sorted(set(val_rows["source"][fit])), "convention": convention or None,
+                                                 "checkpoint_sha256": checkpoint_sha256})
     metrics = metrics.model_copy(update={"convention": convention or None})
     for artifact in (calibration, metrics, selective): artifact.save(run_dir)
     write_csv(run_dir/"confusion.csv", confusion_table(metrics.confusion), index=True)

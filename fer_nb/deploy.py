@@ -22,11 +22,11 @@ import onnxruntime as ort
 from pydantic import ValidationError
 
 from fer_nb.artifacts import (
-    CLASSES, ArtifactError, Calibration, ClassValues, GateError, HashManifest, PastValues, UsageError, find_artifact, read_json,
+    CLASSES, ArtifactError, Calibration, ClassValues, GateError, PastValues, UsageError, read_json,
     sha256_file,
 )
 from .geometry import Geometry, normalise, prepare_face
-from .integrity import run_convention
+from .integrity import own_calibration, run_convention
 
 # %% ../nbs/05b_predictor.ipynb #05b-005
 SCHEMA = "1"
@@ -262,19 +262,13 @@ def checkpoint_facts(
     meta: dict,  # of the checkpoint
 ) -> ModelFacts:
     "What a checkpoint and the calibration beside it say; refuse two that don't belong together."
-    path, digest = Path(path), sha256_file(path)
-    beside = find_artifact(path.parent, Calibration.filename) or path.parent/Calibration.filename
-    if not beside.is_file(): raise ArtifactError(beside, "is missing: the checkpoint's temperature stands there; let its run finish")
-    calibration = Calibration.load(beside)
+    path, calibration = Path(path), own_calibration(path)
     if calibration.dataset_index_id != meta.get("dataset_index_id"):
+        beside = path.parent/Calibration.filename
         raise ArtifactError(beside, "belongs to another checkpoint: calibrate the run again", key="dataset_index_id",
                             expected=meta.get("dataset_index_id"), got=calibration.dataset_index_id)
-    if seal := find_artifact(path.parent, HashManifest.filename):
-        sealed = HashManifest.load(seal).files
-        for f, sha256 in ((path, digest), (beside, sha256_file(beside))):
-            if sealed.get(f.name, sha256) != sha256: raise ArtifactError(f, "was changed after its folder was sealed: run its stage again")
     geometry = whole_geometry(meta.get("geometry"), path, "meta.geometry")
-    return ModelFacts(geometry, calibration.selected_temperature, calibration.model_name, digest, calibration.dataset_index_id,
+    return ModelFacts(geometry, calibration.selected_temperature, calibration.model_name, sha256_file(path), calibration.dataset_index_id,
                       meta.get("convention") or run_convention(path.parent))
 
 

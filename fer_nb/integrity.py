@@ -6,7 +6,8 @@
 __all__ = ['PACKAGES', 'VIEWS', 'SOFTLABEL_FILES', 'TRAINING_FILES', 'ENSEMBLE_FILES', 'package_versions', 'git_state',
            'environment', 'write_provenance', 'run_convention', 'own_test_rows', 'Softlabels', 'save_softlabels',
            'load_softlabels', 'check_alignment', 'require_alignment', 'backbone_guard', 'require_backbone',
-           'require_whole', 'smoke_verdict', 'class_order_holds', 'require_go', 'Line', 'Checklist', 'gates']
+           'require_whole', 'own_calibration', 'require_origin', 'smoke_verdict', 'class_order_holds', 'require_go',
+           'Line', 'Checklist', 'gates']
 
 # %% ../nbs/01_integrity_gates.ipynb #01-002
 import json
@@ -293,6 +294,53 @@ def require_whole(
                         "give the checkpoint of a finished run of this network")
     return guard
 
+# %% ../nbs/01_integrity_gates.ipynb #01-361
+def _sealed_as_is(*paths: Path) -> set[str]:
+    "The names of those files that their folder's seal holds; one that was changed since is refused."
+    seal = find_artifact(paths[0].parent, HashManifest.filename)
+    sealed = HashManifest.load(seal).files if seal else {}
+    for path in paths:
+        if path.name in sealed and sealed[path.name] != sha256_file(path):
+            raise ArtifactError(path, "was changed after its folder was sealed: run its stage again")
+    return {p.name for p in paths} & sealed.keys()
+
+
+def own_calibration(
+    checkpoint,  # a run's best.pt
+) -> Calibration:
+    "The calibration beside a checkpoint, if it was fitted to these very weights."
+    path = Path(checkpoint)
+    beside = find_artifact(path.parent, Calibration.filename) or path.parent/Calibration.filename
+    if not beside.is_file(): raise ArtifactError(beside, "is missing: the checkpoint's temperature stands there; let its run finish")
+    calibration, sealed, digest = Calibration.load(beside), _sealed_as_is(path, beside), sha256_file(path)
+    if calibration.checkpoint_sha256 not in ("", digest):
+        raise ArtifactError(beside, f"was fitted to other weights than {path.name}: calibrate the run again", key="checkpoint_sha256",
+                            expected=digest[:12] + "…", got=calibration.checkpoint_sha256[:12] + "…")
+    if not calibration.checkpoint_sha256 and sealed != {path.name, beside.name}:
+        raise ArtifactError(beside, f"names no weights, and no seal holds it together with {path.name}: calibrate the run again",
+                            key="checkpoint_sha256")
+    return calibration
+
+
+def require_origin(
+    checkpoint,  # a best.pt to start from
+    meta: dict,  # what it says of itself
+    dataset_index_id: str,  # of the run that starts
+    convention: str,  # whose labels that run learns; empty: not compared
+    said: str = "",  # "dataset_index_id/convention" of the weights, where they are meant to be others'
+    known: dict[str, str] | None = None,  # source -> convention, for checkpoints too old to say
+):
+    "Refuse weights that were changed, and weights of another dataset or convention unless they are named."
+    path = Path(checkpoint)
+    _sealed_as_is(path)
+    dataset, learned = meta.get("dataset_index_id", "unknown"), meta.get("convention") or run_convention(path.parent, known)
+    origin = f"{dataset}/{learned or 'unknown'}"
+    foreign = dataset != dataset_index_id or bool(convention and learned) and learned != convention
+    if foreign and said != origin:
+        raise GateError(f"{path}: was trained on {dataset} by the labels of {learned or 'nobody known'}, this run on {dataset_index_id} by "
+                        f"those of {convention or 'nobody named'}: it may have seen this dataset's test pictures; if it is meant, say "
+                        f"init_origin='{origin}'")
+
 # %% ../nbs/01_integrity_gates.ipynb #01-021
 def smoke_verdict(
     loss_curve,  # mean losses of the smoke epochs, in order
@@ -443,6 +491,8 @@ def _judge_training(j: _Judge, datasets: set[str]):
     j.ask("class order is the one order", "classes.json", lambda f: ClassOrder.load(f/"classes.json") and None)
     j.ask("trained to the end", "history.json", _trained_to_the_end)
     j.ask("temperature is inside the grid", "calibration.json", _calibrated)
+    if (j.folder/"best.pt").is_file():
+        j.ask("temperature was fitted to these weights", "calibration.json", lambda f: own_calibration(f/"best.pt") and None)
     if datasets: j.ask("trained on a manifest that is here", "calibration.json", lambda f: _known_dataset(f, datasets))
     j.ask("reported on rows that T was not fitted on", "reliability_metrics.json", _reported_elsewhere)
     j.ask("judged by the labels that it learned", "reliability_metrics.json", _judged_by_its_own)

@@ -32,7 +32,9 @@ from fer_nb.calibration import (
 from .ensembles import SplitTargets, split_targets
 from .geometry import check_geometry
 from .images import PackedFaces, eval_loader, load_cache
-from .integrity import Softlabels, backbone_guard, check_alignment, load_softlabels, require_backbone, run_convention
+from fer_nb.integrity import (
+    Softlabels, backbone_guard, check_alignment, load_softlabels, own_calibration, require_backbone, require_origin, run_convention,
+)
 from .manifests import Manifest, Result, answers, load_manifest, perfect_score
 from .teachers import Teacher, set_stem_stride, start_as_identity
 from .training import FaceData, load_checkpoint, load_matching, load_whole, predict
@@ -311,11 +313,14 @@ def start_from(
     model: nn.Module,  # the student
     checkpoint: str = "",  # a best.pt; empty: from scratch
     stem_stride: int = 2,  # the student's
+    data: FaceData | None = None,  # what it will be taught on: weights of other data or labels are refused, unless named
+    origin: str = "",  # "dataset_index_id/convention" of the weights, where they are meant to be others'
 ):  # the guard's verdict
     "Load starting weights if they are the student's own; a foreign checkpoint is refused."
     own = make_student().state_dict()
     if not checkpoint: return require_backbone(backbone_guard(own, model.state_dict(), STUDENT_BACKBONE, STUDENT_BACKBONE))
     ckpt = load_checkpoint(checkpoint)
+    if data: require_origin(checkpoint, ckpt["meta"], data.dataset_index_id, data.convention, origin, data.conventions)
     if (stride := ckpt["meta"].get("stem_stride", 2)) != stem_stride:
         raise GateError(f"{checkpoint} was trained with stem_stride {stride}, this student has {stem_stride}: give both the same")
     guard = backbone_guard(own, ckpt["model"], STUDENT_BACKBONE, ckpt["meta"].get("backbone", "unknown"))
@@ -432,7 +437,7 @@ def evaluate_checkpoint(
     path = Path(checkpoint)/"best.pt" if Path(checkpoint).is_dir() else Path(checkpoint)
     model, meta = load_model(path)
     check_seal(path.parent)
-    calibration, own = Calibration.load(path.parent), own_validation(path.parent)
+    calibration, own = own_calibration(path), own_validation(path.parent)
     manifest = load_manifest(manifest_dir, valid=True)
     learned = meta.get("convention") or run_convention(path.parent, manifest.conventions)
     judge = judge_of(learned, manifest, convention, source)

@@ -6,7 +6,8 @@
 __all__ = ['BACKBONES', 'TARGETS', 'backbone_name', 'add_margin', 'ArcFaceHead', 'margin_at', 'all_present',
            'effective_number_weights', 'log_prior', 'vote_targets', 'soft_targets', 'ArcFaceLoss', 'set_stem_stride',
            'fit_positions', 'rename_by_order', 'load_pretrained', 'make_backbone', 'start_as_identity', 'Teacher',
-           'start_from_stage_a', 'leave_out', 'export_out_of_fold', 'pool_out_of_fold', 'export_softlabels']
+           'check_weights', 'start_from_stage_a', 'leave_out', 'export_out_of_fold', 'pool_out_of_fold',
+           'export_softlabels']
 
 # %% ../nbs/03_teachers.ipynb #03-003
 import math
@@ -27,7 +28,9 @@ from fer_nb.artifacts import (
 )
 from .calibration import confusion, confusion_table, labels_of, votes_of
 from .images import PackedFaces, eval_loader
-from .integrity import VIEWS, Softlabels, backbone_guard, check_alignment, require_alignment, save_softlabels
+from fer_nb.integrity import (
+    VIEWS, Softlabels, backbone_guard, check_alignment, require_alignment, require_origin, run_convention, save_softlabels,
+)
 from .training import FaceData, load_checkpoint, load_matching, predict
 
 # %% ../nbs/03_teachers.ipynb #03-006
@@ -292,12 +295,27 @@ class Teacher(nn.Module):
 
     def no_weight_decay(self) -> set[str]: return {f"backbone.{n}" for n in getattr(self.backbone, "no_weight_decay", set)()}
 
+# %% ../nbs/03_teachers.ipynb #03-361
+def check_weights(
+    weights: str,  # none | auto | path of a checkpoint
+    data: FaceData,  # what the teacher will be taught on
+    origin: str = "",  # "dataset_index_id/convention" of the weights, where they are meant to be others'
+):
+    "Ask pretrained weights for their origin, if they are a checkpoint of this project."
+    if not Path(weights).is_file() or Path(weights).suffix == ".safetensors": return
+    try: content = torch.load(weights, map_location="cpu", weights_only=True)
+    except Exception: return  # `load_pretrained` says what is wrong with it
+    if isinstance(content, dict) and "classes" in content.get("meta", {}):
+        require_origin(weights, content["meta"], data.dataset_index_id, data.convention, origin, data.conventions)
+
 # %% ../nbs/03_teachers.ipynb #03-032
 def start_from_stage_a(
     teacher: Teacher,  # of stage B
     run_dir,  # stage A's run
     arch: str,
     dataset_index_id: str,
+    convention: str = "",  # whose labels stage B learns; empty: not compared
+    known: dict[str, str] | None = None,  # source -> convention, for a stage A that is too old to say
 ) -> BackboneGuard:
     "Take over the best weights of stage A; anything else than a finished stage A of this network and dataset is refused."
     run_dir = Path(run_dir)
@@ -307,6 +325,9 @@ def start_from_stage_a(
     if meta.get("stage", "A") != "A": raise GateError(f"{run_dir} is stage {meta['stage']}: stage B starts from stage A")
     if meta["dataset_index_id"] != dataset_index_id:
         raise GateError(f"{run_dir} was trained on {meta['dataset_index_id']}, not on {dataset_index_id}: train stage A on this dataset")
+    learned = meta.get("convention") or run_convention(run_dir, known)
+    if convention and learned not in ("", convention):
+        raise GateError(f"{run_dir} learned the labels of {learned}, stage B is to learn those of {convention}: train stage A on these")
     if meta["backbone"] != name: raise GateError(f"{run_dir} is '{meta['backbone']}', stage B is '{name}': give a run of the same backbone")
     if (stride := meta.get("stem_stride", teacher.stem_stride)) != teacher.stem_stride:
         raise GateError(f"{run_dir} has stem_stride {stride}, stage B {teacher.stem_stride}: give stage B the same")

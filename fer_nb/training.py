@@ -37,7 +37,7 @@ from torch import nn
 
 from fer_nb.artifacts import (
     CLASSES, ArtifactError, BackboneGuard, Calibration, Environment, GateError, ReliabilityMetrics, TrainingHistory,
-    UsageError, atomic_path, read_npz, write_csv, write_npz,
+    UsageError, atomic_path, read_npz, sha256_file, write_csv, write_npz,
 )
 from .calibration import accuracy, ece, macro_f1, nll, own_rows, report_run
 from .geometry import Geometry
@@ -641,8 +641,8 @@ def evaluate_run(
     load_whole(model, load_checkpoint(best), best)
     zv, zt = (predict(model, eval_loader(rows), device)[0] for rows in (data.val, data.test))
     return report_run(run_dir, zv, data.val.rows, zt, data.test.rows, sources=data.label_sources, convention=data.convention,
-                      model_name=name,
-                      dataset_index_id=data.dataset_index_id, resamples=resamples, seed=seed)
+                      model_name=name, dataset_index_id=data.dataset_index_id, checkpoint_sha256=sha256_file(best), resamples=resamples,
+                      seed=seed)
 
 
 def test_logits(run_dir) -> tuple[np.ndarray, np.ndarray]:  # (N, 7), (N,)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from fer_nb import deploy
-from fer_nb.artifacts import CLASSES, ArtifactError, Calibration, FerError, GateError, UsageError, seal_folder
+from fer_nb.artifacts import CLASSES, ArtifactError, Calibration, FerError, GateError, UsageError, seal_folder, sha256_file
 from fer_nb.calibration import softmax
 from fer_nb.deploy import Predictor, probabilities, prepared, read_class_values, write_class_values
 from fer_nb.geometry import Geometry, normalise, prepare_face
@@ -30,9 +30,11 @@ from tests.conftest import ROOT, picture
 GEOMETRY = Geometry(size=48, mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3))
 
 
-def calibration(index="demo-0", t=1.7):
+def calibration(index="demo-0", t=1.7, of=None):
+    "A temperature, fitted to the checkpoint `of`."
     return Calibration(model_name="a student", dataset_index_id=index, selected_temperature=t, grid=[t], at_grid_bound=False, seed=0,
-                       metrics=dict(NLL=[1.0], ECE=[0.1], macro_f1=[0.5]), calibration_date=datetime.now(UTC).isoformat())
+                       metrics=dict(NLL=[1.0], ECE=[0.1], macro_f1=[0.5]), calibration_date=datetime.now(UTC).isoformat(),
+                       checkpoint_sha256=sha256_file(of) if of else "")
 
 
 @pytest.fixture(scope="session")
@@ -222,11 +224,19 @@ def test_checkpoints_that_are_refused(run_dir, tmp_path):
     save_checkpoint(tmp_path / "best.pt", **ckpt)
     with pytest.raises(ArtifactError) as e: Predictor(tmp_path / "best.pt")
     one_line(e, "calibration.json", "is missing", "let its run finish")
-    calibration("another-1").save(tmp_path)
+    calibration("another-1", of=tmp_path / "best.pt").save(tmp_path)
     with pytest.raises(ArtifactError) as e: Predictor(tmp_path / "best.pt")
     one_line(e, "belongs to another checkpoint", "another-1")
     calibration().save(tmp_path)
+    with pytest.raises(ArtifactError) as e: Predictor(tmp_path / "best.pt")
+    one_line(e, "names no weights, and no seal holds it together with best.pt")
+    calibration(of=tmp_path / "best.pt").save(tmp_path)
     assert Predictor(tmp_path / "best.pt")(faces(1)).shape == (1, 7)
+    save_checkpoint(tmp_path / "other.pt", **ckpt | {"meta": ckpt["meta"] | {"stage": "KD"}})  # CE's weights beside KD's temperature
+    calibration(of=tmp_path / "other.pt").save(tmp_path)
+    with pytest.raises(ArtifactError) as e: Predictor(tmp_path / "best.pt")
+    one_line(e, "calibration.json", "was fitted to other weights than best.pt")
+    calibration(of=tmp_path / "best.pt").save(tmp_path)
     seal_folder(tmp_path, "demo-0")
     calibration(t=2.5).save(tmp_path)  # changed after it was sealed
     with pytest.raises(ArtifactError) as e: Predictor(tmp_path / "best.pt")
@@ -234,8 +244,13 @@ def test_checkpoints_that_are_refused(run_dir, tmp_path):
     del ckpt["meta"]["geometry"]["clahe"]
     save_checkpoint(tmp_path / "best.pt", **ckpt)
     (tmp_path / "hash_manifest.json").unlink()
+    calibration(of=tmp_path / "best.pt").save(tmp_path)
     with pytest.raises(ArtifactError) as e: Predictor(tmp_path / "best.pt")
     one_line(e, "clahe is missing")
+    lacking = {k: v for i, (k, v) in enumerate(ckpt["model"].items()) if i % 8}
+    save_checkpoint(tmp_path / "best.pt", model=lacking, meta=ckpt["meta"])  # seven eighths of the weights: the rest would be random
+    with pytest.raises(GateError) as e: Predictor(tmp_path / "best.pt")
+    one_line(e, "is not all of 'mobilenetv3_large_100'", "missing: ")
     (tmp_path / "best.pt").write_bytes(b"nothing")
     with pytest.raises(ArtifactError) as e: Predictor(tmp_path / "best.pt")
     one_line(e, "best.pt", "truncated")
