@@ -731,6 +731,6 @@ def arm_risk_coverage_plot(
     ax = fig.axes[0]
     for line, colour in zip(ax.lines, np.repeat([*arm_colours(summary).values()], 2)): line.set_color(colour)
     ax.get_legend().remove()
-    fig.set_figheight(3.4 + 0.2*len(curves))
+    fig.set_figheight(3.4 + 0.2*len(curves)); fig.set_dpi(70)
     fig.legend(*ax.get_legend_handles_labels(), fontsize=8, frameon=False, loc="outside lower center")
     return fig
