@@ -317,7 +317,7 @@ class SourceDisagreement(BaseModel):
     disagreement: float | None  # share of pictures with another label; null where there are none
     matrix: list[list[int]]  # pictures, labels of source_a x labels of source_b, canonical order
 
-
+# %% ../nbs/00_artifacts.ipynb #00-368
 class ConventionAgreement(BaseModel):
     "Two label conventions on the pictures that both answer."
     convention_a: str
@@ -338,7 +338,7 @@ class PerfectScore(BaseModel):
     macro_f1: float
     recall: dict[str, float | None]  # class of the part -> share that the labeller gives the same; null: it has no row
 
-
+# %% ../nbs/00_artifacts.ipynb #00-369
 class LeakageReport(Artifact):
     "Pictures that stand in a dataset more than once: where, under which labels, and what was done about it."
     filename: ClassVar[str] = "leakage_report.json"

@@ -1441,7 +1441,7 @@ def source_table(
         rows.append({"source": s, **whose, **record, **f1, **raw, "own_temperature": own, **scaled})
     return pd.DataFrame(rows)
 
-
+# %% ../nbs/02_calibration.ipynb #02-349
 def report_run(
     run_dir,  # where the files go
     val_logits,  # (N, 7), rows that choose the temperature

@@ -888,7 +888,7 @@ def gains_by_source(
     return [g for s, at in parts.items() for g in gains(ensemble[at], {k: z[at] for k, z in members.items()}, y[at], benchmark,
                                                         resamples, seed, seen[at], **told(s, at))]
 
-
+# %% ../nbs/04_ensembles.ipynb #04-360
 def error_correlation(
     logits,  # (M, N, K), members on the same rows
     labels,  # (N,)

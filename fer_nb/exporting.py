@@ -761,7 +761,7 @@ def told_others(others: list[str], learned: str) -> str:
             f"they would say how far they agree with {learned}'s, and not how good this model is. The audit of the data has that\n"
             "agreement (`leakage_report.json`: `perfect_scores`).\n\n")
 
-
+# %% ../nbs/09_onnx_latency.ipynb #09-352
 def model_card(
     run_dir,  # the student's run
     export_dir,  # its export, with parity and latencies

@@ -482,7 +482,7 @@ def _broken_promise(s: SelectiveReport) -> str:
     return (f"{p.promised:.0%} is promised, and {p.covered:,} of {p.pictures:,} pictures are covered ({p.covered/p.pictures:.3f}{who}): "
             f"where it is kept, so few come about by chance with p = {p.p_value:.2g}, below {p.level:g}")
 
-
+# %% ../nbs/01_integrity_gates.ipynb #01-342
 def _judge_training(j: _Judge, datasets: set[str]):
     "A training run: complete, of a known dataset, calibrated off the bound, reported on rows it was not fitted on."
     args = RunArgs.load(j.folder)

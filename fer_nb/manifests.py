@@ -290,27 +290,29 @@ class Manifest:
         own = dict(source=source, convention=convention)
         return {"train": self.view(train_view, **own), "val": self.view("val", **own), "test": self.view("test_all_sources")}
 
-    def convention_for(
-        self,
-        wanted: str = "",  # a convention; empty: the source's, or the only one that there is
-        source: str = "",  # the one source to learn from; empty: all
-    ) -> str:
-        "The one convention that a model is taught; where there is a choice and nobody made it, that is an error."
-        if source: self._only(self.df, "source", source)
-        if wanted: self._only(self.df, "convention", wanted)
-        here = [self.conventions[source]] if source else sorted(self.view("train_all").convention.unique())
-        if source and wanted not in ("", here[0]):
-            raise UsageError(f"source {source!r} has the labels of {here[0]!r}, not of {wanted!r}: give one of the two, or two that agree")
-        if not wanted and len(here) > 1:
-            raise UsageError(f"{self.dataset_index_id} has training rows of {len(here)} label conventions ({', '.join(here)}), which call "
-                             f"the same pictures different names: say which one to learn, as in convention={here[-1]!r}")
-        return wanted or "".join(here)
-
     def _only(self, df, column, value):
         if value is None: return df
         if not (self.df[column] == value).any():
             raise UsageError(f"no rows with {column} {value!r}: this manifest has {', '.join(sorted(self.df[column].unique()))}")
         return df[df[column] == value]
+
+# %% ../nbs/00_manifests.ipynb #00-332
+@patch
+def convention_for(
+    self: Manifest,
+    wanted: str = "",  # a convention; empty: the source's, or the only one that there is
+    source: str = "",  # the one source to learn from; empty: all
+) -> str:
+    "The one convention that a model is taught; where there is a choice and nobody made it, that is an error."
+    if source: self._only(self.df, "source", source)
+    if wanted: self._only(self.df, "convention", wanted)
+    here = [self.conventions[source]] if source else sorted(self.view("train_all").convention.unique())
+    if source and wanted not in ("", here[0]):
+        raise UsageError(f"source {source!r} has the labels of {here[0]!r}, not of {wanted!r}: give one of the two, or two that agree")
+    if not wanted and len(here) > 1:
+        raise UsageError(f"{self.dataset_index_id} has training rows of {len(here)} label conventions ({', '.join(here)}), which call "
+                         f"the same pictures different names: say which one to learn, as in convention={here[-1]!r}")
+    return wanted or "".join(here)
 
 # %% ../nbs/00_manifests.ipynb #00-023
 def label_sources(

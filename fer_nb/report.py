@@ -67,7 +67,7 @@ def own_metrics(folder, learned: str) -> ReliabilityMetrics:
         **{k: row[k] for k in ("null_ece", "null_ece_p95")}, "uncalibrated": {k: row[f"raw_{k}"] for k in ("nll", "ece", "brier")},
         "per_class": classes, "confusion": confusion(z, y).tolist()})
 
-
+# %% ../nbs/09b_report.ipynb #09b-361
 class Run:
     "The artifacts of one training run, read when they are asked for."
     def __init__(self, folder: Path, root: Path):

@@ -248,7 +248,7 @@ def align(runs: list[StudentRun]) -> list[StudentRun]:
     for r in runs: r.groups = seen[0].groups if seen else None  # the same rows: one run that knows their pictures speaks for all
     return runs
 
-
+# %% ../nbs/05a_student_summary.ipynb #05a-377
 def students_by_convention(
     folder,  # below it, student runs
 ) -> dict[str, list[StudentRun]]:  # convention -> its runs by arm, then by seed; their rows in one order
@@ -520,7 +520,7 @@ def _two_intervals(row: pd.Series) -> tuple[str, str]:
     seeds = "–" if np.isnan(row["seeds_low"]) else f"[{row['seeds_low']:+.3f}, {row['seeds_high']:+.3f}]"
     return Interval(value=row["difference"], low=row["low"], high=row["high"]).show(3, signed=True), seeds
 
-
+# %% ../nbs/05a_student_summary.ipynb #05a-378
 @dataclass(repr=False, eq=False)
 class StudentSummary(Result):
     "Arms over seeds, and their differences."
@@ -731,6 +731,6 @@ def arm_risk_coverage_plot(
     ax = fig.axes[0]
     for line, colour in zip(ax.lines, np.repeat([*arm_colours(summary).values()], 2)): line.set_color(colour)
     ax.get_legend().remove()
-    fig.set_figheight(3.4 + 0.2*len(curves))
+    fig.set_figheight(3.4 + 0.2*len(curves)); fig.set_dpi(70)
     fig.legend(*ax.get_legend_handles_labels(), fontsize=8, frameon=False, loc="outside lower center")
     return fig
