@@ -390,7 +390,7 @@ def test_a_view_of_test_rows_gives_the_run_s_own_numbers(finished, folders, data
     own = np.load(finished / "ce" / "evaluation.npz")
     assert report.metrics.macro_f1.value == pytest.approx(macro_f1(own["test_logits"], own["test_labels"]))
     kept = np.load(tmp_path / "v" / "evaluation.npz")
-    assert np.array_equal(kept["test_logits"], own["test_logits"])
+    np.testing.assert_allclose(kept["test_logits"], own["test_logits"], atol=1e-4)  # kernels may be chosen anew between two passes
     assert SelectiveReport.load(tmp_path / "v").n == len(own["test_labels"])
     source = data.test.rows["source"].iloc[0]
     alone = students.evaluate_checkpoint(finished / "ce" / "best.pt", *folders, source=source, resamples=20)
