@@ -19,7 +19,8 @@ PROFILE = {
     "img_size": 48, "threads": 1, "stages": {"CE": None, "KD": None, "DKD": {"epochs": 1, "beta": 1.0}}, "seeds": [1337],
     "stage_b": {"img_size": 64, "epochs": 1, "ema": 0.9, "mixup": 0.2},
     # two that learn something from 560 faces in ten seconds: a transformer is still at chance then, and nothing calibrates chance
-    "teachers": {"RN18": None, "CNXT": {"epochs": 4, "model_args": {"depths": [1, 1, 2, 1], "dims": [48, 96, 192, 384], "ls_init_value": 1.0}}},
+    "teachers": {"RN18": None,
+                 "CNXT": {"epochs": 4, "model_args": {"depths": [1, 1, 2, 1], "dims": [48, 96, 192, 384], "ls_init_value": 1.0}}},
     "ensembles": {"pair": None},
     "notebooks": {
         "00a_synthetic_faces": {"n": 1600, "video_seconds": 4, "measure_n": 120, "intensity": [1.0, 1.0], "label_noise": 0.0},
