@@ -4,27 +4,29 @@
 
 # %% auto #0
 __all__ = ['CLASSES', 'STAGES', 'SHARED_CONVENTIONS', 'SELECTION_RULE', 'KEPT_FILES', 'OTHER_NAMES', 'class_order_hash',
-           'convention_of', 'conventions_of', 'FerError', 'UsageError', 'GateError', 'ArtifactError', 'sha256_bytes',
-           'sha256_file', 'atomic_path', 'write_bytes', 'write_text', 'write_json', 'write_csv', 'write_npz',
-           'read_json', 'read_npz', 'Artifact', 'find_artifact', 'load_artifact', 'ClassOrder', 'DatasetIndex',
-           'ManifestValidation', 'PartOverlap', 'SourceDisagreement', 'ConventionAgreement', 'PerfectScore',
-           'LeakageReport', 'HashManifest', 'SyntheticDataset', 'SyntheticVideo', 'CacheIndex', 'RunArgs',
-           'Environment', 'TrainingHistory', 'VectorTemperatureReport', 'Calibration', 'Interval', 'ClassMetrics',
-           'ReliabilityMetrics', 'ClassCoverage', 'CoveragePromise', 'SetCoverage', 'SelectiveReport', 'BackboneGuard',
-           'AlignmentReport', 'DKDUnitTest', 'SmokeTest', 'MemberCheck', 'EnsembleGate', 'EnsembleMember', 'Benchmark',
-           'ClassWeightReport', 'EnsembleConfig', 'ModelMetrics', 'Gain', 'EnsembleMetrics', 'ParityCheck',
-           'ExportedFile', 'ExportReport', 'VariantParity', 'OnnxParity', 'PastValues', 'ClassValues', 'SessionInfo',
-           'Estimate', 'LockTimes', 'SessionClass', 'LabelScores', 'StageLatency', 'ScoreResults', 'StabiliserChoice',
-           'seal_folder', 'unseal', 'check_seal', 'is_small_copy', 'check_run_seal', 'reseal', 'artifact_models',
-           'inventory']
+           'convention_of', 'conventions_of', 'FerError', 'UsageError', 'GateError', 'ArtifactError', 'Box',
+           'sha256_bytes', 'sha256_file', 'atomic_path', 'write_bytes', 'write_text', 'write_json', 'write_csv',
+           'write_npz', 'read_json', 'read_npz', 'Artifact', 'find_artifact', 'load_artifact', 'ClassOrder',
+           'DatasetIndex', 'ManifestValidation', 'PartOverlap', 'SourceDisagreement', 'ConventionAgreement',
+           'PerfectScore', 'LeakageReport', 'HashManifest', 'SyntheticDataset', 'SyntheticVideo', 'CacheIndex',
+           'RunArgs', 'Environment', 'TrainingHistory', 'VectorTemperatureReport', 'Calibration', 'Interval',
+           'ClassMetrics', 'ReliabilityMetrics', 'ThroughScores', 'ThroughRow', 'ThroughDetector', 'ClassCoverage',
+           'CoveragePromise', 'SetCoverage', 'SelectiveReport', 'BackboneGuard', 'AlignmentReport', 'DKDUnitTest',
+           'SmokeTest', 'MemberCheck', 'EnsembleGate', 'EnsembleMember', 'Benchmark', 'ClassWeightReport',
+           'EnsembleConfig', 'ModelMetrics', 'Gain', 'EnsembleMetrics', 'ParityCheck', 'ExportedFile', 'ExportReport',
+           'VariantParity', 'OnnxParity', 'PastValues', 'ClassValues', 'SessionInfo', 'Estimate', 'LockTimes',
+           'SessionClass', 'LabelScores', 'StageLatency', 'ScoreResults', 'StabiliserChoice', 'seal_folder', 'unseal',
+           'check_seal', 'is_small_copy', 'check_run_seal', 'reseal', 'artifact_models', 'inventory']
 
 # %% ../nbs/00_artifacts.ipynb #00-002
 import hashlib
 import json
+import math
 import os
 import re
 import tempfile
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -92,6 +94,62 @@ class ArtifactError(GateError):
         self.path, self.key = Path(path), key
         detail = "" if expected is None else f" (expected {expected}" + ("" if got is None else f", got {got}") + ")"
         super().__init__(f"{where}{problem}{detail}")
+
+# %% ../nbs/00_artifacts.ipynb #00-009b
+@dataclass(frozen=True, slots=True)
+class Box:
+    "A rectangle in a picture, by its edges."
+    left: float  # pixels, of the edge: the first column inside
+    top: float
+    right: float  # the first column beyond
+    bottom: float
+
+    def __post_init__(self):
+        try: edges = [float(v) for v in self.corners]
+        except (TypeError, ValueError): edges = [math.nan]
+        if not all(map(math.isfinite, edges)): raise UsageError(f"a box has four finite edges, got {self.corners}")
+        for name, value in zip(self.__slots__, edges): object.__setattr__(self, name, value)
+
+    @classmethod
+    def from_corners(cls, values) -> "Box":  # left, top, right, bottom
+        "The box of four numbers that are two corners, as manifests hold them."
+        return cls(*_four(values, "left, top, right, bottom"))
+
+    @classmethod
+    def from_xywh(cls, values) -> "Box":  # left, top, width, height
+        "The box of four numbers that are a corner and a size, as detectors and session logs write them."
+        x, y, w, h = map(float, _four(values, "left, top, width, height"))
+        return cls(x, y, x + w, y + h)
+
+    @property
+    def corners(self) -> tuple: return self.left, self.top, self.right, self.bottom
+
+    @property
+    def xywh(self) -> tuple: return self.left, self.top, self.width, self.height
+
+    @property
+    def width(self) -> float: return self.right - self.left
+
+    @property
+    def height(self) -> float: return self.bottom - self.top
+
+    @property
+    def side(self) -> float:  # pixels
+        "The longer side."
+        return max(self.width, self.height)
+
+    @property
+    def area(self) -> float: return max(self.width, 0.0)*max(self.height, 0.0)
+
+    @property
+    def centre(self) -> tuple[float, float]: return (self.left + self.right)/2, (self.top + self.bottom)/2
+
+
+def _four(values, names: str) -> list:
+    "Four numbers, or a refusal."
+    values = list(values)
+    if len(values) != 4: raise UsageError(f"a box is four numbers ({names}), got {len(values)}")
+    return values
 
 # %% ../nbs/00_artifacts.ipynb #00-011
 def sha256_bytes(data: bytes) -> str:
@@ -423,6 +481,7 @@ class CacheIndex(Artifact):
     rows_sha256: str  # of rows.parquet
     images_sha256: str  # of images.npy
     images_bytes: int  # size of images.npy
+    framing: dict | None = None  # Framing.to_dict(); None: packed before boxes had one type, and so perhaps cut wrongly
 
 # %% ../nbs/00_artifacts.ipynb #00-035
 class RunArgs(Artifact):
@@ -565,6 +624,41 @@ class ReliabilityMetrics(Artifact):
     resamples: int
     seed: int
     recomputed: str = ""  # what was computed again after the run, and from what
+
+# %% ../nbs/00_artifacts.ipynb #00-037a
+class ThroughScores(BaseModel):
+    "How right a model is on some faces."
+    accuracy: Interval
+    macro_f1: Interval
+
+
+class ThroughRow(BaseModel):
+    "One source's test pictures, cut as the dataset has them and as a detector gives them."
+    detector: str
+    width: int = 0  # pixels that it saw along the longer side; 0 where it has no such setting
+    view: str
+    source: str
+    convention: str = ""  # whose labels judge
+    n: int = Field(gt=0)  # pictures
+    missed: int  # in which the detector did not find the face
+    crop: dict[str, Any]  # how the detector's boxes were cut
+    measured: bool  # for this model and detector; else a default
+    direct: ThroughScores  # every picture, cut as the dataset has it
+    direct_found: ThroughScores  # the same, where the face was found
+    through_found: ThroughScores  # those faces, through the detector
+    change: ThroughScores  # through - direct, where the face was found, resampled in pairs
+    through_all: ThroughScores  # every picture; a missed face is an error
+
+
+class ThroughDetector(Artifact):
+    "What is left of a model's scores once a detector has to find the faces."
+    filename: ClassVar[str] = "through_detector.json"
+    model_name: str
+    checkpoint_sha256: str
+    dataset_index_id: str  # of the pictures
+    rows: list[ThroughRow]
+    resamples: int
+    seed: int
 
 # %% ../nbs/00_artifacts.ipynb #00-039
 class ClassCoverage(BaseModel):
@@ -920,6 +1014,7 @@ class SessionInfo(Artifact):
     settings: dict[str, Any]  # of the stabiliser, at the start; later changes stand in tuning.csv
     bias: dict[str, float] = {}  # added to the logits of each class, at the start
     clahe: bool = True
+    crop: dict[str, Any] | None = None  # how faces were cut over the detector's boxes
     images_written: bool = False  # --save-clips together with --consent
     packages: dict[str, str]
     platform: str

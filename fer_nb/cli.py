@@ -116,13 +116,39 @@ def student_train(a):
 
 
 def student_evaluate(a):
-    from fer_nb.students import evaluate_checkpoint
-    print(evaluate_checkpoint(a.checkpoint, a.manifest, a.cache, a.view, a.source, a.convention, a.class_sets, a.out))
+    if str(a.checkpoint).endswith(".onnx"):
+        if not a.through: raise UsageError("an .onnx is judged through detectors: give --through, or the run's folder")
+    else:
+        from fer_nb.students import evaluate_checkpoint
+        if not a.cache: raise UsageError("give --cache: a run's folder is judged on packed images")
+        print(evaluate_checkpoint(a.checkpoint, a.manifest, a.cache, a.view, a.source, a.convention, a.class_sets, a.out))
+    if a.through:
+        from fer_nb.through import judge_through
+        print(judge_through(a.checkpoint, a.manifest, list(map(_detector, a.through)), a.view, a.source, a.sample, a.out))
+
+
+def _detector(text):
+    "NAME or NAME:WIDTH as (name, width)."
+    name, _, width = text.partition(":")
+    if width and not width.isdigit(): raise UsageError(f"--through {text}: give a detector, or a detector and its width, such as yunet:320")
+    return name, int(width or 640)
+
+
+def framing(a):
+    from fer_nb.images import measure_cache
+    from fer_nb.manifests import load_manifest
+    found = measure_cache(a.cache, load_manifest(a.manifest), a.sample)
+    for s in found.sights:
+        print(f"{s.name}: found {s.found:,} of {s.seen:,}" + (f", cut {s.crop.ratio:.3f} of its box" if s.measured else ": not measured"))
+    if a.model:
+        from fer_nb.exporting import reframe
+        print(f"written into {reframe(a.model, found)}")
 
 
 def student_summarise(a):
-    from fer_nb.summary import summarise_students
+    from fer_nb.summary import summarise_students, through_table
     print(summarise_students(a.dir, a.out, a.resamples))
+    if len(table := through_table(a.dir)): print(f"\nthrough detectors:\n{table.to_markdown(index=False)}")
 
 
 def ensemble_search(a):
@@ -281,6 +307,12 @@ def parser():
     c.add_argument("dir", metavar="DIR", help="a manifest folder")
     c.add_argument("--max-hamming", type=int, metavar="BITS", help="perceptual hashes that differ in at most so many bits are near")
 
+    c = command(sub, "framing", framing, "let detectors look at packed training pictures; how to cut their boxes is written into the cache")
+    c.add_argument("cache", metavar="CACHE", help="a packed cache")
+    c.add_argument("--manifest", required=True, metavar="DIR", help="the manifest that it was packed from")
+    c.add_argument("--sample", type=int, default=1000, metavar="N", help="training pictures to look at (default: %(default)s)")
+    c.add_argument("--model", metavar="FILE", help="also write it into an .onnx that was exported from a run on these pictures")
+
     t = sub.add_parser("teacher", help="train one teacher; export its softlabels").add_subparsers(metavar="ACTION", required=True)
     c = command(t, "train", teacher_train, "train one teacher, or go on with it, then calibrate and export it")
     c.add_argument("--arch", default="RN18", help="RN18, RN50, B3, CNXT, VIT or a timm model name (default: %(default)s)")
@@ -333,9 +365,12 @@ def parser():
     c.add_argument("--seed", type=int, default=1337, help="(default: %(default)s)")
     parameters(c)
     c = command(s, "evaluate", student_evaluate, "judge a finished run on any view, raw and scaled, with selective prediction")
-    c.add_argument("checkpoint", metavar="RUN", help="a run's folder, or its best.pt; teachers too")
+    c.add_argument("checkpoint", metavar="RUN", help="a run's folder, or its best.pt; teachers too; with --through also an .onnx")
     c.add_argument("--manifest", required=True, metavar="DIR", help="a frozen manifest")
-    c.add_argument("--cache", required=True, metavar="DIR", help="its packed images, of the model's size")
+    c.add_argument("--cache", metavar="DIR", help="its packed images, of the model's size")
+    c.add_argument("--through", nargs="+", default=[], metavar="DETECTOR",
+                   help="also on faces that a detector has to find: yunet, yunet:320 (pixels that it sees; default 640), haar, dnn")
+    c.add_argument("--sample", type=int, default=1500, metavar="N", help="pictures for --through; 0: all (default: %(default)s)")
     c.add_argument("--view", default="test_all_sources", help="rows to judge it on (default: %(default)s)")
     c.add_argument("--source", metavar="NAME", help="one source only")
     c.add_argument("--convention", metavar="NAME", help="whose labels judge (default: the source's, or those that the model learned)")

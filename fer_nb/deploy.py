@@ -25,7 +25,7 @@ from fer_nb.artifacts import (
     CLASSES, ArtifactError, Calibration, ClassValues, GateError, PastValues, UsageError, read_json,
     sha256_file,
 )
-from .geometry import Geometry, normalise, prepare_face
+from .geometry import Crop, Framing, Geometry, normalise, prepare_face, read_framing
 from .integrity import own_calibration, run_convention
 
 # %% ../nbs/05b_predictor.ipynb #05b-005
@@ -41,12 +41,15 @@ class ModelFacts:
     checkpoint_sha256: str  # of the best.pt behind it
     dataset_index_id: str  # of the dataset behind that
     convention: str = ""  # whose labels it learned; empty: an older file that doesn't say
+    framing: Framing | None = None  # how faces must be cut; None: made before that was measured
 
     def to_metadata(self) -> dict[str, str]:
         "As the pairs of strings that an ONNX file holds."
         said = dict(schema=SCHEMA, classes=json.dumps(CLASSES), geometry=self.geometry.to_json(), temperature=repr(float(self.temperature)),
                     checkpoint_sha256=self.checkpoint_sha256, dataset_index_id=self.dataset_index_id, model_name=self.model_name)
-        return {f"fer_nb.{k}": v for k, v in (said | ({"convention": self.convention} if self.convention else {})).items()}
+        if self.convention: said["convention"] = self.convention
+        if self.framing is not None: said["framing"] = self.framing.to_json()
+        return {f"fer_nb.{k}": v for k, v in said.items()}
 
 # %% ../nbs/05b_predictor.ipynb #05b-007
 def whole_geometry(
@@ -96,7 +99,8 @@ def read_facts(
     for k in ("model_name", "checkpoint_sha256", "dataset_index_id"):
         if not metadata.get(f"fer_nb.{k}"): raise ArtifactError(path, "is not there: export the model again", key=f"fer_nb.{k}")
         rest[k] = metadata[f"fer_nb.{k}"]
-    return ModelFacts(geometry, float(temperature), **rest, convention=metadata.get("fer_nb.convention", ""))
+    return ModelFacts(geometry, float(temperature), **rest, convention=metadata.get("fer_nb.convention", ""),
+                      framing=read_framing(metadata.get("fer_nb.framing"), path))
 
 # %% ../nbs/05b_predictor.ipynb #05b-013
 def provider_name(
@@ -269,7 +273,7 @@ def checkpoint_facts(
                             expected=meta.get("dataset_index_id"), got=calibration.dataset_index_id)
     geometry = whole_geometry(meta.get("geometry"), path, "meta.geometry")
     return ModelFacts(geometry, calibration.selected_temperature, calibration.model_name, sha256_file(path), calibration.dataset_index_id,
-                      meta.get("convention") or run_convention(path.parent))
+                      meta.get("convention") or run_convention(path.parent), read_framing(meta.get("framing"), path))
 
 
 def open_checkpoint(path, provider: str, threads: int):  # (facts, function from float32 (N, 3, S, S) to (N, 7))
@@ -342,7 +346,7 @@ class Predictor:
         self.path, self.provider, self.threads = check_model_path(path), provider_name(provider), threads
         facts, self._run = OPENERS[self.path.suffix](self.path, self.provider, threads)
         self.geometry, self.temperature, self.name = facts.geometry, facts.temperature, facts.model_name
-        self.checkpoint_sha256, self.dataset_index_id = facts.checkpoint_sha256, facts.dataset_index_id
+        self.checkpoint_sha256, self.dataset_index_id, self.framing = facts.checkpoint_sha256, facts.dataset_index_id, facts.framing
         self.convention = facts.convention  # whose labels it learned, such as ferplus; empty: its file doesn't say
         beside = self.path.parent/"logit_bias.json"
         self.bias = read_class_values(beside, -MAX_BIAS, MAX_BIAS) if beside.is_file() else np.zeros(len(CLASSES))
@@ -374,6 +378,17 @@ class Predictor:
     def from_prepared(self, faces) -> np.ndarray:  # (N, 7) float64
         "Calibrated probabilities of prepared faces, uint8 (N, S, S, 3) RGB."
         return probabilities(self.logits(faces), self.temperature, self.bias)
+
+    def from_views(self, views) -> np.ndarray:  # (N, 7) float64
+        "Calibrated probabilities of N detected faces, each prepared once or twice (`prepare_views`), by the mean of its logits."
+        if not len(views): return np.zeros((0, len(CLASSES)))
+        count = [len(v) for v in views]
+        z = np.add.reduceat(self.logits(np.concatenate(views)), np.cumsum([0, *count[:-1]]))/np.array(count)[:, None]
+        return probabilities(z, self.temperature, self.bias)
+
+    def crop_for(self, detector) -> tuple[Crop, str]:  # how to cut; one line where that was not measured, else ""
+        "How a detector's boxes are cut for this model."
+        return (self.framing or Framing()).crop(detector.name, getattr(detector, "width", 0))
 
     def __call__(self, images, order: str = "BGR") -> np.ndarray:  # (N, 7) float64
         "Calibrated probabilities of pictures that are faces already: a list of uint8 (H, W, 3), BGR or RGB, or (H, W)."

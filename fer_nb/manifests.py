@@ -9,7 +9,7 @@ __all__ = ['MAX_MEMBER_BYTES', 'COLUMNS', 'SPLITS', 'VIEWS', 'MANIFEST_FILE', 'M
            'AFFECTNET_COLUMNS', 'POLICY', 'TIE_ORDER', 'check_member_name', 'ZipArchive', 'PixelCSV', 'open_archive',
            'split_path', 'read_bytes', 'MissingFile', 'decode', 'majority_share', 'conflicting', 'conventions_in',
            'Manifest', 'label_sources', 'load_manifest', 'require_valid', 'coefficients', 'perceptual_hashes', 'grey',
-           'pixel_hash', 'Prints', 'crop_box', 'usable_cores', 'fingerprint', 'hamming_pairs', 'Likeness',
+           'pixel_hash', 'Prints', 'face_box', 'crop_box', 'usable_cores', 'fingerprint', 'hamming_pairs', 'Likeness',
            'find_groups', 'Tree', 'to_class', 'Row', 'adapter', 'class_folders', 'fer2013_folder', 'any_folder',
            'fer2013_csv', 'ferplus_label', 'ferplus', 'rafdb_basic', 'rafdb_compound', 'rafml', 'affectnet', 'expw',
            'synthetic_faces', 'parse_source', 'read_source', 'draw_validation', 'exclude_copies', 'assign_splits',
@@ -55,7 +55,7 @@ from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
 
 # %% ../nbs/00_manifests.ipynb #00-003
-from .artifacts import (CLASSES, ArtifactError, ClassOrder, ConventionAgreement, DatasetIndex, FerError, GateError, LeakageReport,
+from .artifacts import (CLASSES, ArtifactError, Box, ClassOrder, ConventionAgreement, DatasetIndex, FerError, GateError, LeakageReport,
                               ManifestValidation, PartOverlap, PerfectScore, SourceDisagreement, UsageError, atomic_path, check_seal,
                               convention_of, seal_folder, unseal)
 
@@ -417,18 +417,25 @@ class Prints(NamedTuple):
     coef: np.ndarray  # (N, 80) float32
 
 
+def face_box(
+    cell,  # of a manifest's column `box`: left, top, right, bottom in pixels; None or NaN where the picture is a face already
+) -> Box | None:
+    "The one way from the four numbers of a manifest to a box."
+    return None if cell is None or np.ndim(cell) == 0 else Box.from_corners(cell)
+
+
 def crop_box(
     image: np.ndarray,  # (H, W) or (H, W, C)
-    box,  # left, top, right, bottom in pixels, or None for the whole picture
+    box: Box | None,  # None for the whole picture
 ) -> np.ndarray:  # the part of the box that lies inside the picture; empty where none does
     "The pixels of a face box."
     if box is None: return image
     h, w = image.shape[:2]
-    left, top, right, bottom = (int(round(v)) for v in box)
+    left, top, right, bottom = map(round, box.corners)
     return image[min(max(top, 0), h):min(max(bottom, 0), h), min(max(left, 0), w):min(max(right, 0), w)]
 
 
-def _print_one(path: str, box=None):
+def _print_one(path: str, box: Box | None = None):
     "sha256, pixel hash, face, (height, width) of the picture, problem."
     try: data = read_bytes(path, look=False)
     except MissingFile: return "", "", None, (0, 0), "missing file"
@@ -476,7 +483,7 @@ def _pool(workers: int):
 
 def fingerprint(
     paths,  # manifest paths
-    boxes=None,  # a face box or None for each; pixels are hashed inside of it
+    boxes=None,  # the manifest's column `box`; pixels are hashed inside of each
     workers: int | None = None,  # processes or threads; all usable cores where None
     perceptual: bool = True,  # also the perceptual hash and its coefficients
     progress: bool | None = None,  # show a bar; None: only in a terminal
@@ -485,7 +492,7 @@ def fingerprint(
 ) -> Prints:
     "Read, decode and hash every picture once."
     paths = list(paths)
-    todo = list(zip(paths, [None]*len(paths) if boxes is None else boxes))
+    todo = list(zip(paths, [None]*len(paths) if boxes is None else map(face_box, boxes)))
     tasks = [todo[i:i + chunk] for i in range(0, len(todo), chunk)]
     workers = min(workers or usable_cores(), len(tasks))
     for archive in {file for file, member in map(split_path, paths) if member}: _try_open(archive)
@@ -723,7 +730,7 @@ class Row(NamedTuple):
     usage: str = ""  # the source's own name of the part
     excluded: str = ""
     votes: tuple | None = None  # seven numbers in our order
-    box: tuple | None = None  # left, top, right, bottom, pixels
+    box: Box | None = None  # of the face, where the picture holds more
     confidence: float | None = None  # of the box
     source: str = ""  # only where one source holds several
 
@@ -953,6 +960,12 @@ def _number(text: str | None) -> float | None:
     except (TypeError, ValueError): return None
 
 
+def _box(values, read) -> Box | None:
+    "A box from a file's four texts; None where one is absent or no number."
+    try: return read([float(v) for v in values])
+    except (TypeError, ValueError, UsageError): return None
+
+
 @adapter("affectnet")
 def affectnet(tree: Tree) -> list[Row]:
     "AffectNet: training.csv and validation.csv with photographs, or class folders; contempt is dropped."
@@ -971,8 +984,8 @@ def _affectnet_table(tree: Tree, name: str) -> list[Row]:
     for file, number, *xywh in tree.table(name, AFFECTNET_COLUMNS):
         label, reason = to_class(number, AFFECTNET_ORDER)
         inside = pictures.get("/".join(file.split("/")[-2:]))
-        x, y, w, h = map(_number, xywh)
-        box = (x, y, x + w, y + h) if None not in (x, y, w, h) else None
+        box = _box(xywh, Box.from_xywh)
+        if box is None and any(v is not None for v in xywh): reason = reason or "no face box"
         path = f"{tree.root.as_posix()}/{file}" if inside is None else tree.paths[inside]
         rows.append(Row(inside or file, path, label, "test" if PARTS.get(part.lower()) in ("val", "test") else "train", part,
                         reason if inside else "missing file", box=box))
@@ -987,8 +1000,8 @@ def expw(tree: Tree) -> list[Row]:
     for name, face, top, left, right, bottom, confidence, number, *_ in _lines(tree, tree.need("label.lst"), 8):
         label, reason = to_class(number, FER_ORDER)
         inside = pictures.get(name)
-        try: box = tuple(map(float, (left, top, right, bottom)))
-        except ValueError: raise UsageError(f"label.lst has no box for {name}: {top} {left} {right} {bottom}") from None
+        box = _box((left, top, right, bottom), Box.from_corners)
+        if box is None: raise UsageError(f"label.lst has no box for {name}: {top} {left} {right} {bottom}")
         path = f"{tree.root.as_posix()}/{name}" if inside is None else tree.paths[inside]
         rows.append(Row(f"{inside or name}#{face}", path, label, excluded=reason if inside else "missing file", box=box,
                         confidence=_number(confidence)))
@@ -1028,6 +1041,7 @@ def read_source(spec: str) -> pd.DataFrame:
     kind, name, path = parse_source(spec)
     rows = ADAPTERS[kind][0](Tree(path))
     if not rows: raise UsageError(f"{path}: no pictures for the kind {kind}; check the path")
+    rows = [r._replace(box=r.box and r.box.corners) for r in rows]  # what `face_box` reads
     rows = sorted((f"{r.source or name}/{r.inside}", *r[1:-1], r.source or name) for r in rows)
     columns = dict(zip(("id", *Row._fields[1:]), zip(*rows)))
     twice = next((a for a, b in itertools.pairwise(columns["id"]) if a == b), None)

@@ -14,10 +14,10 @@ import cv2
 import numpy as np
 from tabulate import tabulate
 
-from .artifacts import CLASSES, UsageError
+from .artifacts import CLASSES, Box, UsageError
 from .deploy import Predictor
 from .detectors import Detection, open_detector
-from .geometry import prepare_face
+from .geometry import prepare_face, prepare_views
 
 # %% ../nbs/05d_pictures.ipynb #05d-005
 @dataclass
@@ -32,7 +32,7 @@ class PictureFace:
 
     def as_dict(self) -> dict:
         "As plain JSON types."
-        box = [round(v, 1) for v in self.detection.box]
+        box = [round(v, 1) for v in self.detection.box.xywh]
         return {"box": box, "score": round(self.detection.score, 4), "label": self.label,
                 "probabilities": {c: round(p, 6) for c, p in zip(CLASSES, self.probs.tolist(), strict=True)}}
 
@@ -52,11 +52,12 @@ def faces_of(
     name: str = "",  # of the picture
 ) -> list[PictureFace]:  # the largest first
     "The faces of a picture."
-    whole = Detection((0.0, 0.0, float(image.shape[1]), float(image.shape[0])))
-    found = [whole] if detector is None else detector.detect(image)
-    if not found: return []
-    faces = [prepare_face(image, predictor.geometry, None if detector is None else d.box, d.eyes) for d in found]
-    return [PictureFace(name, d, p) for d, p in zip(found, predictor.from_prepared(np.stack(faces)), strict=True)]
+    if detector is None:
+        found, views = [Detection(Box(0, 0, *image.shape[1::-1]))], [prepare_face(image, predictor.geometry)[None]]
+    else:
+        found, crop = detector.detect(image), predictor.crop_for(detector)[0]
+        views = [prepare_views(image, predictor.geometry, d.box, d.landmarks, crop) for d in found]
+    return [PictureFace(name, d, p) for d, p in zip(found, predictor.from_views(views), strict=True)]
 
 # %% ../nbs/05d_pictures.ipynb #05d-007
 @dataclass
@@ -80,7 +81,7 @@ class PicturePredictions:
             if not faces: rows.append((path, "", "", "(no face)", "", ""))
             for k, f in enumerate(faces, 1):
                 first, second = np.argsort(-f.probs)[:2]
-                box = " ".join(f"{v:.0f}" for v in f.detection.box)
+                box = " ".join(f"{v:.0f}" for v in f.detection.box.xywh)
                 rows.append((path, k, box, f.label, f"{f.probs[first]:.2f}", f"{CLASSES[second]} {f.probs[second]:.2f}"))
         return tabulate(rows, ("picture", "face", "x y w h", "label", "probability", "next"), disable_numparse=True)
 
@@ -94,12 +95,12 @@ def predict_pictures(
     min_face: float = 48,  # pixels; smaller faces are left out
     width: int = 640,  # pixels that YuNet sees, along the longer side
     whole: bool = False,  # the pictures are faces already
-    say=print,  # takes one line about the detector
+    say=print,  # takes lines about the detector
 ) -> PicturePredictions:
     "Find and classify the faces of pictures."
     images = {str(p): read_picture(p) for p in paths}  # a wrong path is told before anything is loaded
     predictor = Predictor(model)
     finder, note = (None, "") if whole else open_detector(detector, min_face=min_face, width=width)
-    if note: say(note)
+    for line in filter(None, (note, finder and predictor.crop_for(finder)[1])): say(line)
     faces = {path: faces_of(image, finder, predictor, path) for path, image in images.items()}
     return PicturePredictions(faces, predictor.name, "none" if whole else finder.name)

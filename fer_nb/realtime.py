@@ -39,7 +39,7 @@ from tqdm import tqdm
 from .artifacts import CLASSES, FerError, GateError, SessionInfo, UsageError, atomic_path, write_csv
 from .deploy import MAX_BIAS, Predictor, read_class_values, write_class_values
 from .detectors import Detection, Track, Tracker, open_detector
-from .geometry import prepare_face
+from .geometry import prepare_views
 from .synthetic import film_frame, plan_film
 
 # %% ../nbs/06_realtime_demo.ipynb #06-005
@@ -664,7 +664,7 @@ def _row(face: Face | None, result: Result, detector: str, model: str) -> list:
     manual = CLASSES[result.manual - 1] if shown and result.manual else ""
     end = [detector, model, f"{result.work_ms:.3f}"]
     if face is None: return ["", "", manual, "", result.label, *[""]*len(PROBS), *end]
-    box = " ".join(f"{v:.1f}" for v in face.detection.box)
+    box = " ".join(f"{v:.1f}" for v in face.detection.box.xywh)
     return [face.id, box, manual, CLASSES[face.probs.argmax()], result.label if shown else "", *face.probs.tolist(), *end]
 
 
@@ -794,7 +794,7 @@ class Pipeline:
         self.updates, self.again = 0, False  # frames logged; a frame was seen a second time
         self.last: Result | None = None
         self.recent: deque = deque()  # (time, label) of the last ten seconds
-        self.paused, self.geometry = False, predictor.geometry
+        self.paused, self.geometry, self.crop = False, predictor.geometry, predictor.crop_for(detector)[0]
         self.tally = Tally(f"{detector.name}, {predictor.name}, {predictor.geometry.size} px")
         self.began, self.ticks, self.lock = time.perf_counter(), deque(maxlen=30), RLock()
 
@@ -848,8 +848,8 @@ def step(self: Pipeline) -> Result | None:  # None: the source is at its end
     if frame is None: return None
     with self.lock:
         found, ids = lap(_find(self, frame))
-        prepared = lap([prepare_face(frame.image, self.geometry, d.box, d.eyes) for d in found])
-        probs = lap(np.round(self.predictor.from_prepared(np.stack(prepared)), 6) if prepared else [])
+        prepared = lap([prepare_views(frame.image, self.geometry, d.box, d.landmarks, self.crop) for d in found])
+        probs = lap(np.round(self.predictor.from_views(prepared), 6))
         faces = [Face(i, d, p) for i, d, p in zip(ids, found, probs, strict=True)]
         main = _main(self, faces, frame)
         label = lap(_stabilise(self, main, frame))
@@ -1024,7 +1024,8 @@ def session_info(
         source=source.kind, source_name=source.name, fps=source.fps, clock=source.clock, detector=detector.name, model=predictor.name,
         checkpoint_sha256=predictor.checkpoint_sha256, dataset_index_id=predictor.dataset_index_id, geometry=predictor.geometry.to_dict(),
         temperature=predictor.temperature, settings=stabilizer.settings, bias=dict(zip(CLASSES, predictor.bias.tolist(), strict=True)),
-        clahe=predictor.geometry.clahe is not None, images_written=images_written, packages=packages, platform=platform.platform(),
+        clahe=predictor.geometry.clahe is not None, crop=predictor.crop_for(detector)[0]._asdict(),
+        images_written=images_written, packages=packages, platform=platform.platform(),
         started=datetime.now(UTC).isoformat(timespec="seconds"))
 
 
@@ -1042,7 +1043,7 @@ def open_pipeline(
     min_face: float = 96,  # pixels of the frame; smaller faces are left out
     save_clips: bool = False,  # keep the pictures: only together with `consent`
     consent: bool = False,  # everybody in front of the camera has agreed to that
-    say=print,  # takes one line about the detector
+    say=print,  # takes lines about the detector
     **settings,  # of the stabiliser
 ) -> Pipeline:
     "Everything from source to log, ready to step."
@@ -1052,6 +1053,7 @@ def open_pipeline(
     if isinstance(detector, str):
         detector, note = open_detector(detector, min_face=min_face)
         if note: say(note)
+    if note := predictor.crop_for(detector)[1]: say(note)
     source = source if isinstance(source, Source) else open_source(source)
     try:
         if source.note: say(source.note)
@@ -1118,7 +1120,7 @@ def draw_faces(result: Result) -> np.ndarray:  # (480, W, 3) BGR
     "The picture with boxes and the label."
     view, scale = fit(result.image)
     for face in result.faces:
-        x, y, w, h = (round(v*scale) for v in face.detection.box)
+        x, y, w, h = (round(v*scale) for v in face.detection.box.xywh)
         shown = face is result.main
         colour = label_colour(result.label) if shown else DIM
         cv2.rectangle(view, (x, y), (x + w, y + h), colour, 2 if shown else 1, cv2.LINE_AA)

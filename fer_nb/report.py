@@ -327,8 +327,8 @@ def plot_reliability(runs):
 LINKED = ("manifest.csv", "dataset_index.json", "manifest_validation.json", "leakage_report.json", "args.json", "environment.json",
           "history.csv", "calibration.json", "reliability_metrics.json", "selective.json", "confusion.csv", "metrics_by_source.csv",
           "alignment_report.json", "confusion_out_of_fold.csv", "ensemble_config.json", "ensemble_alignment_gate.json",
-          "ensemble_metrics.json", "ensemble_search.csv", "backbone_guard.json", "dkd_unit_test.json", "smoke_test.json",
-          "hash_manifest.json")
+          "ensemble_metrics.json", "ensemble_search.csv", "through_detector.json", "backbone_guard.json", "dkd_unit_test.json",
+          "smoke_test.json", "hash_manifest.json")
 
 
 def links_markdown(

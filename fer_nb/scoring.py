@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 # %% ../nbs/06a_session_scores.ipynb #06a-003
 from fer_nb.artifacts import (
-    CLASSES, ArtifactError, Estimate, GateError, LabelScores, LockTimes, ScoreResults, SessionClass, SessionInfo, StabiliserChoice,
+    CLASSES, ArtifactError, Box, Estimate, GateError, LabelScores, LockTimes, ScoreResults, SessionClass, SessionInfo, StabiliserChoice,
     StageLatency, UsageError, find_artifact, write_csv,
 )
 from .calibration import BLUE, ORANGE, percentile_interval, prf, softmax, weight_chunks
@@ -116,7 +116,7 @@ def simulate_session(
         jump = {"reset": 1} if last is not None and i != last + 1 else {}
         apply_changes(stabilizer, log, jump | (changes or {}).get(update, {}), i, update)
         gone, last, hand = any(a <= time[i]*1000 < b for a, b in no_face), i, CODES[label[i]] + 1
-        people = [] if gone else [Face(k + 1, Detection((40.0 + 90*k, 30, 80, 80)), p[i]) for k, p in enumerate(probs)]
+        people = [] if gone else [Face(k + 1, Detection(Box.from_xywh((40 + 90*k, 30, 80, 80))), p[i]) for k, p in enumerate(probs)]
         main = people[0] if people else None
         shown = stabilizer.update(main and main.probs, float(time[i]))
         if hand: log.manual.paint(hand, i, i)

@@ -11,7 +11,7 @@ __all__ = ['PLAN_START', 'DEFAULTS', 'FREE', 'DISTILLATION', 'SCALED', 'F1_NAMES
            'resampled_scores', 'Pair', 'arm_pairs', 'mcnemar_columns', 'compare_pair', 'compare_arms', 'remarks',
            'StudentSummary', 'Summaries', 'summary_of', 'compare_students', 'summarise_students', 'arm_colours',
            'rows_title', 'draw_arms', 'stage_plot', 'draw_class_gains', 'class_gain_plot', 'arm_reliability_plot',
-           'arm_risk_coverage_plot']
+           'arm_risk_coverage_plot', 'through_rows', 'through_table']
 
 # %% ../nbs/05a_student_summary.ipynb #05a-002
 import re
@@ -29,8 +29,8 @@ from scipy.special import stdtrit
 
 # %% ../nbs/05a_student_summary.ipynb #05a-003
 from fer_nb.artifacts import (
-    CLASSES, STAGES, ArtifactError, Calibration, GateError, Interval, RunArgs, UsageError, check_run_seal, read_npz, seal_folder,
-    sha256_bytes, write_csv,
+    CLASSES, STAGES, ArtifactError, Calibration, GateError, Interval, RunArgs, ThroughDetector, UsageError, check_run_seal, read_npz,
+    seal_folder, sha256_bytes, write_csv,
 )
 from fer_nb.calibration import (
     BLUE, GREEN, GREY, LABELS, METRICS, ORANGE, TURNED, accuracy, draw_bars, ece, group_codes, kept_groups, macro_f1, mcnemar, null_ece,
@@ -734,3 +734,29 @@ def arm_risk_coverage_plot(
     fig.set_figheight(3.4 + 0.2*len(curves)); fig.set_dpi(70)
     fig.legend(*ax.get_legend_handles_labels(), fontsize=8, frameon=False, loc="outside lower center")
     return fig
+
+# %% ../nbs/05a_student_summary.ipynb #05a-076
+def through_rows(
+    artifact: ThroughDetector,
+) -> tuple[tuple, list]:  # head, rows of text
+    "Direct and end-to-end scores side by side."
+    def both(s): return s.accuracy.show(3), s.macro_f1.show(3)
+    def points(i): return f"{100*i.value:+.1f} [{100*i.low:+.1f}, {100*i.high:+.1f}]"
+    rows = []
+    for r in artifact.rows:
+        name, change = f"{r.detector} {r.width or ''}".strip(), (points(r.change.accuracy), points(r.change.macro_f1))
+        rows.append((r.source, name, f"{r.n:,}", f"{r.missed:,} ({r.missed/r.n:.0%})", *both(r.direct), *both(r.direct_found),
+                     *both(r.through_found), *change, *both(r.through_all)))
+    ways = "direct", "direct, found", "through, found", "change", "through, missed = wrong"
+    return ("test rows of", "detector", "n", "missed", *(f"{w}: {m}" for w in ways for m in ("accuracy", "macro-F1"))), rows
+
+
+def through_table(
+    folder,  # anything below it that was judged through detectors is listed
+) -> pd.DataFrame:
+    "Every model below a folder that was judged through detectors."
+    tables = []
+    for path in sorted(Path(folder).rglob(ThroughDetector.filename)):
+        head, rows = through_rows(ThroughDetector.load(path))
+        tables.append(pd.DataFrame(rows, columns=head).assign(model=path.parent.name))
+    return pd.concat(tables)[["model", *tables[0].columns[:-1]]].reset_index(drop=True) if tables else pd.DataFrame()

@@ -29,7 +29,7 @@ from fastcore.meta import delegates
 from tqdm import tqdm
 
 from fer_nb.artifacts import (
-    CLASSES, SyntheticDataset, SyntheticVideo, UsageError, atomic_path, class_order_hash, sha256_file, write_csv,
+    CLASSES, Box, SyntheticDataset, SyntheticVideo, UsageError, atomic_path, class_order_hash, sha256_file, write_csv,
 )
 
 # %% ../nbs/00a_synthetic_faces.ipynb #00a-005
@@ -626,7 +626,7 @@ def contact_sheet(
 class FramedFace(NamedTuple):
     "A frame with a face whose place is known."
     image: np.ndarray  # uint8 (h, w, 3) BGR, as OpenCV reads it
-    box: tuple  # (x, y, w, h) of the head, pixels
+    box: Box  # of the head
     eyes: np.ndarray  # (2, 2): x and y of both pupils, pixels
 
 
@@ -644,7 +644,7 @@ def framed_face(
     rgb = render_face(who, aus, camera, size, rng=rng, background=paint_background(*frame, 0.5, rng))
     points = project(face_shape(who, aus)[0], who, (0, 0, roll), 0.47*size, (frame[1]/2, frame[0]/2))
     corner, far = points["head"].min(0), points["head"].max(0)
-    return FramedFace(rgb[..., ::-1].copy(), (*corner, *(far - corner)), np.concatenate([points["pupilL"], points["pupilR"]]))
+    return FramedFace(rgb[..., ::-1].copy(), Box(*corner, *far), np.concatenate([points["pupilL"], points["pupilR"]]))
 
 # %% ../nbs/00a_synthetic_faces.ipynb #00a-055
 IMBALANCE_ORDER = ("Happy", "Neutral", "Sad", "Fear", "Angry", "Surprise", "Disgust")  # frequent to rare, as in FER2013

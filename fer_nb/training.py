@@ -585,6 +585,11 @@ class FaceData:
         return conventions_in(self.train.rows, self.val.rows, self.test.rows)
 
     @property
+    def framing(self) -> dict | None:
+        "How detectors' boxes must be cut, for the checkpoint; None: packed before that was measured."
+        return self.train.framing and self.train.framing.to_dict()
+
+    @property
     def label_sources(self) -> list[str]:
         "The sources that the training labels come from; only their validation rows choose epochs and temperatures."
         return label_sources(self.train.rows)
@@ -623,7 +628,7 @@ def embedded_data(
     write_dataset(folder/"faces", n=n, size=64, seed=seed, intensity=(0.85, 1.0), label_noise=0.0)
     build_manifest([f"synthetic={folder/'faces'}"], folder/"manifests", name="embedded", seed=seed)
     validate_manifest(folder/"manifests"); audit_manifest(folder/"manifests")
-    pack_cache(load_manifest(folder/"manifests"), Geometry(size=img_size), folder/"cache", progress=False)
+    pack_cache(load_manifest(folder/"manifests"), Geometry(size=img_size), folder/"cache", progress=False, sample=0)
     return folder/"manifests", folder/"cache"
 
 # %% ../nbs/02b_training.ipynb #02b-057

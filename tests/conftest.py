@@ -75,7 +75,7 @@ def demo_model(tmp_path_factory) -> Path:
     "A linear model of faces that Haar finds in two drawn films."
     from fer_nb.artifacts import CLASSES
     from fer_nb.detectors import Haar
-    from fer_nb.geometry import Geometry, prepare_face
+    from fer_nb.geometry import Framing, Geometry, prepare_face
     from fer_nb.realtime import SyntheticSource
     from fer_nb.synthetic import label_at
     finder, geometry, faces, labels = Haar(min_face=60), Geometry(size=48), [], []
@@ -83,6 +83,6 @@ def demo_model(tmp_path_factory) -> Path:
         film = SyntheticSource(14, 10, seed=seed)
         while frame := film.read():
             for d in finder.detect(frame.image)[:1]:
-                faces.append(prepare_face(frame.image, geometry, d.box))
+                faces.append(prepare_face(frame.image, geometry, d.box, crop=Framing().crop("haar")[0]))
                 labels.append(CLASSES.index(label_at(film.events, 1000*frame.time_sec)))
     return linear_model(tmp_path_factory.mktemp("model")/"linear.onnx", np.stack(faces), np.array(labels))

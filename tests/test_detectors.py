@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fer_nb import detectors as d05
-from fer_nb.artifacts import ArtifactError, GateError, UsageError, sha256_file
+from fer_nb.artifacts import ArtifactError, Box, GateError, UsageError, sha256_file
 from fer_nb.detectors import (
     MODEL_FILES,
     SSD,
@@ -86,16 +86,19 @@ def test_iou_equals_counted_pixels():
 def test_boxes_without_area_overlap_with_nothing(): assert iou([(3, 3, 0, 0)], [(3, 3, 0, 0), (0, 0, 9, 9)]).tolist() == [[0, 0]]
 
 
-detections = st.builds(Detection, boxes, st.floats(0, 1))
+def face_at(box, *rest): return Detection(Box.from_xywh(box), *rest)
+
+
+detections = st.builds(face_at, boxes, st.floats(0, 1))
 
 
 @given(st.lists(detections, max_size=8), st.integers(0, 150), st.randoms())
 def test_tidy_gives_usable_boxes_one_a_face_largest_first(faces, least, random):
     kept = tidy(faces, 360, 640, least)
-    assert all(max(f.box[2:]) >= least and f in faces for f in kept)
+    assert all(f.box.side >= least and f in faces for f in kept)
     assert [f.area for f in kept] == sorted((f.area for f in kept), reverse=True)
     for f in kept:
-        x, y, w, h = f.box
+        x, y, w, h = f.box.xywh
         seen = max(0, min(x + w, 640) - max(x, 0)) * max(0, min(y + h, 360) - max(y, 0))
         assert seen >= 0.49 * w * h and min(w, h) >= 0.39 * max(w, h)
     assert tidy(kept, 360, 640, least) == kept
@@ -107,7 +110,7 @@ def test_tidy_gives_usable_boxes_one_a_face_largest_first(faces, least, random):
 # --- numbers that stay ------------------------------------------------------------------------------------------------
 
 @settings(max_examples=60)
-@given(st.lists(st.lists(boxes.map(Detection), max_size=5), max_size=12), st.randoms())
+@given(st.lists(st.lists(boxes.map(face_at), max_size=5), max_size=12), st.randoms())
 def test_ids_are_unique_in_a_frame_and_do_not_depend_on_the_order(frames, random):
     one, other, known = Tracker(), Tracker(), set()
     for faces in frames:
@@ -131,7 +134,7 @@ def test_faces_that_stand_apart_keep_their_numbers_through_gaps(people, keep, se
         shown = []
         for p in range(people):
             absent[p] = absent[p] + 1 if k and absent[p] < keep and rng.random() < 0.3 else 0
-            if not absent[p]: shown.append((p, Detection((400.0 * p + k * speed[p, 0], 200 + k * speed[p, 1], 100 - p, 120))))
+            if not absent[p]: shown.append((p, face_at((400.0 * p + k * speed[p, 0], 200 + k * speed[p, 1], 100 - p, 120))))
         random.shuffle(shown)
         assert [i - 1 for i in tracker.update([f for _, f in shown])] == [p for p, _ in shown]
 
@@ -143,8 +146,8 @@ def test_two_faces_that_cross_keep_their_numbers(pace, lost):
     rng, tracker, ids = np.random.default_rng(int(pace * 100 * lost)), Tracker(keep=20), []
     hidden = 0
     for k in range(round(600 / pace)):
-        a = Detection(tuple(np.r_[pace * k, 50, 100, 120] + rng.normal(0, 2, 4)))
-        b = Detection(tuple(np.r_[600 - pace * k, 58, 96, 118] + rng.normal(0, 2, 4)))
+        a = face_at(np.r_[pace * k, 50, 100, 120] + rng.normal(0, 2, 4))
+        b = face_at(np.r_[600 - pace * k, 58, 96, 118] + rng.normal(0, 2, 4))
         behind = iou([a.box], [b.box])[0, 0] >= lost
         hidden += behind
         ids.append(tuple(tracker.update([a] if behind else [b, a])))
@@ -154,14 +157,14 @@ def test_two_faces_that_cross_keep_their_numbers(pace, lost):
 
 def test_a_tracker_starts_again_after_reset():
     tracker = Tracker()
-    first = tracker.update([Detection((0, 0, 9, 9)), Detection((50, 0, 9, 10))])
+    first = tracker.update([face_at((0, 0, 9, 9)), face_at((50, 0, 9, 10))])
     tracker.reset()
-    assert tracker.update([Detection((0, 0, 9, 9)), Detection((50, 0, 9, 10))]) == first == [2, 1]
+    assert tracker.update([face_at((0, 0, 9, 9)), face_at((50, 0, 9, 10))]) == first == [2, 1]
 
 
 def test_a_tracker_forgets():
     tracker = Tracker(keep=3)
-    for k in range(200): tracker.update([Detection((1000.0 * k, 0, 50, 50))])
+    for k in range(200): tracker.update([face_at((1000.0 * k, 0, 50, 50))])
     assert len(tracker.known) <= 5 and tracker.next == 201
 
 
@@ -233,9 +236,9 @@ def test_faces_under_the_limit_are_left_out(name):
     f = framed_face(3, size=110, frame=(360, 640))
     d = detector(name)
     (found,) = d.detect(f.image)
-    d.min_face = max(found.box[2:]) + 8  # Haar knows few sizes: it may answer with the next larger one
-    assert all(max(g.box[2:]) >= d.min_face for g in d.detect(f.image))
-    d.min_face = 1.5 * max(found.box[2:])
+    d.min_face = found.box.side + 8  # Haar knows few sizes: it may answer with the next larger one
+    assert all(g.box.side >= d.min_face for g in d.detect(f.image))
+    d.min_face = 1.5 * found.box.side
     assert d.detect(f.image) == []
 
 
@@ -255,7 +258,7 @@ def test_the_largest_face_comes_first(yunet):
         frame[50:50 + f.shape[0], x:x + f.shape[1]] = f
     found = yunet.detect(frame)
     assert len(found) == 3 and [f.area for f in found] == sorted((f.area for f in found), reverse=True)
-    assert found[0].box[0] == pytest.approx(240, abs=60)
+    assert found[0].box.left == pytest.approx(240, abs=60)
 
 
 # --- the SSD, with a net of our own -----------------------------------------------------------------------------------
@@ -263,7 +266,7 @@ def test_the_largest_face_comes_first(yunet):
 def test_ssd_scales_boxes_to_the_frame_and_feeds_300_pixels():
     ssd = fake_ssd([(0.9, 0.25, 0.5, 0.5, 0.75)])
     (found,) = ssd.detect(np.full((400, 640, 3), 104, np.uint8))
-    assert found.box == pytest.approx((160, 200, 160, 100)) and found.score == pytest.approx(0.9) and found.landmarks is None
+    assert found.box.xywh == pytest.approx((160, 200, 160, 100)) and found.score == pytest.approx(0.9) and found.landmarks is None
     assert ssd.net.blob.shape == (1, 3, 300, 300)
     assert ssd.net.blob[0, :, 0, 0] == pytest.approx((0, 104 - 177, 104 - 123))
 
@@ -504,7 +507,7 @@ def test_nobody_where_nobody_is(yunet, films):
 def test_several_faces_in_a_picture(yunet, films):
     (image,) = films("multi_face.jpg")
     found = yunet.detect(image)
-    assert len(found) == 5 and all(max(f.box[2:]) >= 96 for f in found)
+    assert len(found) == 5 and all(f.box.side >= 96 for f in found)
     assert len(YuNet(*model_paths("yunet"), min_face=120).detect(image)) < 5
     assert len(set(Tracker().update(found))) == 5
 
@@ -522,10 +525,10 @@ def test_eyes_follow_a_turned_head_in_part(films):
     for width in (320, 640):
         detector, shares = YuNet(*model_paths("yunet"), width=width), []
         for frame in (*films("WolfgangLanger_Pexels.mp4", 60), *films("single_face.mp4", 18)):
-            x, y, w, h = detector.detect(frame)[0].box
+            centre = detector.detect(frame)[0].box.centre
             upright = eye_angle(detector.detect(frame)[0].eyes)
             for turn in (-20, 20):
-                m = cv2.getRotationMatrix2D((x + w / 2, y + h / 2), turn, 1)
+                m = cv2.getRotationMatrix2D(centre, turn, 1)
                 turned = detector.detect(cv2.warpAffine(frame, m, frame.shape[1::-1], borderMode=cv2.BORDER_REPLICATE))
                 if turned: shares.append((upright - eye_angle(turned[0].eyes)) / turn)
         share[width] = np.median(shares)

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fer_nb import geometry
-from fer_nb.artifacts import GateError, UsageError
-from fer_nb.geometry import Geometry, check_geometry, normalise, prepare_face, prepare_pixels, square_crop
+from fer_nb.artifacts import Box, GateError, UsageError
+from fer_nb.geometry import Crop, Geometry, check_geometry, normalise, prepare_face, prepare_pixels, square_crop
 from fer_nb.images import normalise_unit, unit_batch
 from tests.conftest import picture
 
@@ -27,18 +27,18 @@ def test_any_face_becomes_a_square(height, width, x, y, w, h, roll, colour, clah
     eyes = np.array([[0, 0], [np.cos(np.radians(roll)), np.sin(np.radians(roll))]]) * 20 + 10
     small = Geometry(size=24, clahe=clahe)
     if x < width and y < height and x + w > 0 and y + h > 0:
-        face = prepare_face(image, small, (x, y, w, h), eyes)
+        face = prepare_face(image, small, Box.from_xywh((x, y, w, h)), eyes)
         assert face.shape == (24, 24, 3) and face.dtype == np.uint8
-        assert np.array_equal(face, prepare_face(image, small, (x, y, w, h), eyes[::-1]))
+        assert np.array_equal(face, prepare_face(image, small, Box.from_xywh((x, y, w, h)), eyes[::-1]))
     else:
-        with pytest.raises(UsageError, match="does not lie in an image"): prepare_face(image, small, (x, y, w, h), eyes)
+        with pytest.raises(UsageError, match="does not lie in an image"): prepare_face(image, small, Box.from_xywh((x, y, w, h)), eyes)
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 10**6), st.sampled_from(list(geometry.KERNELS)), st.integers(20, 80), st.booleans())
 def test_grey_is_the_same_with_one_channel_or_three(seed, kernel, size, box):
     image, how = picture(seed, size), Geometry(size=32, interpolation=kernel)
-    args = ((2, 3, 14, 11), ((5, 6), (12, 8))) if box else ()
+    args = (Box(2, 3, 16, 14), ((5, 6), (12, 8))) if box else ()
     one, three = prepare_pixels(image, how, *args), prepare_pixels(np.repeat(image[..., None], 3, 2), how, *args)
     assert one.ndim == 2 and all(np.array_equal(one, three[..., c]) for c in range(3))
 
@@ -51,20 +51,20 @@ def test_crop_equals_padding_and_slicing(box):
     left, top = (np.floor(np.array([x + w / 2 - side / 2, y + h / 2 - side / 2]) + 0.5 - 1e-9) + 100).astype(int)
     wide = np.pad(image, ((100, 100), (100, 100), (0, 0)), mode="edge")
     near = [wide[t:t + side, le:le + side] for t in (top - 1, top, top + 1) for le in (left - 1, left, left + 1)]
-    crop = square_crop(image, 0.3, box)
+    crop = square_crop(image, Crop(1.3), Box.from_xywh(box))
     assert any(np.array_equal(crop, n) for n in near)  # whole pixels, the centre within one of them
     if (side - w) % 2 == 0 and (side - h) % 2 == 0: assert np.array_equal(crop, near[4])
 
 
 def test_alignment_undoes_a_known_rotation():
     image, eyes = picture(4, 101), np.array([[35.0, 45.0], [65.0, 45.0]])
-    upright = square_crop(image, 0.0, (20, 20, 60, 60), eyes).astype(int)
+    upright = square_crop(image, Crop(1), Box(20, 20, 80, 80), eyes).astype(int)
     for roll in (-50, -15, 30):
         m = cv2.getRotationMatrix2D((49.5, 49.5), -roll, 1)
         rolled = cv2.warpAffine(image, m, (101, 101), flags=cv2.INTER_CUBIC)
-        got = square_crop(rolled, 0.0, (20, 20, 60, 60), eyes @ m[:, :2].T + m[:, 2]).astype(int)
+        got = square_crop(rolled, Crop(1), Box(20, 20, 80, 80), eyes @ m[:, :2].T + m[:, 2]).astype(int)
         assert np.abs(got - upright)[8:-8, 8:-8].mean() < 4
-        assert np.abs(square_crop(rolled, 0.0, (20, 20, 60, 60)).astype(int) - upright)[8:-8, 8:-8].mean() > 15
+        assert np.abs(square_crop(rolled, Crop(1), Box(20, 20, 80, 80)).astype(int) - upright)[8:-8, 8:-8].mean() > 15
 
 
 @pytest.mark.parametrize("side", [150, 330, 700, 1400])
@@ -74,10 +74,10 @@ def test_a_large_face_is_what_the_full_resolution_gives(side, eyes):
     image = cv2.resize(picture(6, 200, colour=True), (side*2, side*2), interpolation=cv2.INTER_CUBIC)
     noise = np.random.default_rng(1).normal(0, 25, image.shape)
     image = np.clip(image + noise, 0, 255).astype(np.uint8)  # what aliasing would show in
-    box = (side/2, side/2, side, side)
+    box = Box.from_xywh((side/2, side/2, side, side))
     eyes = None if eyes is None else (np.array(eyes) + 0.5)*side
     how = Geometry(size=64, clahe=None)
-    slow = cv2.resize(square_crop(image, how.margin, box, eyes), (64, 64), interpolation=cv2.INTER_AREA)
+    slow = cv2.resize(square_crop(image, Crop(1 + how.margin), box, eyes), (64, 64), interpolation=cv2.INTER_AREA)
     gap = np.abs(prepare_face(image, how, box, eyes).astype(int) - slow[..., ::-1])
     assert gap.mean() < 4.0 and abs(prepare_face(image, how, box, eyes).std() - slow.std()) < 2
 

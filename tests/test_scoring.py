@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from scipy import stats
 from sklearn.metrics import accuracy_score, f1_score, precision_recall_fscore_support
 
-from fer_nb.artifacts import CLASSES, ArtifactError, FerError, GateError, UsageError
+from fer_nb.artifacts import CLASSES, ArtifactError, Box, FerError, GateError, UsageError
 from fer_nb.detectors import Detection
-from fer_nb.geometry import Geometry
+from fer_nb.geometry import Crop, Geometry
 from fer_nb.realtime import (
     COLUMNS, NO_FACE, PROBS, UNSTABLE, Frame, Pipeline, SessionLog, Source, Stabilizer, open_source, session_info,
 )
@@ -573,10 +573,10 @@ def stand_ins(source, seed):
     def detect(image):
         k = (source.index - 1)//15 % 4  # one face, two, another one larger, none
         boxes = [[(10, 10, 60, 60)], [(10, 10, 60, 60), (90, 20, 50, 50)], [(10, 10, 40, 40), (90, 20, 60, 60)], []][k]
-        return [Detection(tuple(map(float, b))) for b in boxes]
-    def from_prepared(faces): return rng.dirichlet(np.full(7, 0.5), len(faces))
-    predictor = SimpleNamespace(geometry=Geometry(size=16), name="drawn", from_prepared=from_prepared, bias=np.zeros(7), temperature=1.0,
-                                checkpoint_sha256=None, dataset_index_id=None)
+        return [Detection(Box.from_xywh(b)) for b in boxes]
+    def from_views(faces): return rng.dirichlet(np.full(7, 0.5), len(faces))
+    predictor = SimpleNamespace(geometry=Geometry(size=16), name="drawn", from_views=from_views, bias=np.zeros(7), temperature=1.0,
+                                checkpoint_sha256=None, dataset_index_id=None, crop_for=lambda d: (Crop(1.0), ""))
     return SimpleNamespace(name="drawn", detect=detect), predictor
 
 
@@ -600,12 +600,12 @@ def test_sessions_of_the_real_pipeline_replay_exactly(tmp_path):
 def test_a_synthetic_video_through_the_pipeline_scores_as_its_truth_says(tmp_path):
     events = write_video(tmp_path/"video", seconds=6, fps=20, size=(160, 120), seed=3)
     rng, source = np.random.default_rng(0), open_source(tmp_path/"video"/"video.avi")
-    def from_prepared(faces):
+    def from_views(faces):
         true = next(e.label for e in events.itertuples() if e.start_ms <= (source.index - 1)*50 < e.end_ms)
         return rng.dirichlet(0.4 + 3*(np.array(CLASSES) == true), len(faces))
     detector, predictor = stand_ins(source, 0)
-    predictor.from_prepared, stabilizer = from_prepared, Stabilizer(window=5, min_count=3)
-    detector.detect = lambda image: [] if 40 <= source.index < 50 else [Detection((30.0, 20.0, 90.0, 90.0))]
+    predictor.from_views, stabilizer = from_views, Stabilizer(window=5, min_count=3)
+    detector.detect = lambda image: [] if 40 <= source.index < 50 else [Detection(Box.from_xywh((30, 20, 90, 90)))]
     log = SessionLog(tmp_path/"s", session_info(source, detector, predictor, stabilizer))
     with Pipeline(source, detector, predictor, stabilizer, log) as p:
         while p.step(): pass
