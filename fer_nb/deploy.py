@@ -350,6 +350,7 @@ class Predictor:
         self.convention = facts.convention  # whose labels it learned, such as ferplus; empty: its file doesn't say
         beside = self.path.parent/"logit_bias.json"
         self.bias = read_class_values(beside, -MAX_BIAS, MAX_BIAS) if beside.is_file() else np.zeros(len(CLASSES))
+        self.bias_file = beside if beside.is_file() else None
 
     @property
     def bias(self) -> np.ndarray:
@@ -360,6 +361,13 @@ class Predictor:
     def bias(self, values):
         self._bias = class_values(values, -MAX_BIAS, MAX_BIAS, "logit_bias")
         self._bias.setflags(write=False)  # a change goes through the check
+        self.bias_file = None  # unless it is read from one
+
+    @property
+    def bias_note(self) -> str:  # empty where nothing is added
+        "One line that says which classes are favoured, by how much, and what file says so."
+        told = ", ".join(f"{c} {b:+.2f}" for c, b in zip(CLASSES, self.bias.tolist()) if b)
+        return told and f"{self.bias_file or 'the caller'} adds to the logits: {told}; this is no longer the model that was calibrated"
 
     def with_bias(self, values) -> "Predictor":
         "The same model with another bias; this one keeps its own."
@@ -397,4 +405,5 @@ class Predictor:
     def __repr__(self):
         whose = f"labels of {self.convention}, " if self.convention else ""
         how = f"{whose}{self.geometry.size} px, T = {self.temperature:.4g}"
-        return f"Predictor({self.name!r}, {how}, {self.path.name} with {self.provider})"
+        biased = f", biased by {self.bias_file.name if self.bias_file else 'the caller'}"*bool(self.bias_note)
+        return f"Predictor({self.name!r}, {how}, {self.path.name} with {self.provider}{biased})"

@@ -7,10 +7,10 @@ __all__ = ['OPSET', 'PRECISIONS', 'LOGIT_LIMIT', 'OUTPUTS', 'LIMITS', 'COLOURS',
            'to_fp16', 'no_chatter', 'to_int8', 'save_checked', 'model_file', 'logit_limit', 'embedded_faces',
            'torch_logits', 'quick_parity', 'open_run', 'export_model', 'in_points', 'compare_logits', 'check_parity',
            'require_parity', 'parity_plot', 'file_precision', 'open_variants', 'interleaved', 'measure_latency',
-           'latency_plot', 'plain_export', 'in_colour', 'packed_faces', 'ExportResult', 'export_checkpoint', 'answers',
-           'compare_accuracy', 'show_change', 'BenchResult', 'bench', 'class_f1_intervals', 'told_training',
-           'weights_of', 'told_through', 'told_latency', 'judged_sources', 'own_answers', 'told_others', 'model_card',
-           'ship']
+           'latency_plot', 'plain_export', 'in_colour', 'packed_view', 'every_face', 'packed_faces', 'answers_file',
+           'keep_answers', 'ExportResult', 'export_checkpoint', 'answers', 'compare_accuracy', 'show_change',
+           'BenchResult', 'bench', 'class_f1_intervals', 'told_training', 'weights_of', 'told_through', 'told_latency',
+           'judged_sources', 'own_answers', 'source_scores', 'told_others', 'model_card', 'ship']
 
 # %% ../nbs/09_onnx_latency.ipynb #09-003
 import copy
@@ -43,9 +43,9 @@ from tqdm.auto import tqdm
 from fer_nb.artifacts import (
     CLASSES, ArtifactError, EnsembleConfig, ExportedFile, ExportReport, GateError, Interval, OnnxParity, ParityCheck, ReliabilityMetrics,
     RunArgs, ThroughDetector, UsageError, VariantParity, atomic_path, convention_of, read_npz, sha256_file, write_bytes, write_csv,
-    write_text,
+    write_npz, write_text,
 )
-from .calibration import BLUE, GREEN, GREY, ORANGE, accuracy, confusion, groups_of, kept_groups, labels_of, macro_f1, paired_interval, prf
+from .calibration import BLUE, GREEN, GREY, ORANGE, accuracy, confusion, evaluate, groups_of, labels_of, macro_f1, paired_interval, prf
 from fer_nb.deploy import (
     SHIPPED, ModelFacts, Predictor, check_prepared, checkpoint_facts, open_onnx, open_session, prepared, probabilities, read_facts,
 )
@@ -477,7 +477,7 @@ def in_colour(faces: np.ndarray) -> np.ndarray:  # uint8 (N, S, S) or (N, S, S, 
     return np.repeat(faces[..., None], 3, -1) if faces.ndim == 3 else np.asarray(faces)
 
 
-def packed_faces(
+def packed_view(
     manifest_dir,  # a frozen manifest
     cache_dir,  # its packed images
     view: str,  # of the manifest, such as hq_train
@@ -485,14 +485,44 @@ def packed_faces(
     n: int = 0,  # drawn at random; 0: all
     seed: int = 1337,
     convention: str = "",  # only rows with these labels; empty, or another than the manifest's: all
-) -> tuple[np.ndarray, np.ndarray]:  # uint8 (N, S, S, 3), (N,) labels
-    "Prepared faces of a view, three channels each."
+) -> PackedFaces:
+    "Rows of a view with their prepared faces."
     manifest = load_manifest(manifest_dir, valid=True)
     cache = load_cache(cache_dir, manifest)
     check_geometry(geometry, cache.geometry, what=f"the cache {cache_dir}")
-    rows = PackedFaces(cache, manifest.view(view, convention=convention if convention in manifest.conventions.values() else None))
-    at = np.arange(len(rows)) if not 0 < n < len(rows) else np.sort(np.random.default_rng(seed).choice(len(rows), n, replace=False))
-    return in_colour(rows.gather(at)), rows.labels[at]
+    rows = manifest.view(view, convention=convention if convention in manifest.conventions.values() else None)
+    if 0 < n < len(rows): rows = rows.iloc[np.sort(np.random.default_rng(seed).choice(len(rows), n, replace=False))].reset_index(drop=True)
+    return PackedFaces(cache, rows)
+
+
+def every_face(
+    faces,  # PackedFaces or LazyFaces
+) -> np.ndarray:  # uint8 (N, S, S, 3)
+    "All faces of a view, three channels each."
+    return in_colour(faces.gather(np.arange(len(faces))))
+
+
+def packed_faces(*args, **kwargs) -> tuple[np.ndarray, np.ndarray]:  # uint8 (N, S, S, 3), (N,) labels
+    "The faces and labels of `packed_view`."
+    faces = packed_view(*args, **kwargs)
+    return every_face(faces), faces.labels
+
+# %% ../nbs/09_onnx_latency.ipynb #09-361
+def answers_file(precision: str) -> str: return f"answers_{precision}.npz"
+
+
+def keep_answers(
+    path,  # an ONNX file of this project
+    faces,  # PackedFaces or LazyFaces: test rows
+    out,  # the folder
+    block: int = 256,  # faces at once
+) -> Path:
+    "Write a file's own logits for test rows, under the names that evaluation.npz has: answers_int8.npz."
+    model, at = Predictor(path, threads=0), np.arange(len(faces))
+    z = np.concatenate([model.logits(in_colour(faces.gather(at[i:i + block]))) for i in at[::block]])
+    rows = faces.rows
+    return write_npz(Path(out)/answers_file(file_precision(path)), sha256=np.array(sha256_file(path)), test_ids=rows["id"].to_numpy(str),
+                     test_logits=z, test_labels=faces.labels, test_groups=pd.factorize(groups_of(rows))[0].astype(np.int32))
 
 # %% ../nbs/09_onnx_latency.ipynb #09-042
 class ExportResult(Result):
@@ -529,14 +559,18 @@ def export_checkpoint(
     path = Path(checkpoint)
     facts = open_run(path)[1]
     geometry, out = facts.geometry, Path(out or (path if path.is_dir() else path.parent)/"onnx")
-    if manifest_dir is None: train, test, labels, what = None, embedded_faces(geometry, seed=seed), None, "embedded"
+    if manifest_dir is None: train, test, shown, what = None, None, embedded_faces(geometry, seed=seed), "embedded"
     else:
         train = packed_faces(manifest_dir, cache_dir, "hq_train", geometry, calibration, seed, facts.convention)[0]
-        test, labels = packed_faces(manifest_dir, cache_dir, view, geometry, faces, seed, facts.convention)
+        test = packed_view(manifest_dir, cache_dir, view, geometry, faces, seed, facts.convention)
+        shown = every_face(test)
         what = f"{load_manifest(manifest_dir).dataset_index_id}, {view}{f', labels of {facts.convention}' if facts.convention else ''}"
     report = export_model(path, out, precisions, train)
-    parity = check_parity(out, path, test, labels, what, seed=seed)
+    labels, groups = (None, None) if test is None else (test.labels, groups_of(test.rows))
+    parity = check_parity(out, path, shown, labels, what, seed=seed, groups=groups)
     require_parity(parity, out)
+    if test is not None:
+        for p in parity.variants: keep_answers(out/model_file(p), test, out)
     notes = [] if precisions or "int8" in report.files else ["no int8: it needs training faces; give a manifest and its cache"]
     if (v := parity.variants.get("int8")) and not v.passed: notes.append("int8 is outside its bar: ship fp32")
     return ExportResult(report, parity, out, notes)
@@ -653,8 +687,9 @@ commercially where you live is not for us to say. No picture can be read back fr
 
 ## How good it is
 
-Checkpoint `{checkpoint}`, temperature {temperature:.3f} fitted on validation rows; every number below is of test rows that chose
-nothing and that carry the labels of {convention}, which the model learned. Brackets: 95% intervals, bootstrap over pictures.
+Checkpoint `{checkpoint}`, temperature {temperature:.3f} fitted on validation rows; every number below is what this very file
+({precision}) answers to test rows that chose nothing and that carry the labels of {convention}, which the model learned. Brackets:
+95% intervals, bootstrap over pictures.
 
 {sources}
 
@@ -776,12 +811,28 @@ def judged_sources(run_dir, learned: str) -> tuple[pd.DataFrame, list[str]]:  # 
     return table[own], sorted(set(whose[~own]))
 
 
-def own_answers(run_dir) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:  # (N, 7), (N,), (N,) or None
-    "Logits, labels and pictures of the test rows with the labels that a run learned."
-    z = read_npz(Path(run_dir)/"evaluation.npz", ["test_logits", "test_labels"])
-    own, groups = own_test_rows(run_dir, z), z.get("test_groups")
-    if groups is None and "test_ids" in z: groups = kept_groups(run_dir, z["test_ids"], ReliabilityMetrics.load(run_dir).dataset_index_id)
-    return z["test_logits"][own].astype(np.float64), z["test_labels"][own].astype(np.int64), None if groups is None else groups[own]
+def own_answers(
+    run_dir,  # the run that the file was exported from
+    path,  # answers_int8.npz or its like
+    model,  # the file that it answers for
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:  # (N, 7) logits, (N,) labels, pictures and sources
+    "What a file answers to the test rows with the labels that its run learned."
+    if not Path(path).is_file(): raise ArtifactError(path, "is missing: export the run again, with a manifest and its cache")
+    z = read_npz(path, ["test_ids", "test_logits", "test_labels", "test_groups", "sha256"])
+    if (got := str(z["sha256"])) != sha256_file(model):
+        raise ArtifactError(path, f"was answered by another file than {Path(model).name}: export again", key="sha256",
+                            expected=sha256_file(model)[:12] + "…", got=got[:12] + "…")
+    sources = np.array([i.split("/")[0] for i in z["test_ids"].tolist()])  # an id begins with its source
+    own = own_test_rows(run_dir, z)
+    return z["test_logits"][own].astype(np.float64), z["test_labels"][own].astype(np.int64), z["test_groups"][own], sources[own]
+
+
+def source_scores(logits, labels, groups, sources, temperature: float, resamples: int = 1000, seed: int = 1337) -> list[tuple]:
+    "Accuracy, macro-F1 and ECE of each source with their intervals, as text."
+    def told(at):
+        found = evaluate(logits[at], labels[at], temperature, None, resamples, seed, groups[at])
+        return [f"{v.value:.3f} [{v.low:.3f}, {v.high:.3f}]" for v in (found["accuracy"], found["macro_f1"], found["ece"])]
+    return [(s, f"{(sources == s).sum():,}", *told(sources == s)) for s in sorted(set(sources.tolist()))]
 
 
 def told_others(others: list[str], learned: str) -> str:
@@ -800,16 +851,14 @@ def model_card(
     "The card of an exported student, from its artifacts."
     run, out = Path(run_dir), Path(export_dir)
     m, parity, learned = ReliabilityMetrics.load(run), OnnxParity.load(out), run_convention(run)
-    own, others = judged_sources(run, learned)
-    logits, labels, groups = own_answers(run)
-    counts = confusion(logits, labels)
-    def told(row, key): return f"{row[key]:.3f} [{row[f'{key}_low']:.3f}, {row[f'{key}_high']:.3f}]"
-    sources = tabulate([(r["source"], f"{r['n']:,}", *(told(r, k) for k in ("accuracy", "macro_f1", "ece"))) for _, r in own.iterrows()],
-                       ("test rows of", "n", "accuracy", "macro-F1", "ECE"), "pipe")
+    v, p = parity.variants[precision], Predictor(out/model_file(precision))
+    logits, labels, groups, named = own_answers(run, out/answers_file(precision), out/model_file(precision))
+    others, counts = judged_sources(run, learned)[1], confusion(logits, labels)
+    head = "test rows of", "n", "accuracy", "macro-F1", "ECE"
+    sources = tabulate(source_scores(logits, labels, groups, named, p.temperature), head, "pipe")
     by_class = tabulate([(c, int(row.sum()), f"{p:.3f}", f"{r:.3f}", f"{f1:.3f} [{low:.3f}, {high:.3f}]") for c, row, p, r, f1, (low, high)
                          in zip(CLASSES, counts, *prf(counts), class_f1_intervals(logits, labels, groups))],
                         ("class", "n", "precision", "recall", "F1"), "pipe", disable_numparse=True)
-    v, p = parity.variants[precision], Predictor(out/model_file(precision))
     change = "no labels to compare" if v.macro_f1_change is None else f"macro-F1 {v.macro_f1_change.show(2, signed=True)} points"
     return CARD.format(
         name=p.name, size=p.geometry.size, classes=", ".join(CLASSES), precision=precision, megabytes=(out/v.file).stat().st_size/1e6,

@@ -95,12 +95,12 @@ def predict_pictures(
     min_face: float = 48,  # pixels; smaller faces are left out
     width: int = 640,  # pixels that YuNet sees, along the longer side
     whole: bool = False,  # the pictures are faces already
-    say=print,  # takes lines about the detector
+    say=print,  # takes lines about the detector and a biased model
 ) -> PicturePredictions:
     "Find and classify the faces of pictures."
     images = {str(p): read_picture(p) for p in paths}  # a wrong path is told before anything is loaded
     predictor = Predictor(model)
     finder, note = (None, "") if whole else open_detector(detector, min_face=min_face, width=width)
-    for line in filter(None, (note, finder and predictor.crop_for(finder)[1])): say(line)
+    for line in filter(None, (note, finder and predictor.crop_for(finder)[1], predictor.bias_note)): say(line)
     faces = {path: faces_of(image, finder, predictor, path) for path, image in images.items()}
     return PicturePredictions(faces, predictor.name, "none" if whole else finder.name)

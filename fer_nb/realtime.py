@@ -1053,7 +1053,7 @@ def open_pipeline(
     if isinstance(detector, str):
         detector, note = open_detector(detector, min_face=min_face)
         if note: say(note)
-    if note := predictor.crop_for(detector)[1]: say(note)
+    for note in filter(None, (predictor.crop_for(detector)[1], predictor.bias_note)): say(note)
     source = source if isinstance(source, Source) else open_source(source)
     try:
         if source.note: say(source.note)

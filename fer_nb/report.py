@@ -376,6 +376,7 @@ def keep_results(
         z = read_npz(path, ["test_logits", "test_labels", "test_ids"])
         small = {"test_logits": z["test_logits"].astype("float16"), "test_labels": z["test_labels"].astype("int8")}
         kept.append(write_npz(out/path.relative_to(root), **small, **{k: z[k] for k in ("test_ids", "test_groups") if k in z}))
+    for path in sorted(root.rglob("answers_*.npz")): kept.append(write_bytes(out/path.relative_to(root), path.read_bytes()))
     write_text(out/"report"/"report.html", live_links((root/"report"/"report.html").read_text(encoding="utf-8"), out/"report"))
     return kept
 

@@ -718,7 +718,7 @@ class WebcamCell(widgets.VBox):
         super().__init__(self._layout())
         self.add_class("fer-cell")
         self._connect()
-        self._idle(" ".join(filter(None, ("Ready.", hint, self.predictor.crop_for(self.detector)[1]))))
+        self._idle(" ".join(filter(None, ("Ready.", hint, self.predictor.crop_for(self.detector)[1], self.predictor.bias_note))))
         _latest.append(weakref.ref(self))
         if autostart: self.start()
 

@@ -12,10 +12,10 @@ import pandas as pd
 import pytest
 import torch
 from onnx import TensorProto, numpy_helper
-from sklearn.metrics import f1_score
+from sklearn.metrics import f1_score, precision_recall_fscore_support
 
 from fer_nb import exporting
-from fer_nb.artifacts import CLASSES, ArtifactError, FerError, GateError, RunArgs, UsageError
+from fer_nb.artifacts import CLASSES, ArtifactError, FerError, GateError, RunArgs, UsageError, sha256_file
 from fer_nb.calibration import labels_of, report_run, softmax
 from fer_nb.deploy import Predictor, prepared
 from fer_nb.exporting import (
@@ -231,7 +231,7 @@ def test_parity_refuses_foreign_files(copied, run_dir, tmp_path):  # noqa: F811
     ckpt = torch.load(run_dir / "best.pt", weights_only=True)
     ckpt["model"]["classifier.bias"] += 1
     save_checkpoint(other / "best.pt", **ckpt)
-    calibration().save(other)
+    calibration(of=other / "best.pt").save(other)
     with pytest.raises(ArtifactError) as e: check_parity(copied, other, prepared(faces(2), GEOMETRY))
     one_line(e, "model_fp32.onnx", "another checkpoint")
     with pytest.raises(ArtifactError) as e: check_parity(other, other, prepared(faces(2), GEOMETRY))
@@ -312,7 +312,7 @@ def own_run(run_dir, dataset, tmp_path):  # noqa: F811
     ckpt = torch.load(run_dir / "best.pt", weights_only=True)
     ckpt["meta"]["geometry"] = Geometry(size=48).to_dict()
     save_checkpoint(tmp_path / "run" / "best.pt", **ckpt)
-    calibration().save(tmp_path / "run")
+    calibration(of=tmp_path / "run" / "best.pt").save(tmp_path / "run")
     return tmp_path / "run"
 
 
@@ -349,7 +349,8 @@ def test_a_shipped_student_is_described_from_its_artifacts(own_run, traced, data
     manifest, rng = load_manifest(dataset[0]), np.random.default_rng(0)
     val, test = manifest.view("val"), manifest.view("test_all_sources")
     zv, zt = (2*rng.standard_normal((len(rows), 7)) + 3*np.eye(7)[labels_of(rows)] for rows in (val, test))
-    _, metrics = report_run(own_run, zv, val, zt, test, model_name="a student", dataset_index_id="demo-0", resamples=100)
+    report_run(own_run, zv, val, zt, test, model_name="a student", dataset_index_id="demo-0", resamples=100,
+               checkpoint_sha256=sha256_file(own_run / "best.pt"))
     root = tmp_path / "root"
     run = root / "students" / "net_seed1_KD"
     run.parent.mkdir(parents=True); own_run.rename(run)
@@ -363,7 +364,14 @@ def test_a_shipped_student_is_described_from_its_artifacts(own_run, traced, data
     card = (path.parent / "MODEL_CARD.md").read_text()
     assert path.read_bytes() == (run / "onnx" / "model_int8.onnx").read_bytes()
     assert "6 epochs from the best weights of `net_seed1_CE`" in card and "`big`: big (weights some.pth)" in card
-    for c in metrics.per_class: assert f"{c.precision:.3f}" in card and f"{c.recall:.3f}" in card
+    said = np.load(run / "onnx" / "answers_int8.npz")  # what the file that ships answers, not its parent
+    scores = precision_recall_fscore_support(said["test_labels"], said["test_logits"].argmax(1), labels=range(7), zero_division=0)
+    for name, precision, recall, _, n in zip(CLASSES, *scores):
+        assert [c.strip() for c in card.split(f"| {name} ")[1].split("|")[1:4]] == [str(n), f"{precision:.3f}", f"{recall:.3f}"]
+    shown = prepared([cv2.imread(r.path, cv2.IMREAD_UNCHANGED) for r in test.itertuples()], Geometry(size=48))
+    np.testing.assert_allclose(said["test_logits"], Predictor(path, threads=1).logits(shown), atol=1e-3)
+    (run / "onnx" / "model_int8.onnx").write_bytes((run / "onnx" / "model_fp32.onnx").read_bytes())
+    with pytest.raises(ArtifactError, match="answered by another file"): ship(run, run / "onnx", "int8", tmp_path / "shipped")
     assert "interleaved runs each" in card and "trained as well" not in card and not set("{}") & set(card)
     path = run / "onnx"
     pd.DataFrame({"source": "all", "model": ["big", "small"], "macro_f1": [0.5, 0.49], "change": [0, -1.0], "change_low": [0, -1.5],

@@ -6,12 +6,15 @@ import cv2
 import numpy as np
 import pandas as pd
 import pytest
+from sklearn.metrics import precision_recall_fscore_support
 
 from fer_nb import calibration as cal
 from fer_nb import ensembles, summary
 from fer_nb.artifacts import (
-    Calibration, EnsembleConfig, EnsembleMetrics, HashManifest, ReliabilityMetrics, SelectiveReport, check_run_seal, read_npz,
+    CLASSES, Calibration, EnsembleConfig, EnsembleMetrics, HashManifest, ReliabilityMetrics, SelectiveReport, check_run_seal, read_npz,
+    sha256_file,
 )
+from fer_nb.deploy import Predictor, prepared
 from fer_nb.integrity import gates, own_test_rows, run_convention
 from tests.conftest import ROOT
 
@@ -243,3 +246,38 @@ def test_gains_come_out_again_from_the_members_logits():
         for a, b in zip(again, kept, strict=True):
             assert (a.metric, a.over, a.chosen_on, a.n, a.pictures) == (b.metric, b.over, b.chosen_on, b.n, b.pictures)
             assert (a.gain.value, a.gain.low, a.gain.high) == pytest.approx((b.gain.value, b.gain.low, b.gain.high), abs=1e-9)
+
+
+# --- the card
+
+
+def test_the_card_tells_of_the_file_that_ships():
+    "Its tables are what student.onnx itself answers, as kept beside its export, and not its fp32 parent."
+    card, model = (ROOT/"fer_nb"/"models"/name for name in ("MODEL_CARD.md", "student.onnx"))
+    z = read_npz(REFERENCE/"onnx"/"answers_int8.npz")
+    assert str(z["sha256"]) == sha256_file(model)
+    y, said, text = z["test_labels"], z["test_logits"].argmax(1), card.read_text(encoding="utf-8")
+    found = evaluate_shipped(z, Predictor(model).temperature)
+    row, = (x for x in text.splitlines() if x.startswith("| ferplus ") and "yunet" not in x and "haar" not in x)
+    assert [c.strip() for c in row.strip("|").split("|")] == ["ferplus", f"{len(y):,}", *found]
+    for name, precision, recall, _, n in zip(CLASSES, *precision_recall_fscore_support(y, said, labels=range(7), zero_division=0)):
+        cells = [c.strip() for c in text.split(f"| {name} ")[1].split("|")[1:4]]
+        assert cells == [str(n), f"{precision:.3f}", f"{recall:.3f}"]
+
+
+def evaluate_shipped(z, temperature) -> list[str]:
+    "Accuracy, macro-F1 and ECE with their intervals by picture, as the card prints them."
+    record = cal.evaluate(z["test_logits"].astype(float), z["test_labels"].astype(int), temperature, None, 1000, 1337, z["test_groups"])
+    return [shown(record[k]) for k in ("accuracy", "macro_f1", "ece")]
+
+
+def test_the_kept_answers_are_the_shipped_files_own(real_data):
+    "A sample of the kept logits, computed again from the pictures."
+    model, z = Predictor(), read_npz(REFERENCE/"onnx"/"answers_int8.npz")
+    at = np.sort(np.random.default_rng(0).choice(len(z["test_ids"]), 100, replace=False))
+    archive = zipfile.ZipFile(real_data/"ferplus.zip")
+    members = {"/".join(n.split("/")[-2:]): n for n in archive.namelist()}
+    names = [members["/".join(i.split("/")[-2:])] for i in z["test_ids"][at].tolist()]
+    pictures = [cv2.imdecode(np.frombuffer(archive.read(n), np.uint8), cv2.IMREAD_UNCHANGED) for n in names]
+    z_now = model.logits(prepared(pictures, model.geometry))
+    assert np.abs(z_now - z["test_logits"][at]).max() < 0.5 and np.mean(z_now.argmax(1) == z["test_logits"][at].argmax(1)) >= 0.97
