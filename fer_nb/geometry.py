@@ -277,7 +277,7 @@ def normalise(
 
 # %% ../nbs/01a_geometry.ipynb #01a-041
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-LEAST_FOUND = 30  # faces, below which a detector is not measured
+LEAST_FOUND = 30  # faces, below which a detector is not measured; nor is one that finds less than a tenth
 
 
 class Sight(BaseModel):
@@ -296,7 +296,7 @@ class Sight(BaseModel):
     roll: float | None = None  # degrees: 90% stay within; None without landmarks
 
     @property
-    def measured(self) -> bool: return self.ratio is not None and self.found >= LEAST_FOUND
+    def measured(self) -> bool: return self.ratio is not None and self.found >= max(LEAST_FOUND, self.seen/10)
 
     @property
     def crop(self) -> Crop:

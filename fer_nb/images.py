@@ -327,7 +327,7 @@ def pack_cache(
     out.parent.mkdir(parents=True, exist_ok=True)
     tmp = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
     try:
-        framing = measure_framing(rows, sample, models=models, threads=threads, progress=progress)
+        framing = measure_framing(rows, sample, models=models, margin=geometry.margin, threads=threads, progress=progress)
         _write_cache(tmp, rows, geometry, framing, manifest.dataset_index_id, threads, progress)
         tmp.chmod(0o755)
         if _up_to_date(out, *ask) is None: _install(tmp, out)
@@ -348,7 +348,8 @@ def measure_cache(
     "Measure the framing of a cache that stands already, and write it into its index; its pixels and their crops stay."
     cache = load_cache(folder, manifest)
     rows = manifest.df.set_index("id", drop=False).loc[cache.rows["id"]].reset_index(drop=True)
-    framing = measure_framing(rows, sample, models=models, crops=cache.framing and cache.framing.crops, **kwargs)
+    crops = cache.framing and cache.framing.crops
+    framing = measure_framing(rows, sample, models=models, margin=cache.geometry.margin, crops=crops, **kwargs)
     cache.index.model_copy(update={"framing": framing.to_dict()}).save(folder)
     return framing
 

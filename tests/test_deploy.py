@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from datetime import UTC, datetime
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -21,13 +22,15 @@ from fer_nb import deploy
 from fer_nb.artifacts import CLASSES, ArtifactError, Calibration, FerError, GateError, UsageError, seal_folder, sha256_file
 from fer_nb.calibration import softmax
 from fer_nb.deploy import Predictor, probabilities, prepared, read_class_values, write_class_values
-from fer_nb.geometry import Geometry, normalise, prepare_face
+from fer_nb.geometry import Crop, Framing, Geometry, Sight, normalise, prepare_face
 from fer_nb.students import STUDENT_BACKBONE, make_student
 from fer_nb.synthetic import render_faces
 from fer_nb.training import save_checkpoint
 from tests.conftest import ROOT, picture
 
 GEOMETRY = Geometry(size=48, mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3))
+HAAR = Sight(detector="haar", seen=100, found=90, ratio=(0.8, 0.9, 1.0, 1.1, 1.2), dx=0.02)
+FRAMING = Framing(sights=[HAAR], crops={"expw": Crop(1.2)}, seed=3)
 
 
 def calibration(index="demo-0", t=1.7, of=None):
@@ -50,7 +53,7 @@ def run_dir(tmp_path_factory):
         model.classifier.weight *= 0.4/z.std(0)[:, None]
         model.classifier.bias.copy_(-0.4*z.mean(0)/z.std(0))
     meta = {"classes": list(CLASSES), "backbone": STUDENT_BACKBONE, "head": "linear"}
-    meta |= {"geometry": GEOMETRY.to_dict(), "dataset_index_id": "demo-0"}
+    meta |= {"geometry": GEOMETRY.to_dict(), "framing": FRAMING.to_dict(), "dataset_index_id": "demo-0"}
     save_checkpoint(folder / "best.pt", model=model.state_dict(), meta=meta)
     calibration().save(folder)
     seal_folder(folder, "demo-0")
@@ -96,7 +99,8 @@ def faces(n, seed=0):
 def test_onnx_and_pt_agree_and_carry_the_same_facts(exported, run_dir):
     a, b, images = Predictor(exported), Predictor(run_dir / "best.pt"), faces(24)
     for name in ("geometry", "temperature", "name", "checkpoint_sha256", "dataset_index_id"): assert getattr(a, name) == getattr(b, name)
-    assert a.geometry == GEOMETRY and a.temperature == 1.7
+    assert a.geometry == GEOMETRY and a.temperature == 1.7 and a.framing == b.framing == FRAMING
+    assert a.crop_for(SimpleNamespace(name="haar")) == (Crop(0.9, 0.02, wide=1.0), "")
     batch = prepared(images, GEOMETRY)
     assert np.abs(a.logits(batch) - b.logits(batch)).max() <= 1e-4
     np.testing.assert_allclose(a(images), b(images), atol=1e-5)

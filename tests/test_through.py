@@ -86,9 +86,12 @@ def test_a_detector_is_cut_as_the_training_pictures_were(mixed, discs, tmp_path)
 
 def test_framing_can_be_measured_later_and_keeps_the_crops(mixed, discs, tmp_path):
     cache = pack_cache(mixed, G, tmp_path/"cache", progress=False, sample=0)
-    assert cache.framing.sights == () and cache.framing.crops == {}
+    assert cache.framing.sights == () and cache.framing.crops == {"expw": Crop(1.3)}
     again = measure_cache(tmp_path/"cache", mixed, sample=200, progress=False)
-    assert again.crops == {} and again.sights[0].measured and load_cache(tmp_path/"cache", mixed, full=True).framing == again
+    assert again.crops == cache.framing.crops and again.sights[0].measured
+    assert load_cache(tmp_path/"cache", mixed, full=True).framing == again
+    boxed = measure_framing(mixed.view(source="expw"), crops={"expw": Crop(1.3)}, progress=False)
+    assert boxed.sights[0].ratio[2] == pytest.approx(1.3*6/5, rel=0.03)  # of the squares that were packed, not of the boxes
 
 
 def test_where_no_detector_finds_a_face_the_counts_say_so(tmp_path):
@@ -99,6 +102,7 @@ def test_where_no_detector_finds_a_face_the_counts_say_so(tmp_path):
     crop, line = found.crop("haar")
     assert crop == next(s for s in DEFAULT_SIGHTS if s.detector == "haar").crop and "was not measured for this model: the default" in line
     with pytest.raises(UsageError, match="sample is -1"): measure_framing(pd.DataFrame(), -1)
+    with pytest.raises(UsageError, match="names nowhere, which is not a folder"): measure_framing(pd.DataFrame(), 9, models="nowhere")
 
 
 def test_the_sample_is_seeded(mixed, discs):
@@ -146,6 +150,16 @@ def test_two_views_are_one_answer(demo_model):
         z = model.logits(v).mean(0, dtype=float)/model.temperature + model.bias
         assert p == pytest.approx(np.exp(z)/np.exp(z).sum(), abs=1e-6)
     assert model.from_views([]).shape == (0, 7)
+
+
+def test_a_run_takes_the_framing_of_its_cache(mixed, discs, tmp_path):
+    from fer_nb.images import PackedFaces
+    from fer_nb.training import FaceData, load_checkpoint, save_checkpoint
+    faces = PackedFaces(pack_cache(mixed, G, tmp_path/"cache", progress=False), mixed.df)
+    meta = {"classes": list(CLASSES), "framing": FaceData(mixed.dataset_index_id, faces, faces, faces).framing}
+    save_checkpoint(tmp_path/"best.pt", model={}, meta=meta)
+    got = Framing.model_validate(load_checkpoint(tmp_path/"best.pt")["meta"]["framing"])
+    assert got == faces.framing and got.sights[0].measured and got.crops["expw"].ratio > 1.1
 
 
 def test_a_broken_framing_is_refused(tmp_path, demo_model):
