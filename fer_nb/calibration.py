@@ -1384,11 +1384,14 @@ def groups_of(
 def judged_as(
     rows: pd.DataFrame,  # of a manifest
     learned: str,  # a model's convention; several joined by + in runs from before they had names
+    sources=(),  # whose validation rows chose thresholds; rows of others stand apart; empty: all count as theirs
 ) -> np.ndarray | None:  # (N,); None where it is not known what the model learned: then every row is its own
-    "Whose labels each row carries; the model's own under its own name."
+    "Whose labels each row carries, the model's own under its own name, and which of these come from elsewhere than its thresholds."
     if not learned: return None
-    named = rows["convention"].to_numpy(str)
-    return np.where(np.isin(named, learned.split("+")), learned, named)
+    named, source = rows["convention"].to_numpy(str), rows["source"].to_numpy(str)
+    named = np.where(np.isin(named, learned.split("+")), learned, named)
+    if not len(sources): return named
+    return np.array([f"{c} ({s})" if c == learned and s not in sources else c for c, s in zip(named, source)])
 
 
 def votes_of(
@@ -1461,15 +1464,15 @@ def report_run(
     "Calibrate on validation and report on test; writes the three artifacts, the confusion, the metrics by source and the logits."
     run_dir, zv, zt, (yv, yt) = Path(run_dir), np.asarray(val_logits), np.asarray(test_logits), map(labels_of, (val_rows, test_rows))
     fit = np.full(len(yv), True) if sources is None else val_rows["source"].isin(sources).to_numpy()
-    own, gv, gt = own_rows(test_rows, convention), groups_of(val_rows), groups_of(test_rows)
+    own, gv, gt, fitted = own_rows(test_rows, convention), groups_of(val_rows), groups_of(test_rows), sorted(set(val_rows["source"][fit]))
     common = dict(model_name=model_name, dataset_index_id=dataset_index_id, val_ids=val_rows["id"][fit], val_groups=gv[fit],
                   resamples=resamples, seed=seed)
     calibration, metrics = calibrate(zv[fit], yv[fit], zt[own], yt[own], votes=votes_of(test_rows[own]), test_ids=test_rows["id"][own],
                                      test_groups=gt[own], **common)
     selective = selective_report(
         zv[fit], yv[fit], zt, yt, calibration.selected_temperature, test_ids=test_rows["id"], class_conditional=class_conditional,
-        convention=convention, conventions=judged_as(test_rows, convention), sources=test_rows["source"], groups=gt, **common)
-    calibration = calibration.model_copy(update={"sources": sorted(set(val_rows["source"][fit])), "convention": convention or None,
+        convention=convention, conventions=judged_as(test_rows, convention, fitted), sources=test_rows["source"], groups=gt, **common)
+    calibration = calibration.model_copy(update={"sources": fitted, "convention": convention or None,
                                                  "checkpoint_sha256": checkpoint_sha256})
     metrics = metrics.model_copy(update={"convention": convention or None})
     for artifact in (calibration, metrics, selective): artifact.save(run_dir)
@@ -1605,7 +1608,8 @@ def recount_run(
     if small: record = with_values(record, table, sorted(set(rows["source"][own])))
     metrics = reliability_artifact(record, logits[own], labels[own], split=old.split, **named)
     rule = recounted_rule(folder, z, manifest_rows, calibration.sources, learned)
-    sets = sets_report(rule, logits, labels, conventions=whose, sources=rows["source"], groups=groups, test_name=old.split, **named, **how)
+    apart = judged_as(rows, learned, calibration.sources)
+    sets = sets_report(rule, logits, labels, conventions=apart, sources=rows["source"], groups=groups, test_name=old.split, **named, **how)
     for a in (metrics.model_copy(update={"convention": learned or None}), sets): a.model_copy(update={"recomputed": note}).save(folder)
     write_csv(folder/"confusion.csv", confusion_table(metrics.confusion), index=True)
     write_csv(folder/"metrics_by_source.csv", table)

@@ -26,7 +26,8 @@ from fer_nb.artifacts import (
     check_seal, seal_folder, write_csv, write_npz,
 )
 from fer_nb.calibration import (
-    confusion_table, evaluate, groups_of, kept_groups, labels_of, metrics_table, reliability_artifact, selective_report, source_table,
+    confusion_table, evaluate, groups_of, judged_as,
+    kept_groups, labels_of, metrics_table, reliability_artifact, selective_report, source_table,
     votes_of,
 )
 from .ensembles import SplitTargets, split_targets
@@ -449,9 +450,10 @@ def evaluate_checkpoint(
     z, y, votes, groups = predict(model, eval_loader(faces), device)[0], labels_of(rows), votes_of(rows), groups_of(rows)
     named = dict(model_name=calibration.model_name, dataset_index_id=manifest.dataset_index_id)
     scaled, raw = (evaluate(z, y, T, votes, resamples, seed, groups) for T in (t, 1.0))
+    apart = judged_as(rows, learned, calibration.sources) if judge else np.full(len(rows), learned)
     selective = selective_report(
         own.logits, own.labels, z, y, t, val_ids=own.ids, val_groups=own.groups, class_conditional=class_conditional, convention=learned,
-        test_ids=rows["id"], conventions=np.full(len(rows), judge or learned), sources=rows["source"], groups=groups, test_name=place,
+        test_ids=rows["id"], conventions=apart, sources=rows["source"], groups=groups, test_name=place,
         resamples=resamples, seed=seed, **named)
     by_source = source_table(z[:0], rows[:0], z, rows, t, resamples, seed)
     title = f"{calibration.model_name} on {place} by the labels of {judge}, n = {len(rows):,}, {manifest.dataset_index_id}"
