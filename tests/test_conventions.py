@@ -483,13 +483,14 @@ def test_real_teachers_of_before_are_told_apart(real, real_data):
 
 
 def test_sets_promise_nothing_for_sources_that_did_not_choose_their_threshold(tmp_path):
-    "Two sources share a convention; the model was calibrated on the studio, and fails in the wild: the promise is for the studio, and kept."
+    "Two sources share a convention; the model was calibrated in the studio and fails in the wild: the promise is for the studio, and kept."
     rng, rows = np.random.default_rng(3), []
     for split, source, n in (("val", "studio", 400), ("test", "studio", 300), ("test", "wild", 300)):
         rows += [dict(id=f"{source}/{split}{i}", label=CLASSES[i % 7], split=split, source=source, convention="drawn", group="", votes=None)
                  for i in range(n)]
     df = pd.DataFrame(rows)
-    z = 2.5*np.eye(7)[[CLASSES.index(c) for c in df["label"]]]*(df["source"] == "studio").to_numpy()[:, None] + rng.normal(size=(len(df), 7))
+    known = (df["source"] == "studio").to_numpy()[:, None]
+    z = 2.5*known*np.eye(7)[[CLASSES.index(c) for c in df["label"]]] + rng.normal(size=(len(df), 7))
     val, test = (df["split"] == s for s in ("val", "test"))
     report_run(tmp_path, z[val], df[val].reset_index(drop=True), z[test], df[test].reset_index(drop=True), model_name="m",
                dataset_index_id="d-0", sources=["studio"], convention="drawn", resamples=50)
