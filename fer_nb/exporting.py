@@ -290,7 +290,8 @@ def compare_logits(
         f1 = dict(macro_f1=macro_f1(got, labels), macro_f1_change=points)
         found |= {"macro_f1_change": abs(points.value), "macro_f1_loss": -points.value}
     limits = LIMITS[precision] if precision in LIMITS else {"max_logit_diff": logit_limit(truth)}
-    limits = {k: v for k, v in limits.items() if k in found}
+    few = len(truth)*limits.get("argmax_disagreement", 1) < 1  # then a single near tie that flips is more than the share allows
+    limits = {k: v for k, v in limits.items() if k in found and not (few and k not in ("max_logit_diff", "max_prob_diff"))}
     return dict(max_logit_diff=float(dz.max()), mean_logit_diff=float(dz.mean()), max_prob_diff=float(dp.max()),
                 mean_prob_diff=float(dp.mean()), argmax_agreement=agree, **f1, limits=limits,
                 passed=all(found[k] <= v for k, v in limits.items()))
