@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
+from fastcore.basics import patch
 from pydantic import ValidationError
 
 from fer_nb.artifacts import (
@@ -363,18 +364,6 @@ class Predictor:
         self._bias.setflags(write=False)  # a change goes through the check
         self.bias_file = None  # unless it is read from one
 
-    @property
-    def bias_note(self) -> str:  # empty where nothing is added
-        "One line that says which classes are favoured, by how much, and what file says so."
-        told = ", ".join(f"{c} {b:+.2f}" for c, b in zip(CLASSES, self.bias.tolist()) if b)
-        return told and f"{self.bias_file or 'the caller'} adds to the logits: {told}; this is no longer the model that was calibrated"
-
-    def with_bias(self, values) -> "Predictor":
-        "The same model with another bias; this one keeps its own."
-        other = copy.copy(self)
-        other.bias = values
-        return other
-
     def logits(self, faces) -> np.ndarray:  # (N, 7) float32
         "The network's own answer to prepared faces, uint8 (N, S, S, 3) RGB: before temperature and bias."
         faces = check_prepared(faces, self.geometry.size)
@@ -402,8 +391,25 @@ class Predictor:
         "Calibrated probabilities of pictures that are faces already: a list of uint8 (H, W, 3), BGR or RGB, or (H, W)."
         return self.from_prepared(prepared(images, self.geometry, order))
 
-    def __repr__(self):
-        whose = f"labels of {self.convention}, " if self.convention else ""
-        how = f"{whose}{self.geometry.size} px, T = {self.temperature:.4g}"
-        biased = f", biased by {self.bias_file.name if self.bias_file else 'the caller'}"*bool(self.bias_note)
-        return f"Predictor({self.name!r}, {how}, {self.path.name} with {self.provider}{biased})"
+# %% ../nbs/05b_predictor.ipynb #05b-339
+@patch(as_prop=True)
+def bias_note(self: Predictor) -> str:  # empty where nothing is added
+    "One line that says which classes are favoured, by how much, and what file says so."
+    told = ", ".join(f"{c} {b:+.2f}" for c, b in zip(CLASSES, self.bias.tolist()) if b)
+    return told and f"{self.bias_file or 'the caller'} adds to the logits: {told}; this is no longer the model that was calibrated"
+
+
+@patch
+def with_bias(self: Predictor, values) -> Predictor:
+    "The same model with another bias; this one keeps its own."
+    other = copy.copy(self)
+    other.bias = values
+    return other
+
+
+@patch
+def __repr__(self: Predictor):
+    whose = f"labels of {self.convention}, " if self.convention else ""
+    how = f"{whose}{self.geometry.size} px, T = {self.temperature:.4g}"
+    biased = f", biased by {self.bias_file.name if self.bias_file else 'the caller'}"*bool(self.bias_note)
+    return f"Predictor({self.name!r}, {how}, {self.path.name} with {self.provider}{biased})"

@@ -769,7 +769,7 @@ def weights_of(p: dict) -> str:  # parameters of a teacher's args.json
     loaded = p.get("weights_loaded", p.get("weights", "none"))
     return "from scratch" if loaded == "none" else f"weights {loaded.split(' ')[0]}"
 
-
+# %% ../nbs/09_onnx_latency.ipynb #09-371
 def told_through(
     *folders,  # where through_detector.json may stand
 ) -> str:

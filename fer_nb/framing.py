@@ -122,7 +122,7 @@ def jitter(
     ways = [(s, *(s.centre - PLACE.centre)/s.side) for s in squares(crop, d.box, d.landmarks)]
     return [(FACE/s.side, *_turned(x, y, s.angle), s.angle) for s, x, y in ways]
 
-
+# %% ../nbs/01c_framing.ipynb #01c-312
 def mean_shape(
     seen: list[Detection],
 ) -> tuple | None:  # five (x, y), in shares of the square that shows what the lower quartile of pictures does

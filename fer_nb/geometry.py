@@ -121,7 +121,7 @@ def fit_shape(
     centre = p.mean() + turn*(0.5 + 0.5j - s.mean())
     return Square(np.array([centre.real, centre.imag]), float(abs(turn)), float(np.degrees(np.angle(turn))))
 
-
+# %% ../nbs/01a_geometry.ipynb #01a-314
 def squares(
     crop: Crop,
     box: Box,
@@ -350,7 +350,7 @@ class Framing(BaseModel):
         whose = "this model's" if own else "the default, from FER2013's pictures,"
         return near.crop, f"How to cut the boxes of {wanted.name} was not measured for this model: {whose} for {near.name} is used."
 
-
+# %% ../nbs/01a_geometry.ipynb #01a-343
 def _nearest(sights, detector: str, width: int) -> Sight | None:
     "The sight of a detector at the nearest width."
     own = [s for s in sights if s.detector == detector]

@@ -105,7 +105,7 @@ def check_conventions(names, path) -> list[str]:
     if len(set(names)) < len(names): raise UsageError(f"{path}: conventions names one twice: give each once")
     return names
 
-
+# %% ../nbs/09a_runs.ipynb #09a-314
 def complete_profile(
     given: dict,  # as it stands in the file
     path,  # for the messages

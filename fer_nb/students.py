@@ -211,7 +211,7 @@ def blend_logits(
     shares = torch.tensor([share, 1 - share], dtype=own.dtype, device=own.device).clamp_min(1e-12).log()
     return torch.logaddexp(own + shares[0], own[..., order, :] + shares[1])
 
-
+# %% ../nbs/05_students.ipynb #05-326
 class StudentLoss:
     "CE, alone or with distillation from a table of soft labels."
     def __init__(self,

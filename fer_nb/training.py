@@ -600,7 +600,7 @@ class FaceData:
         rows = self.val.rows
         return PackedFaces(self.val.cache, rows[rows["source"].isin(self.label_sources)].reset_index(drop=True))
 
-
+# %% ../nbs/02b_training.ipynb #02b-354
 def open_data(
     manifest_dir,  # a frozen manifest
     cache_dir,  # its packed images
