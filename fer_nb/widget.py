@@ -952,6 +952,7 @@ def run(self: WebcamCell,
                 if runner.ending: runner.end()
                 break
             done += 1
+    if runner is not None and not runner.closed: self._refresh(runner.player.result, whole=True)  # the page stands where the film does
 
 # %% ../nbs/06b_webcam_cell.ipynb #06b-053
 @patch
