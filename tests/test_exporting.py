@@ -387,7 +387,8 @@ def test_export_with_a_dataset(own_run, traced, dataset):
     test, labels = packed_faces(*dataset, "test_all_sources", Geometry(size=48))
     assert result.parity.n == len(test) == len(labels) and test.shape[1:] == (48, 48, 3)
     assert sorted(p.name for p in out.iterdir()) == [
-        *(f"answers_{p}.npz" for p in ("fp16", "fp32", "int8")), "model_fp16.onnx", "model_fp32.onnx", "model_int8.onnx", "onnx_export_report.json", "onnx_parity.json"]
+        *(f"answers_{p}.npz" for p in ("fp16", "fp32", "int8")),
+        "model_fp16.onnx", "model_fp32.onnx", "model_int8.onnx", "onnx_export_report.json", "onnx_parity.json"]
     assert "test_all_sources" in str(result) and "model_int8.onnx" in str(result)
     assert ExportReport.load(out).files["int8"].calibration_faces == 32
     some, _ = packed_faces(*dataset, "hq_train", Geometry(size=48), 10, seed=4)
