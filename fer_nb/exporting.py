@@ -10,7 +10,7 @@ __all__ = ['OPSET', 'PRECISIONS', 'LOGIT_LIMIT', 'OUTPUTS', 'LIMITS', 'COLOURS',
            'latency_plot', 'plain_export', 'in_colour', 'packed_view', 'every_face', 'packed_faces', 'answers_file',
            'keep_answers', 'ExportResult', 'export_checkpoint', 'answers', 'compare_accuracy', 'show_change',
            'BenchResult', 'bench', 'class_f1_intervals', 'told_training', 'weights_of', 'told_through', 'told_latency',
-           'judged_sources', 'own_answers', 'source_scores', 'told_others', 'model_card', 'ship']
+           'judged_sources', 'own_answers', 'source_scores', 'told_others', 'told_parity', 'model_card', 'ship']
 
 # %% ../nbs/09_onnx_latency.ipynb #09-003
 import copy
@@ -702,7 +702,7 @@ Checkpoint `{checkpoint}`, temperature {temperature:.3f} fitted on validation ro
 
 {through}
 
-Against the fp32 checkpoint, on {parity_n:,} faces: {parity}.
+{parity}
 
 {latency}
 
@@ -843,6 +843,23 @@ def told_others(others: list[str], learned: str) -> str:
             f"they would say how far they agree with {learned}'s, and not how good this model is. The audit of the data has that\n"
             "agreement (`leakage_report.json`: `perfect_scores`).\n\n")
 
+# %% ../nbs/09_onnx_latency.ipynb #09-353
+def told_parity(
+    run_dir,  # the run, with the logits of its checkpoint
+    path,  # answers_int8.npz or its like
+    resamples: int = 1000,
+    seed: int = 1337,
+) -> str:
+    "How far a file's answers are from its checkpoint's, on the test rows that judge it, by picture."
+    file, parent = read_npz(path), read_npz(Path(run_dir)/"evaluation.npz")
+    own = own_test_rows(run_dir, file)
+    at = pd.Index(parent["test_ids"]).get_indexer(file["test_ids"][own])
+    if (at < 0).any(): raise ArtifactError(path, f"holds rows that {run_dir} was not judged on: export the run again")
+    got, truth, labels = file["test_logits"][own], parent["test_logits"][at].astype(np.float32), file["test_labels"][own]
+    groups, same = file["test_groups"][own], (got.argmax(1) == truth.argmax(1)).mean()
+    change = in_points(paired_interval(macro_f1, truth, got, labels, resamples=resamples, seed=seed, groups=groups))
+    return f"Against the fp32 checkpoint, on the same {len(got):,} faces: {same:.1%} the same label, macro-F1 {change.show(2, signed=True)} points."
+
 # %% ../nbs/09_onnx_latency.ipynb #09-352
 def model_card(
     run_dir,  # the student's run
@@ -860,12 +877,11 @@ def model_card(
     by_class = tabulate([(c, int(row.sum()), f"{p:.3f}", f"{r:.3f}", f"{f1:.3f} [{low:.3f}, {high:.3f}]") for c, row, p, r, f1, (low, high)
                          in zip(CLASSES, counts, *prf(counts), class_f1_intervals(logits, labels, groups))],
                         ("class", "n", "precision", "recall", "F1"), "pipe", disable_numparse=True)
-    change = "no labels to compare" if v.macro_f1_change is None else f"macro-F1 {v.macro_f1_change.show(2, signed=True)} points"
     return CARD.format(
         name=p.name, size=p.geometry.size, classes=", ".join(CLASSES), precision=precision, megabytes=(out/v.file).stat().st_size/1e6,
         dataset=m.dataset_index_id, checkpoint=p.checkpoint_sha256[:16], temperature=p.temperature, n=int(counts.sum()), sources=sources,
         convention=learned, others=told_others(others, learned),
-        training=told_training(run), by_class=by_class, parity_n=parity.n, parity=f"{v.argmax_agreement:.1%} the same label, {change}",
+        training=told_training(run), by_class=by_class, parity=told_parity(run, out/answers_file(precision)),
         through=told_through(out, run), latency="\n\n".join(told_latency(out)) or "Latencies were not measured.")
 
 
