@@ -858,7 +858,8 @@ def told_parity(
     got, truth, labels = file["test_logits"][own], parent["test_logits"][at].astype(np.float32), file["test_labels"][own]
     groups, same = file["test_groups"][own], (got.argmax(1) == truth.argmax(1)).mean()
     change = in_points(paired_interval(macro_f1, truth, got, labels, resamples=resamples, seed=seed, groups=groups))
-    return f"Against the fp32 checkpoint, on the same {len(got):,} faces: {same:.1%} the same label, macro-F1 {change.show(2, signed=True)} points."
+    told = f"{same:.1%} the same label, macro-F1 {change.show(2, signed=True)} points"
+    return f"Against the fp32 checkpoint, on the same {len(got):,} faces: {told}."
 
 # %% ../nbs/09_onnx_latency.ipynb #09-352
 def model_card(
