@@ -6,7 +6,7 @@
 __all__ = ['SCHEMA', 'MAX_BIAS', 'OPENERS', 'BATCH', 'SHIPPED', 'ModelFacts', 'whole_geometry', 'read_facts', 'provider_name',
            'node_counts', 'assert_provider', 'session_options', 'open_session', 'class_values', 'probabilities',
            'read_class_values', 'write_class_values', 'open_onnx', 'checkpoint_facts', 'open_checkpoint', 'prepared',
-           'check_prepared', 'check_model_path', 'Predictor']
+           'check_prepared', 'check_model_path', 'told_bias', 'told_model', 'Favours', 'Predictor']
 
 # %% ../nbs/05b_predictor.ipynb #05b-003
 import copy
@@ -19,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
-from fastcore.basics import patch
 from pydantic import ValidationError
 
 from fer_nb.artifacts import (
@@ -335,8 +334,49 @@ def check_model_path(path) -> Path:
     if path.suffix not in OPENERS: raise UsageError(f"{path.name or path} is no model: give a file that ends in {' or '.join(OPENERS)}")
     return path
 
+# %% ../nbs/05b_predictor.ipynb #05b-340
+def told_bias(
+    bias: np.ndarray,  # (7,)
+    file=None,  # the file that says so; None: the caller
+) -> str:  # empty where nothing is added
+    "One line that says which classes are favoured, by how much, and on whose word."
+    told = ", ".join(f"{c} {b:+.2f}" for c, b in zip(CLASSES, bias.tolist()) if b)
+    return told and f"{file or 'the caller'} adds to the logits: {told}; this is no longer the model that was calibrated"
+
+
+def told_model(p: "Predictor") -> str:
+    "What a model is, in one line."
+    whose = f"labels of {p.convention}, " if p.convention else ""
+    biased = f", biased by {p.bias_file.name if p.bias_file else 'the caller'}"*bool(p.bias_note)
+    return f"Predictor({p.name!r}, {whose}{p.geometry.size} px, T = {p.temperature:.4g}, {p.path.name} with {p.provider}{biased})"
+
+# %% ../nbs/05b_predictor.ipynb #05b-341
+class Favours:
+    "A model's bias: what it adds to the logits, and on whose word."
+    @property
+    def bias(self) -> np.ndarray:
+        "(7,) float64, added to the logits over T; can be set to seven numbers or {class: number}."
+        return self._bias
+
+    @bias.setter
+    def bias(self, values):
+        self._bias = class_values(values, -MAX_BIAS, MAX_BIAS, "logit_bias")
+        self._bias.setflags(write=False)  # a change goes through the check
+        self.bias_file = None  # unless it is read from one
+
+    @property
+    def bias_note(self) -> str:
+        "One line that says what is added to the logits; empty where nothing is."
+        return told_bias(self.bias, self.bias_file)
+
+    def with_bias(self, values) -> "Predictor":
+        "The same model with another bias; this one keeps its own."
+        other = copy.copy(self)
+        other.bias = values
+        return other
+
 # %% ../nbs/05b_predictor.ipynb #05b-039
-class Predictor:
+class Predictor(Favours):
     "A model with its geometry and temperature: faces in, calibrated probabilities out."
     def __init__(
         self,
@@ -352,17 +392,6 @@ class Predictor:
         beside = self.path.parent/"logit_bias.json"
         self.bias = read_class_values(beside, -MAX_BIAS, MAX_BIAS) if beside.is_file() else np.zeros(len(CLASSES))
         self.bias_file = beside if beside.is_file() else None
-
-    @property
-    def bias(self) -> np.ndarray:
-        "(7,) float64, added to the logits over T; can be set to seven numbers or {class: number}."
-        return self._bias
-
-    @bias.setter
-    def bias(self, values):
-        self._bias = class_values(values, -MAX_BIAS, MAX_BIAS, "logit_bias")
-        self._bias.setflags(write=False)  # a change goes through the check
-        self.bias_file = None  # unless it is read from one
 
     def logits(self, faces) -> np.ndarray:  # (N, 7) float32
         "The network's own answer to prepared faces, uint8 (N, S, S, 3) RGB: before temperature and bias."
@@ -391,25 +420,4 @@ class Predictor:
         "Calibrated probabilities of pictures that are faces already: a list of uint8 (H, W, 3), BGR or RGB, or (H, W)."
         return self.from_prepared(prepared(images, self.geometry, order))
 
-# %% ../nbs/05b_predictor.ipynb #05b-339
-@patch(as_prop=True)
-def bias_note(self: Predictor) -> str:  # empty where nothing is added
-    "One line that says which classes are favoured, by how much, and what file says so."
-    told = ", ".join(f"{c} {b:+.2f}" for c, b in zip(CLASSES, self.bias.tolist()) if b)
-    return told and f"{self.bias_file or 'the caller'} adds to the logits: {told}; this is no longer the model that was calibrated"
-
-
-@patch
-def with_bias(self: Predictor, values) -> Predictor:
-    "The same model with another bias; this one keeps its own."
-    other = copy.copy(self)
-    other.bias = values
-    return other
-
-
-@patch
-def __repr__(self: Predictor):
-    whose = f"labels of {self.convention}, " if self.convention else ""
-    how = f"{whose}{self.geometry.size} px, T = {self.temperature:.4g}"
-    biased = f", biased by {self.bias_file.name if self.bias_file else 'the caller'}"*bool(self.bias_note)
-    return f"Predictor({self.name!r}, {how}, {self.path.name} with {self.provider}{biased})"
+    def __repr__(self): return told_model(self)
