@@ -124,7 +124,7 @@ def student_evaluate(a):
         print(evaluate_checkpoint(a.checkpoint, a.manifest, a.cache, a.view, a.source, a.convention, a.class_sets, a.out))
     if a.through:
         from fer_nb.through import judge_through
-        print(judge_through(a.checkpoint, a.manifest, list(map(_detector, a.through)), a.view, a.source, a.sample, a.out))
+        print(judge_through(a.checkpoint, a.manifest, list(map(_detector, a.through)), a.view, a.source, a.convention, a.sample, a.out))
 
 
 def _detector(text):
@@ -137,12 +137,14 @@ def _detector(text):
 def framing(a):
     from fer_nb.images import measure_cache
     from fer_nb.manifests import load_manifest
-    found = measure_cache(a.cache, load_manifest(a.manifest), a.sample)
+    manifest = load_manifest(a.manifest)
+    if a.model:
+        from fer_nb.exporting import reframe, require_trained_on
+        require_trained_on(a.model, manifest.dataset_index_id)
+    found = measure_cache(a.cache, manifest, a.sample)
     for s in found.sights:
         print(f"{s.name}: found {s.found:,} of {s.seen:,}" + (f", cut {s.crop.ratio:.3f} of its box" if s.measured else ": not measured"))
-    if a.model:
-        from fer_nb.exporting import reframe
-        print(f"written into {reframe(a.model, found)}")
+    if a.model: print(f"written into {reframe(a.model, found)}")
 
 
 def student_summarise(a):

@@ -42,12 +42,14 @@ class ModelFacts:
     dataset_index_id: str  # of the dataset behind that
     convention: str = ""  # whose labels it learned; empty: an older file that doesn't say
     framing: Framing | None = None  # how faces must be cut; None: made before that was measured
+    stem_stride: int = 0  # of its first convolution; 0: an older file that doesn't say
 
     def to_metadata(self) -> dict[str, str]:
         "As the pairs of strings that an ONNX file holds."
         said = dict(schema=SCHEMA, classes=json.dumps(CLASSES), geometry=self.geometry.to_json(), temperature=repr(float(self.temperature)),
                     checkpoint_sha256=self.checkpoint_sha256, dataset_index_id=self.dataset_index_id, model_name=self.model_name)
         if self.convention: said["convention"] = self.convention
+        if self.stem_stride: said["stem_stride"] = str(self.stem_stride)
         if self.framing is not None: said["framing"] = self.framing.to_json()
         return {f"fer_nb.{k}": v for k, v in said.items()}
 
@@ -100,7 +102,14 @@ def read_facts(
         if not metadata.get(f"fer_nb.{k}"): raise ArtifactError(path, "is not there: export the model again", key=f"fer_nb.{k}")
         rest[k] = metadata[f"fer_nb.{k}"]
     return ModelFacts(geometry, float(temperature), **rest, convention=metadata.get("fer_nb.convention", ""),
-                      framing=read_framing(metadata.get("fer_nb.framing"), path))
+                      framing=read_framing(metadata.get("fer_nb.framing"), path), stem_stride=_stride(metadata, path))
+
+
+def _stride(metadata: dict[str, str], path) -> int:
+    "The stride that a file names; 0 where it names none."
+    said = metadata.get("fer_nb.stem_stride", "0")
+    if not said.isdecimal(): raise ArtifactError(path, "is no stride: export the model again", key="fer_nb.stem_stride", got=said)
+    return int(said)
 
 # %% ../nbs/05b_predictor.ipynb #05b-013
 def provider_name(
@@ -273,7 +282,8 @@ def checkpoint_facts(
                             expected=meta.get("dataset_index_id"), got=calibration.dataset_index_id)
     geometry = whole_geometry(meta.get("geometry"), path, "meta.geometry")
     return ModelFacts(geometry, calibration.selected_temperature, calibration.model_name, sha256_file(path), calibration.dataset_index_id,
-                      meta.get("convention") or run_convention(path.parent), read_framing(meta.get("framing"), path))
+                      meta.get("convention") or run_convention(path.parent), read_framing(meta.get("framing"), path),
+                      meta.get("stem_stride", 0))
 
 
 def open_checkpoint(path, provider: str, threads: int):  # (facts, function from float32 (N, 3, S, S) to (N, 7))

@@ -313,7 +313,6 @@ def dkd_unit_test(
 def start_from(
     model: nn.Module,  # the student
     checkpoint: str = "",  # a best.pt; empty: from scratch
-    stem_stride: int = 2,  # the student's
     data: FaceData | None = None,  # what it will be taught on: weights of other data or labels are refused, unless named
     origin: str = "",  # "dataset_index_id/convention" of the weights, where they are meant to be others'
 ):  # the guard's verdict
@@ -322,8 +321,8 @@ def start_from(
     if not checkpoint: return require_backbone(backbone_guard(own, model.state_dict(), STUDENT_BACKBONE, STUDENT_BACKBONE))
     ckpt = load_checkpoint(checkpoint)
     if data: require_origin(checkpoint, ckpt["meta"], data.dataset_index_id, data.convention, origin, data.conventions)
-    if (stride := ckpt["meta"].get("stem_stride", 2)) != stem_stride:
-        raise GateError(f"{checkpoint} was trained with stem_stride {stride}, this student has {stem_stride}: give both the same")
+    if (stride := ckpt["meta"].get("stem_stride", 2)) != (own_stride := set_stem_stride(model)):
+        raise GateError(f"{checkpoint} was trained with stem_stride {stride}, this student has {own_stride}: give both the same")
     guard = backbone_guard(own, ckpt["model"], STUDENT_BACKBONE, ckpt["meta"].get("backbone", "unknown"))
     load_matching(model, ckpt["model"], guard)
     return guard

@@ -81,7 +81,8 @@ def judge_through(
     manifest_dir,  # a frozen manifest
     detectors=(("yunet", 640), ("yunet", 320), ("haar", 0)),  # (name, pixels that it sees)
     view: str = "test_all_sources",
-    source: str | None = None,  # one source only; None: each that has the labels that the model learned
+    source: str | None = None,  # one source only; None: each that has the labels that judge
+    convention: str | None = None,  # whose labels judge; None: the source's, or those that the model learned
     sample: int = 1500,  # pictures of each source, by seed; 0: all
     out=None,  # a folder for through_detector.json, whose other rows stay; None: nothing is written
     resamples: int = 1000,  # of the bootstrap
@@ -91,11 +92,14 @@ def judge_through(
     "Judge a model on faces that detectors have to find."
     model = Path(model)/"best.pt" if model and Path(model).is_dir() else model
     predictor, manifest = Predictor(model), load_manifest(manifest_dir, valid=True)
-    own = predictor.convention if predictor.convention in manifest.conventions.values() else None
-    rows = manifest.view(view, source, convention=None if source else own)
+    learned, known = predictor.convention, manifest.conventions
+    own = learned if learned in known.values() else None
+    rows = manifest.view(view, source, convention=convention or (None if source else own))
+    if not len(rows): raise UsageError(f"{view} has no rows of source {source} with the labels of {convention}: give one of the two")
     done, notes, how = [], [], dict(resamples=resamples, seed=seed)
-    if own is None: notes.append("nobody knows that these labels are those that the model learned")
     for name, part in rows.groupby("source"):
+        if known[name] != learned:
+            notes.append(f"{name} has the labels of {known[name]}, the model learned those of {learned or 'nobody known'}: no judgement")
         part = draw_sample(part.assign(split="train"), sample or len(part), seed)
         for detector, width in detectors:
             through = faces_through(part, predictor.geometry, predictor.framing, detector, width, **kwargs)

@@ -433,3 +433,18 @@ def test_the_standalone_example_prepares_as_the_library_does(interpolation):
     for i, (h, w) in enumerate([(48, 48), (20, 31), (31, 20), (97, 40), (40, 97), (48, 47), (1, 5), (200, 200), (96, 90), (300, 143)]):
         for image in (cv2.resize(picture(i, 60, True), (w, h)), cv2.resize(picture(i, 60), (w, h))):
             np.testing.assert_array_equal(alone.prepare(image), prepare_face(image, geometry))
+
+
+def test_the_stride_of_the_stem_travels_into_the_onnx_file(run_dir, tmp_path):
+    "The weights of two strides have the same shapes: the file says which it was trained with."
+    ckpt = torch.load(run_dir / "best.pt", weights_only=True)
+    save_checkpoint(tmp_path / "best.pt", **ckpt | {"meta": ckpt["meta"] | {"stem_stride": 1}})
+    calibration(of=tmp_path / "best.pt").save(tmp_path)
+    from fer_nb.deploy import open_checkpoint, read_facts
+    facts, run = open_checkpoint(tmp_path / "best.pt", "cpu", 1)
+    said = facts.to_metadata()
+    assert facts.stem_stride == 1 and said["fer_nb.stem_stride"] == "1" and read_facts(said, "m.onnx").stem_stride == 1
+    assert read_facts({k: v for k, v in said.items() if k != "fer_nb.stem_stride"}, "m.onnx").stem_stride == 0  # an older file
+    with pytest.raises(ArtifactError, match="fer_nb.stem_stride.*is no stride"): read_facts(said | {"fer_nb.stem_stride": "one"}, "m.onnx")
+    x = normalise(prepared(faces(3), GEOMETRY), GEOMETRY)
+    assert np.abs(run(x) - open_checkpoint(run_dir / "best.pt", "cpu", 1)[1](x)).max() > 1e-3  # the same weights, another network

@@ -254,7 +254,7 @@ CONFIG = dict(lr=2e-3, warmup_epochs=0, seed=3, clip=5.0)
 def fit(folder, data, stage, soft=None, epochs=1, init="", targets=None, callbacks=(), sizes=(), stem_stride=2, **more):
     training.seed_everything(3)
     model = students.make_student(stem_stride=stem_stride)
-    start_from(model, init, stem_stride)
+    start_from(model, init)
     meta = {"backbone": students.STUDENT_BACKBONE, "head": "linear", "stage": stage, "geometry": data.geometry.to_dict(),
             "dataset_index_id": data.dataset_index_id}
     history = training.train(model, FaceBatches(data.train, 32, train=True, seed=3, sizes=sizes), eval_loader(data.own_val),

@@ -201,7 +201,22 @@ def test_the_command_line_judges_an_onnx_and_keeps_other_rows(mixed, demo_model,
     assert "yunet 320" in said and "was not measured for this model" in said
     kept = [(r.detector, r.width, r.n, r.measured) for r in ThroughDetector.load(tmp_path/"o").rows]
     assert kept == [("haar", 0, 60, False), ("yunet", 320, 60, False)]
-    for wrong in ([], ["--through", "yunet:wide"], ["--through", "yolo"]): assert cli.main(judge + wrong) == 2
+    assert "folder has the labels of folder, the model learned those of" in said and "no judgement" in said
+    haar = ["--through", "haar"]
+    for wrong in ([], ["--through", "yunet:wide"], ["--through", "yolo"], [*haar, "--convention", "rafdb"],
+                  [*haar, "--source", "folder", "--convention", "expw"]): assert cli.main(judge + wrong) == 2
+
+
+def test_framing_is_written_into_no_model_but_one_of_these_pictures(mixed, discs, demo_model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("fer_nb.manifests.load_manifest", lambda *args, **kwargs: mixed)
+    monkeypatch.setattr("fer_nb.images.measure_cache", lambda *args, **kwargs: pytest.fail("measured before the model was looked at"))
+    (tmp_path/"junk.onnx").write_bytes(b"no model")
+    before = demo_model.read_bytes()
+    wrong = {tmp_path/"junk.onnx": "no model that onnxruntime can open", demo_model: "measure the framing of its own pictures"}
+    for model, words in wrong.items():
+        assert cli.main(["framing", "cache", "--manifest", "m", "--model", str(model)]) == 1
+        assert words in capsys.readouterr().err.splitlines()[0]
+    assert demo_model.read_bytes() == before
 
 
 # --- the shipped student, real faces ----------------------------------------------------------------------------------
