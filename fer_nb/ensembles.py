@@ -1127,7 +1127,7 @@ def ece_plot(metrics: EnsembleMetrics):
     for i, m in enumerate(models):
         ax.hlines(m.null_ece_p95, at[i], at[i] + width, color="black", lw=1.4, ls="--",
                   label="95% of calibrated models are below" if i == 0 else None)
-    ax.set_xticks(at, [f"{m.name.replace('_', chr(10), 1)}\nT = {m.temperature:.2f}" for m in models], fontsize=8)
+    ax.set_xticks(at, [f"{m.name.replace('_', chr(10))}\nT = {m.temperature:.2f}" for m in models], fontsize=8)
     ax.set(ylabel="ECE, 15 bins", title=f"Calibration before and after, {metrics.report_view}, n = {metrics.n:,}")
     ax.margins(y=0.1); ax.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=3)
     plt.close(fig)

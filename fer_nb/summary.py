@@ -665,7 +665,7 @@ def stage_plot(
             ax.set_title(rows_title(summary, source), fontsize=9)
         row[0].set_ylabel(LABELS.get(metric, metric))
         row[0].set_ylim(0, min(1.02, row[0].get_ylim()[1]))
-    fig.suptitle("Mean over seeds, 95% t interval (line), each seed (dot)", fontsize=10)
+    fig.suptitle(fill("Mean over seeds, 95% t interval (line), each seed (dot)", int(12*fig.get_figwidth())), fontsize=10)
     plt.close(fig)
     return fig
 
