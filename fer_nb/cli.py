@@ -38,17 +38,17 @@ def _conventions(given):
 
 
 def manifest_validate(a):
-    from fer_nb.manifests import validate_manifest
+    from fer_nb.audit import validate_manifest
     print(validate_manifest(a.dir, sample=a.sample))
 
 
 def manifest_audit(a):
-    from fer_nb.manifests import audit_manifest
+    from fer_nb.audit import audit_manifest
     print(audit_manifest(a.dir, **({} if a.max_hamming is None else {"max_hamming": a.max_hamming})))
 
 
 def gates(a):
-    from fer_nb.integrity import gates
+    from fer_nb.gates import gates
     checklist = gates(a.run_dir)
     print(checklist)
     return 0 if checklist.go else 1
@@ -79,7 +79,7 @@ def teacher_train(a):
 
 
 def teacher_export(a):
-    from fer_nb.artifacts import RunArgs
+    from fer_nb.records import RunArgs
     from fer_nb.runs import notebook_parameters, notebook_path
     known = notebook_parameters(notebook_path("03_teachers"))
     used = {k: v for k, v in RunArgs.load(a.run_dir).parameters.items() if k in known}
@@ -91,7 +91,7 @@ def teacher_export(a):
 
 def _teacher(out, parameters):
     "One papermill run of 03_teachers; it resumes, and where all epochs are trained it only calibrates and exports."
-    from fer_nb.integrity import gates
+    from fer_nb.gates import gates
     from fer_nb.runs import run_notebook
     start = time.time()
     print(f"  started  {_short(out)}", flush=True)
@@ -100,7 +100,7 @@ def _teacher(out, parameters):
 
 
 def student_train(a):
-    from fer_nb.integrity import gates
+    from fer_nb.gates import gates
     from fer_nb.runs import run_notebook
     if bool(a.manifest) != bool(a.cache): raise UsageError("give --manifest and --cache together, or neither for the embedded faces")
     if (a.stage == "CE") == bool(a.softlabels):
@@ -148,7 +148,8 @@ def framing(a):
 
 
 def student_summarise(a):
-    from fer_nb.summary import summarise_students, through_table
+    from fer_nb.summary import summarise_students
+    from fer_nb.summary_plots import through_table
     print(summarise_students(a.dir, a.out, a.resamples))
     if len(table := through_table(a.dir)): print(f"\nthrough detectors:\n{table.to_markdown(index=False)}")
 
@@ -181,7 +182,7 @@ def export(a):
 
 
 def bench(a):
-    from fer_nb.exporting import bench
+    from fer_nb.latency import bench
     given = {k: v for k in ("batches", "threads", "providers", "runs") if (v := getattr(a, k)) is not None}
     print(bench(a.models, a.out, a.manifest, a.view, **given))
 
@@ -204,14 +205,14 @@ def _stabiliser(a):
 
 def demo(a):
     if a.browser: return demo_in_browser(a)
-    from fer_nb.realtime import run_demo
+    from fer_nb.window import run_demo
     out = None if a.no_log else a.out or f"runs/demo/{time.strftime('%Y%m%d-%H%M%S')}"
     run_demo(a.source or "0", a.model, a.detector, out, a.headless, a.seconds, min_face=a.min_face, save_clips=a.save_clips,
              consent=a.consent, **_stabiliser(a))
 
 
 def demo_in_browser(a):
-    from fer_nb.widget import serve_cell
+    from fer_nb.page import serve_cell
     if a.headless or a.no_log or a.seconds: raise UsageError("--browser goes with neither --headless nor --no-log nor --seconds")
     serve_cell(a.model, a.source or "browser", a.detector, a.out or "runs/demo", min_face=a.min_face, save_clips=a.save_clips,
                consent=a.consent, **_stabiliser(a))
@@ -223,14 +224,14 @@ def score(a):
 
 
 def replay(a):
-    from fer_nb.scoring import replay
+    from fer_nb.tuning import replay
     again = replay(a.session, a.truth, **_stabiliser(a))
     if a.out: again.save(a.out)
     print(again)
 
 
 def tune(a):
-    from fer_nb.scoring import tune, tuning_plot
+    from fer_nb.tuning import tune, tuning_plot
     if a.plot and not (Path(a.plot).parent.is_dir() and Path(a.plot).suffix in (".png", ".svg", ".pdf")):
         raise UsageError(f"--plot '{a.plot}': give a .png, .svg or .pdf in a folder that exists")
     found = tune(a.session, a.jitter_limit, a.truth)

@@ -8,7 +8,7 @@ __all__ = ['SCHEMA', 'MAX_BIAS', 'OPENERS', 'BATCH', 'SHIPPED', 'ModelFacts', 'w
            'read_class_values', 'write_class_values', 'open_onnx', 'checkpoint_facts', 'open_checkpoint', 'prepared',
            'check_prepared', 'check_model_path', 'told_bias', 'told_model', 'Favours', 'Predictor']
 
-# %% ../nbs/05b_predictor.ipynb #05b-003
+# %% ../nbs/05b_predictor.ipynb #05b-deploy-002
 import copy
 import difflib
 import json
@@ -21,17 +21,16 @@ import numpy as np
 import onnxruntime as ort
 from pydantic import ValidationError
 
-from fer_nb.artifacts import (
-    CLASSES, ArtifactError, Calibration, ClassValues, GateError, PastValues, UsageError, read_json,
-    sha256_file,
-)
+from .artifacts import CLASSES, ArtifactError, GateError, UsageError, read_json, sha256_file
+from .evidence import ClassValues, PastValues
 from .geometry import Crop, Framing, Geometry, normalise, prepare_face, read_framing
 from .integrity import own_calibration, run_convention
+from .records import Calibration
 
-# %% ../nbs/05b_predictor.ipynb #05b-005
+# %% ../nbs/05b_predictor.ipynb #05b-deploy-005
 SCHEMA = "1"
 
-
+# %% ../nbs/05b_predictor.ipynb #05b-deploy-006
 @dataclass(frozen=True)
 class ModelFacts:
     "What must be known of a network before it may be used."
@@ -53,7 +52,7 @@ class ModelFacts:
         if self.framing is not None: said["framing"] = self.framing.to_json()
         return {f"fer_nb.{k}": v for k, v in said.items()}
 
-# %% ../nbs/05b_predictor.ipynb #05b-007
+# %% ../nbs/05b_predictor.ipynb #05b-deploy-008
 def whole_geometry(
     data,  # the fields, as JSON types
     path,  # the file that holds them
@@ -70,7 +69,7 @@ def whole_geometry(
         where = ".".join(map(str, first["loc"]))
         raise ArtifactError(path, f"has a wrong {where}: {first['msg']}", key=key, expected="a geometry", got=first["input"]) from None
 
-
+# %% ../nbs/05b_predictor.ipynb #05b-deploy-009
 def _parsed(metadata: dict, key: str, path):
     "The JSON behind a key of the metadata."
     if key not in metadata: raise ArtifactError(path, "is not there: export the model again", key=key)
@@ -78,7 +77,7 @@ def _parsed(metadata: dict, key: str, path):
     except json.JSONDecodeError: raise ArtifactError(path, "is not JSON: export the model again", key=key, got=metadata[key][:40],
                                                      expected="JSON") from None
 
-# %% ../nbs/05b_predictor.ipynb #05b-008
+# %% ../nbs/05b_predictor.ipynb #05b-deploy-010
 def read_facts(
     metadata: dict[str, str],  # of an ONNX file
     path,  # the file, for messages
@@ -104,14 +103,14 @@ def read_facts(
     return ModelFacts(geometry, float(temperature), **rest, convention=metadata.get("fer_nb.convention", ""),
                       framing=read_framing(metadata.get("fer_nb.framing"), path), stem_stride=_stride(metadata, path))
 
-
+# %% ../nbs/05b_predictor.ipynb #05b-deploy-011
 def _stride(metadata: dict[str, str], path) -> int:
     "The stride that a file names; 0 where it names none."
     said = metadata.get("fer_nb.stem_stride", "0")
     if not said.isdecimal(): raise ArtifactError(path, "is no stride: export the model again", key="fer_nb.stem_stride", got=said)
     return int(said)
 
-# %% ../nbs/05b_predictor.ipynb #05b-013
+# %% ../nbs/05b_predictor.ipynb #05b-deploy-016
 def provider_name(
     name: str,  # such as CPUExecutionProvider; "cpu", "cuda" and "dml" will do
 ) -> str:  # as onnxruntime spells it
@@ -128,7 +127,7 @@ def provider_name(
                          "give one of these, or install the onnxruntime package that holds it")
     return found
 
-# %% ../nbs/05b_predictor.ipynb #05b-016
+# %% ../nbs/05b_predictor.ipynb #05b-deploy-019
 def node_counts(session) -> dict[str, int] | None:  # None where this onnxruntime doesn't tell
     "How many nodes of the graph each provider computes."
     if not hasattr(session, "get_provider_graph_assignment_info"): return None
@@ -137,7 +136,7 @@ def node_counts(session) -> dict[str, int] | None:  # None where this onnxruntim
         counts[part.ep_name] = counts.get(part.ep_name, 0) + len(part.get_nodes())
     return counts
 
-
+# %% ../nbs/05b_predictor.ipynb #05b-deploy-020
 def assert_provider(session, provider: str, path):
     "Refuse a session that computes elsewhere than it was told to."
     got = session.get_providers()[0]
@@ -149,7 +148,7 @@ def assert_provider(session, provider: str, path):
         others = ", ".join(p for p in counts if p != provider)
         raise GateError(f"{path}: {provider} computes {own} of {total} nodes, the rest fall to {others}: give another provider")
 
-# %% ../nbs/05b_predictor.ipynb #05b-017
+# %% ../nbs/05b_predictor.ipynb #05b-deploy-021
 def session_options(
     provider: str,
     threads: int = 1,  # of one operation; 0: all cores
@@ -165,7 +164,7 @@ def session_options(
         options.enable_mem_pattern, options.execution_mode = False, ort.ExecutionMode.ORT_SEQUENTIAL
     return options
 
-
+# %% ../nbs/05b_predictor.ipynb #05b-deploy-022
 def open_session(
     path,  # an ONNX file
     provider: str = "CPUExecutionProvider",
@@ -182,10 +181,10 @@ def open_session(
     assert_provider(session, provider, path)
     return session
 
-# %% ../nbs/05b_predictor.ipynb #05b-024
+# %% ../nbs/05b_predictor.ipynb #05b-deploy-029
 MAX_BIAS = 0.5  # of a class, on the logits over T
 
-
+# %% ../nbs/05b_predictor.ipynb #05b-deploy-030
 def class_values(
     values,  # {class: value}, or seven numbers in the canonical order
     low: float,
@@ -204,7 +203,7 @@ def class_values(
         if not low <= v <= high: raise UsageError(f"{what} of {c} is {v:g}: give a number from {low:g} to {high:g}")
     return found
 
-
+# %% ../nbs/05b_predictor.ipynb #05b-deploy-031
 def probabilities(
     logits: np.ndarray,  # (N, 7)
     temperature: float = 1.0,
@@ -215,7 +214,7 @@ def probabilities(
     e = np.exp(z - z.max(-1, keepdims=True))
     return e/e.sum(-1, keepdims=True)
 
-# %% ../nbs/05b_predictor.ipynb #05b-027
+# %% ../nbs/05b_predictor.ipynb #05b-deploy-034
 def _class_values_file(path) -> ClassValues:
     "A file of class values, written by this project or by hand."
     data = read_json(path)
@@ -224,7 +223,7 @@ def _class_values_file(path) -> ClassValues:
         except ValidationError: raise ArtifactError(path, "is no list of numbers", expected="{class: number}") from None
     return ClassValues.load(path)
 
-
+# %% ../nbs/05b_predictor.ipynb #05b-deploy-035
 def read_class_values(
     path,  # a JSON file, such as logit_bias.json
     low: float,  # the values' range
@@ -234,7 +233,7 @@ def read_class_values(
     try: return class_values(_class_values_file(path).values, low, high, Path(path).stem)
     except UsageError as e: raise ArtifactError(path, str(e)) from None
 
-
+# %% ../nbs/05b_predictor.ipynb #05b-deploy-036
 def write_class_values(
     path,  # a JSON file; an older one there goes into the history
     values,  # {class: value}, or seven numbers
@@ -250,7 +249,7 @@ def write_class_values(
     ClassValues(version=old.version + 1, values=new, history=past).save(path)
     return old.version + 1
 
-# %% ../nbs/05b_predictor.ipynb #05b-030
+# %% ../nbs/05b_predictor.ipynb #05b-deploy-039
 def _check_graph(session, size: int, path):
     "Refuse a graph whose input and output aren't what its metadata promise."
     (i, *more), (o, *others) = session.get_inputs(), session.get_outputs()
@@ -261,7 +260,7 @@ def _check_graph(session, size: int, path):
         raise ArtifactError(path, "has another input or output than its metadata say: export the model again", got=got,
                             expected=f"faces tensor(float) [N, 3, {size}, {size}] -> logits tensor(float) [N, {len(CLASSES)}]")
 
-
+# %% ../nbs/05b_predictor.ipynb #05b-deploy-040
 def open_onnx(path, provider: str, threads: int):  # (facts, function from float32 (N, 3, S, S) to (N, 7))
     "Open an exported model."
     session = open_session(path, provider, threads)
@@ -269,7 +268,7 @@ def open_onnx(path, provider: str, threads: int):  # (facts, function from float
     _check_graph(session, facts.geometry.size, path)
     return facts, lambda x: session.run(["logits"], {"faces": x})[0]
 
-# %% ../nbs/05b_predictor.ipynb #05b-033
+# %% ../nbs/05b_predictor.ipynb #05b-deploy-043
 def checkpoint_facts(
     path,  # a run's best.pt
     meta: dict,  # of the checkpoint
@@ -285,7 +284,7 @@ def checkpoint_facts(
                       meta.get("convention") or run_convention(path.parent), read_framing(meta.get("framing"), path),
                       meta.get("stem_stride", 0))
 
-
+# %% ../nbs/05b_predictor.ipynb #05b-deploy-044
 def open_checkpoint(path, provider: str, threads: int):  # (facts, function from float32 (N, 3, S, S) to (N, 7))
     "Open a training run's best.pt; imports torch, which nothing else here does."
     path, provider = Path(path), provider_name(provider)
@@ -306,7 +305,7 @@ def open_checkpoint(path, provider: str, threads: int):  # (facts, function from
         finally: torch.set_num_threads(before)
     return facts, run
 
-# %% ../nbs/05b_predictor.ipynb #05b-035
+# %% ../nbs/05b_predictor.ipynb #05b-deploy-046
 def prepared(
     images,  # a list of uint8 (H, W, 3) or grey (H, W): pictures that are faces already, of any size
     geometry: Geometry,
@@ -319,7 +318,7 @@ def prepared(
     bgr = [np.ascontiguousarray(i[..., ::-1]) if order == "RGB" and i.ndim == 3 else i for i in images]
     return np.array([prepare_face(i, geometry) for i in bgr], np.uint8).reshape(-1, geometry.size, geometry.size, 3)
 
-
+# %% ../nbs/05b_predictor.ipynb #05b-deploy-047
 def check_prepared(
     faces,
     size: int,  # pixels
@@ -331,12 +330,12 @@ def check_prepared(
                          "prepare_face makes them")
     return faces
 
-# %% ../nbs/05b_predictor.ipynb #05b-038
+# %% ../nbs/05b_predictor.ipynb #05b-deploy-050
 OPENERS = {".onnx": open_onnx, ".pt": open_checkpoint}
 BATCH = 64  # faces that go through the network at once
 SHIPPED = Path(str(files("fer_nb")))/"models"/"student.onnx"  # the student that comes with the package; MODEL_CARD.md beside it tells of it
 
-
+# %% ../nbs/05b_predictor.ipynb #05b-deploy-051
 def check_model_path(path) -> Path:
     "A path that may be a model's, or a refusal."
     path = Path(path or SHIPPED)
@@ -344,7 +343,7 @@ def check_model_path(path) -> Path:
     if path.suffix not in OPENERS: raise UsageError(f"{path.name or path} is no model: give a file that ends in {' or '.join(OPENERS)}")
     return path
 
-# %% ../nbs/05b_predictor.ipynb #05b-340
+# %% ../nbs/05b_predictor.ipynb #05b-deploy-052
 def told_bias(
     bias: np.ndarray,  # (7,)
     file=None,  # the file that says so; None: the caller
@@ -353,14 +352,14 @@ def told_bias(
     told = ", ".join(f"{c} {b:+.2f}" for c, b in zip(CLASSES, bias.tolist()) if b)
     return told and f"{file or 'the caller'} adds to the logits: {told}; this is no longer the model that was calibrated"
 
-
+# %% ../nbs/05b_predictor.ipynb #05b-deploy-053
 def told_model(p: "Predictor") -> str:
     "What a model is, in one line."
     whose = f"labels of {p.convention}, " if p.convention else ""
     biased = f", biased by {p.bias_file.name if p.bias_file else 'the caller'}"*bool(p.bias_note)
     return f"Predictor({p.name!r}, {whose}{p.geometry.size} px, T = {p.temperature:.4g}, {p.path.name} with {p.provider}{biased})"
 
-# %% ../nbs/05b_predictor.ipynb #05b-341
+# %% ../nbs/05b_predictor.ipynb #05b-deploy-054
 class Favours:
     "A model's bias: what it adds to the logits, and on whose word."
     @property
@@ -385,7 +384,7 @@ class Favours:
         other.bias = values
         return other
 
-# %% ../nbs/05b_predictor.ipynb #05b-039
+# %% ../nbs/05b_predictor.ipynb #05b-deploy-055
 class Predictor(Favours):
     "A model with its geometry and temperature: faces in, calibrated probabilities out."
     def __init__(

@@ -7,10 +7,9 @@ __all__ = ['SLIMMEST', 'VISIBLE', 'SHARED', 'MODEL_FILES', 'Detection', 'iou', '
            'shrink', 'YuNet', 'SSD', 'ModelFile', 'cache_folder', 'named_folders', 'find_file', 'fetch', 'get_file',
            'open_detector']
 
-# %% ../nbs/01b_detectors.ipynb #05c-002
+# %% ../nbs/01b_detectors.ipynb #01b-detectors-002
 import http.client
 import os
-import urllib.error
 import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +22,7 @@ from tqdm.auto import tqdm
 
 from .artifacts import ArtifactError, Box, GateError, UsageError, atomic_path, sha256_file
 
-# %% ../nbs/01b_detectors.ipynb #05c-005
+# %% ../nbs/01b_detectors.ipynb #01b-detectors-005
 @dataclass(frozen=True)
 class Detection:
     "A face in a frame."
@@ -45,18 +44,18 @@ class Detection:
         "(2, 2): right and left eye, or None."
         return None if self.landmarks is None else self.landmarks[:2]
 
-# %% ../nbs/01b_detectors.ipynb #05c-007
+# %% ../nbs/01b_detectors.ipynb #01b-detectors-007
 def _as_xywh(boxes) -> np.ndarray:  # (N, 4)
     "Boxes as an array of x, y, w, h; such an array stays what it is."
     return np.array([b.xywh if isinstance(b, Box) else b for b in boxes], float).reshape(-1, 4)
 
-
+# %% ../nbs/01b_detectors.ipynb #01b-detectors-008
 def _intersection(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     "Square pixels that boxes (..., 4), x, y, w, h, share."
     low, high = np.maximum(a[..., :2], b[..., :2]), np.minimum(a[..., :2] + a[..., 2:], b[..., :2] + b[..., 2:])
     return np.clip(high - low, 0, None).prod(-1)
 
-
+# %% ../nbs/01b_detectors.ipynb #01b-detectors-009
 def iou(
     a,  # N boxes, or an array (N, 4) of x, y, w, h
     b,  # M boxes, or an array (M, 4)
@@ -67,7 +66,7 @@ def iou(
     union = a[..., 2:].prod(-1) + b[..., 2:].prod(-1) - both
     return np.divide(both, union, out=np.zeros_like(union), where=union > 0).clip(0, 1)
 
-# %% ../nbs/01b_detectors.ipynb #05c-010
+# %% ../nbs/01b_detectors.ipynb #01b-detectors-012
 @dataclass
 class Track:
     "What the tracker knows of one face. Times are frames, or seconds where `Tracker.update` is given those."
@@ -88,7 +87,7 @@ class Track:
         if passed > 0: self.speed = 0.75*self.speed + 0.25*moved/passed  # a box that is half covered moves the wrong way
         self.box, self.seen, self.times = box, now, self.times + 1
 
-# %% ../nbs/01b_detectors.ipynb #05c-011
+# %% ../nbs/01b_detectors.ipynb #01b-detectors-013
 class Tracker:
     "Numbers for faces that stay from frame to frame."
     def __init__(
@@ -141,7 +140,7 @@ class Tracker:
             ids[n] = found[row]
         return ids
 
-# %% ../nbs/01b_detectors.ipynb #05c-016
+# %% ../nbs/01b_detectors.ipynb #01b-detectors-020
 def as_bgr(
     frame: np.ndarray,  # uint8, (H, W, 3) BGR or (H, W) grey
 ) -> np.ndarray:  # uint8 (H, W, 3), contiguous
@@ -153,7 +152,7 @@ def as_bgr(
         raise UsageError(f"a frame is uint8 (H, W, 3) BGR or (H, W) grey, got {frame.dtype} {frame.shape}{hint}")
     return cv2.cvtColor(frame, cv2.COLOR_GRAY2BGR) if frame.ndim == 2 else np.ascontiguousarray(frame)
 
-# %% ../nbs/01b_detectors.ipynb #05c-019
+# %% ../nbs/01b_detectors.ipynb #01b-detectors-023
 SLIMMEST, VISIBLE, SHARED = 0.4, 0.5, 0.5
 
 
@@ -163,7 +162,7 @@ def _is_face(box: Box, height: int, width: int, min_face: float) -> bool:
     if shorter <= 0 or box.side < min_face or shorter < SLIMMEST*box.side: return False
     return _intersection(np.asarray(box.xywh), np.array([0, 0, width, height])) >= VISIBLE*box.area
 
-
+# %% ../nbs/01b_detectors.ipynb #01b-detectors-024
 def tidy(
     faces: list[Detection],  # as found
     height: int,  # of the frame, pixels
@@ -177,14 +176,14 @@ def tidy(
         if max(shared, default=0) <= SHARED: kept.append(f)
     return sorted(kept, key=lambda f: (-f.area, f.box.corners))
 
-# %% ../nbs/01b_detectors.ipynb #05c-021
+# %% ../nbs/01b_detectors.ipynb #01b-detectors-026
 def _check_size(min_face: float, width: int = 320):
     "Refuse settings that no detector can have."
     if not 0 <= min_face < float("inf"): raise UsageError(f"min_face is {min_face}: give a number of pixels, 0 or more")
     if not (isinstance(width, int) and 64 <= width <= 4096):
         raise UsageError(f"width is {width}: give a whole number of pixels, 64 to 4096")
 
-# %% ../nbs/01b_detectors.ipynb #05c-023
+# %% ../nbs/01b_detectors.ipynb #01b-detectors-028
 class Haar:
     "The frontal-face cascade of OpenCV's wheel. One instance a thread."
     name = "haar"
@@ -204,7 +203,7 @@ class Haar:
         faces = [Detection(Box.from_xywh(b), float(s)) for b, s in zip(boxes, scores)]
         return tidy(faces, *grey.shape, self.min_face)
 
-# %% ../nbs/01b_detectors.ipynb #05c-026
+# %% ../nbs/01b_detectors.ipynb #01b-detectors-031
 def shrink(
     frame: np.ndarray,  # (H, W, 3)
     longest: int,  # pixels, of the longer side
@@ -216,7 +215,7 @@ def shrink(
     size = max(1, round(width*scale)), max(1, round(height*scale))
     return cv2.resize(frame, size, interpolation=cv2.INTER_AREA), (width/size[0], height/size[1])
 
-# %% ../nbs/01b_detectors.ipynb #05c-028
+# %% ../nbs/01b_detectors.ipynb #01b-detectors-033
 class YuNet:
     "OpenCV's FaceDetectorYN. One instance a thread."
     name = "yunet"
@@ -248,7 +247,7 @@ class YuNet:
         faces = [Detection(Box.from_xywh(r[:4]), float(r[14]), r[4:14].reshape(5, 2)) for r in rows]
         return tidy(faces, *frame.shape[:2], self.min_face)
 
-# %% ../nbs/01b_detectors.ipynb #05c-030
+# %% ../nbs/01b_detectors.ipynb #01b-detectors-035
 class SSD:
     "The ResNet-10 single-shot detector, through cv2.dnn. One instance a thread."
     name = "dnn"
@@ -277,7 +276,7 @@ class SSD:
         boxes = map(Box.from_corners, rows[:, 3:]*(width, height, width, height))
         return tidy([Detection(b, float(s)) for b, s in zip(boxes, rows[:, 2])], height, width, self.min_face)
 
-# %% ../nbs/01b_detectors.ipynb #05c-032
+# %% ../nbs/01b_detectors.ipynb #01b-detectors-037
 @dataclass(frozen=True)
 class ModelFile:
     "A file that a detector needs, and how it is known."
@@ -286,7 +285,7 @@ class ModelFile:
     sha256: str  # hex
     size: int  # bytes
 
-
+# %% ../nbs/01b_detectors.ipynb #01b-detectors-038
 _RAW = "https://raw.githubusercontent.com/opencv"
 MODEL_FILES = {  # detector -> its files, in the order of its arguments
     "yunet": (ModelFile(
@@ -302,12 +301,12 @@ MODEL_FILES = {  # detector -> its files, in the order of its arguments
     "haar": (),
 }
 
-# %% ../nbs/01b_detectors.ipynb #05c-034
+# %% ../nbs/01b_detectors.ipynb #01b-detectors-040
 def cache_folder() -> Path:
     "Where downloaded files are kept."
     return platformdirs.user_cache_path("fer_nb", appauthor=False)/"models"
 
-
+# %% ../nbs/01b_detectors.ipynb #01b-detectors-041
 def named_folders(
     models=None,  # a folder, or None
 ) -> list[Path]:
@@ -317,7 +316,7 @@ def named_folders(
         if folder and not Path(folder).is_dir(): raise UsageError(f"{what} names {folder}, which is not a folder")
     return [Path(folder) for _, folder in named if folder]
 
-
+# %% ../nbs/01b_detectors.ipynb #01b-detectors-042
 def find_file(
     file: ModelFile,
     models=None,  # a folder, or None
@@ -329,7 +328,7 @@ def find_file(
     kept = Path(cache or cache_folder())/file.name
     return kept if kept.is_file() and sha256_file(kept) == file.sha256 else None
 
-# %% ../nbs/01b_detectors.ipynb #05c-036
+# %% ../nbs/01b_detectors.ipynb #01b-detectors-044
 def _why(e: Exception) -> str:
     "What went wrong on the way, in a few words."
     if isinstance(e, urllib.error.HTTPError): return f"the server answered {e.code} {e.reason}"
@@ -337,7 +336,7 @@ def _why(e: Exception) -> str:
     if isinstance(e, TimeoutError): return "no answer in time"
     return " ".join(str(getattr(e, "strerror", None) or e).split()) or type(e).__name__
 
-
+# %% ../nbs/01b_detectors.ipynb #01b-detectors-045
 def _receive(answer, file: ModelFile, path: Path, progress: bool):
     "Write the body of an answer to a file; at most one byte more than the file should have."
     with open(path, "wb") as out, tqdm(desc=file.name, total=file.size, unit="B", unit_scale=True, disable=not progress) as bar:
@@ -346,7 +345,7 @@ def _receive(answer, file: ModelFile, path: Path, progress: bool):
             bar.update(len(block))
         return out.tell()
 
-
+# %% ../nbs/01b_detectors.ipynb #01b-detectors-046
 def fetch(
     file: ModelFile,
     folder,  # where it shall stand
@@ -365,13 +364,13 @@ def fetch(
         raise GateError(f"{file.name} could not be fetched from {file.url}: {_why(e)}") from None
     return path
 
-# %% ../nbs/01b_detectors.ipynb #05c-042
+# %% ../nbs/01b_detectors.ipynb #01b-detectors-052
 def _tilde(path) -> str:
     "A path as people write it, with ~ for their home."
     path = Path(path)
     return f"~/{path.relative_to(Path.home()).as_posix()}" if path.is_relative_to(Path.home()) else str(path)
 
-
+# %% ../nbs/01b_detectors.ipynb #01b-detectors-053
 def get_file(
     file: ModelFile,
     models=None,  # a folder, or None
@@ -391,20 +390,20 @@ def get_file(
     raise UsageError(f"{file.name} is not in {places}, and {failed}. Get it from {file.url}, put it into {_tilde(cache)} "
                      "or into a folder of yours, and name that folder in FER_NB_MODELS.")
 
-# %% ../nbs/01b_detectors.ipynb #05c-043
+# %% ../nbs/01b_detectors.ipynb #01b-detectors-054
 def _foreign(file: ModelFile, path: Path) -> str:
     "A line where a file isn't the pinned one."
     if (found := sha256_file(path)) == file.sha256: return ""
     return f"{file.name} in {path.parent.name} is not the pinned version (sha256 {found[:12]}…); it is used as it is."
 
-
+# %% ../nbs/01b_detectors.ipynb #01b-detectors-055
 def _make(name: str, paths: list[Path], min_face: float, width: int):
     "The detector of a name from its files."
     if name == "yunet": return YuNet(*paths, width=width, min_face=min_face)
     if name == "dnn": return SSD(*paths, min_face=min_face)
     return Haar(min_face)
 
-
+# %% ../nbs/01b_detectors.ipynb #01b-detectors-056
 def open_detector(
     name: str = "auto",  # "yunet", "dnn", "haar"; "auto": YuNet, and Haar where it can't be had
     models=None,  # a folder with the files; None: FER_NB_MODELS, the user's cache, a download

@@ -7,7 +7,7 @@ __all__ = ['FACE', 'CANVAS', 'PLACE', 'LEAST_OVERLAP', 'WIDTHS', 'row_image', 'r
            'row_scene', 'meant', 'offset', 'jitter', 'mean_shape', 'sight', 'at_hand', 'look', 'box_crop',
            'draw_sample', 'measure_framing', 'match_sources', 'Through', 'faces_through']
 
-# %% ../nbs/01c_framing.ipynb #01c-002
+# %% ../nbs/01c_framing.ipynb #01c-framing-002
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -18,15 +18,16 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-# %% ../nbs/01c_framing.ipynb #01c-003
+from .archives import decode, read_bytes
 from .artifacts import ArtifactError, Box, UsageError, sha256_bytes
 from .detectors import Detection, iou, named_folders, open_detector
 from fer_nb.geometry import (
-    DEFAULT_SIGHTS, LEAST_FOUND, QUANTILES, Crop, Framing, Geometry, Sight, eye_angle, fit_shape, prepare_views, square_crop, squares,
+    DEFAULT_SIGHTS, LEAST_FOUND, QUANTILES, Crop, Framing, Geometry, Sight, eye_angle, fit_shape, prepare_views,
+    square_crop, squares,
 )
-from .manifests import decode, face_box, read_bytes
+from .likeness import face_box
 
-# %% ../nbs/01c_framing.ipynb #01c-006
+# %% ../nbs/01c_framing.ipynb #01c-framing-005
 def row_image(
     row,  # of a manifest: path, sha256
 ) -> np.ndarray:  # (H, W) grey or (H, W, 3) BGR, uint8
@@ -37,14 +38,14 @@ def row_image(
     image = decode(data, cv2.IMREAD_ANYCOLOR, row.path)
     return np.ascontiguousarray(image[..., 0]) if image.ndim == 3 and (image == image[..., :1]).all() else image
 
-
+# %% ../nbs/01c_framing.ipynb #01c-framing-006
 def row_box(
     row,  # of a manifest
 ) -> Box | None:
     "The face's box, where the source has one."
     return face_box(getattr(row, "box", None))
 
-
+# %% ../nbs/01c_framing.ipynb #01c-framing-007
 def row_crop(
     row,  # of a manifest
     framing: Framing | None,
@@ -52,7 +53,7 @@ def row_crop(
     "How a source's own boxes are cut."
     return framing.crops.get(row.source) if framing else None
 
-
+# %% ../nbs/01c_framing.ipynb #01c-framing-008
 def all_crops(
     rows: pd.DataFrame,
     margin: float,  # the geometry's
@@ -62,7 +63,7 @@ def all_crops(
     boxed = rows["source"][rows["box"].notna()].unique() if "box" in rows else []
     return {s: Crop(1 + margin) for s in sorted(boxed)} | (crops or {})
 
-# %% ../nbs/01c_framing.ipynb #01c-008
+# %% ../nbs/01c_framing.ipynb #01c-framing-010
 FACE, CANVAS = 192, 480  # pixels: sides of the picture and of the canvas it is laid on
 PLACE = Box(*[(CANVAS - FACE)/2]*2, *[(CANVAS + FACE)/2]*2)  # of the picture on the canvas
 
@@ -76,7 +77,7 @@ def on_canvas(
     rim = (CANVAS - FACE)//2
     return cv2.copyMakeBorder(cv2.resize(picture, (FACE, FACE), interpolation=kernel), rim, rim, rim, rim, cv2.BORDER_REFLECT)
 
-
+# %% ../nbs/01c_framing.ipynb #01c-framing-011
 def row_scene(
     row,  # of a manifest
     crop: Crop | None = None,  # how the square stands over the row's box; None: the box itself is the square
@@ -87,7 +88,7 @@ def row_scene(
     scene = square_crop(image, crop._replace(ratio=crop.ratio*CANVAS/FACE), box, size=CANVAS)
     return cv2.resize(scene, (CANVAS, CANVAS), interpolation=cv2.INTER_AREA if scene.shape[0] > CANVAS else cv2.INTER_CUBIC)
 
-# %% ../nbs/01c_framing.ipynb #01c-012
+# %% ../nbs/01c_framing.ipynb #01c-framing-015
 LEAST_OVERLAP = 0.3  # IoU of the picture and the box that belongs to it
 
 
@@ -99,13 +100,13 @@ def meant(
     overlap = iou([d.box for d in found], [PLACE])[:, 0]
     return found[int(overlap.argmax())] if overlap.max() >= LEAST_OVERLAP else None
 
-
+# %% ../nbs/01c_framing.ipynb #01c-framing-016
 def _turned(x, y, degrees: float):
     "A way in the frame, along and across eyes that are rolled."
     cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     return cos*x + sin*y, cos*y - sin*x
 
-
+# %% ../nbs/01c_framing.ipynb #01c-framing-017
 def offset(
     d: Detection,
 ) -> tuple[float, float, float]:
@@ -113,7 +114,7 @@ def offset(
     x, y = ((p - b)/d.box.side for p, b in zip(PLACE.centre, d.box.centre))
     return FACE/d.box.side, *_turned(x, y, 0.0 if d.eyes is None else eye_angle(d.eyes))
 
-
+# %% ../nbs/01c_framing.ipynb #01c-framing-018
 def jitter(
     d: Detection,
     crop: Crop,
@@ -122,7 +123,7 @@ def jitter(
     ways = [(s, *(s.centre - PLACE.centre)/s.side) for s in squares(crop, d.box, d.landmarks)]
     return [(FACE/s.side, *_turned(x, y, s.angle), s.angle) for s, x, y in ways]
 
-# %% ../nbs/01c_framing.ipynb #01c-312
+# %% ../nbs/01c_framing.ipynb #01c-framing-019
 def mean_shape(
     seen: list[Detection],
 ) -> tuple | None:  # five (x, y), in shares of the square that shows what the lower quartile of pictures does
@@ -132,7 +133,7 @@ def mean_shape(
     tight = np.quantile([FACE/fit_shape(medians, d.landmarks).side for d in seen], QUANTILES[1])
     return tuple(tuple(p) for p in (0.5 + (medians - 0.5)/tight).round(4).tolist())
 
-
+# %% ../nbs/01c_framing.ipynb #01c-framing-020
 def sight(
     detector: str,  # its name
     width: int,  # pixels that it saw; 0 where it has no such setting
@@ -150,7 +151,7 @@ def sight(
     wide = short(*(np.quantile(np.abs(v), 0.9) for v in (*shift, roll)))
     return Sight(**about, zoom=short(*np.quantile(zoom, (0.05, 0.95))), shift=wide[:2], roll=wide[2] if shape else None)
 
-# %% ../nbs/01c_framing.ipynb #01c-016
+# %% ../nbs/01c_framing.ipynb #01c-framing-024
 WIDTHS = {"yunet": (640, 320), "haar": (0,), "dnn": (0,)}  # detector -> what it is asked to look with
 
 
@@ -166,12 +167,12 @@ def at_hand(
         found += [(name, w) for w in widths]
     return found
 
-
+# %% ../nbs/01c_framing.ipynb #01c-framing-025
 def _open(name: str, width: int, models=None):
     "A detector for canvases."
     return open_detector(name, models, min_face=FACE/2, width=width or 640, download=False)[0]
 
-
+# %% ../nbs/01c_framing.ipynb #01c-framing-026
 def look(
     rows: pd.DataFrame,  # of a manifest
     detectors: list[tuple[str, int]],  # (name, width)
@@ -193,7 +194,7 @@ def look(
         parts = list(pool.map(part, range(threads)))
     return {n: [parts[i % threads][n][i//threads] for i in range(len(rows))] for n in detectors}
 
-# %% ../nbs/01c_framing.ipynb #01c-018
+# %% ../nbs/01c_framing.ipynb #01c-framing-028
 def box_crop(
     reference: Sight,  # of pictures that are cut as they should be
     source: Sight,  # of a source's own boxes, by the same detector
@@ -202,14 +203,14 @@ def box_crop(
     scale = source.ratio[2]
     return Crop(round(reference.ratio[2]/scale, 4), round((reference.dx - source.dx)/scale, 4), round((reference.dy - source.dy)/scale, 4))
 
-
+# %% ../nbs/01c_framing.ipynb #01c-framing-029
 def _best_pair(reference, source) -> tuple[Sight, Sight] | None:
     "The detector that knows both, and found most faces of the source."
     known = {(s.detector, s.width): s for s in reference if s.ratio}
     pairs = [(known[s.detector, s.width], s) for s in source if s.measured and (s.detector, s.width) in known]
     return max(pairs, key=lambda p: p[1].found, default=None)
 
-# %% ../nbs/01c_framing.ipynb #01c-021
+# %% ../nbs/01c_framing.ipynb #01c-framing-032
 def draw_sample(
     rows: pd.DataFrame,
     n: int,  # rows
@@ -221,7 +222,7 @@ def draw_sample(
     if "group" in rows: rows = rows[~rows["group"].duplicated() | rows["box"].notna()].reset_index(drop=True)
     return rows.iloc[np.sort(np.random.default_rng(seed).permutation(len(rows))[:n])]
 
-
+# %% ../nbs/01c_framing.ipynb #01c-framing-033
 def measure_framing(
     rows: pd.DataFrame,  # of a manifest: what will be packed
     sample: int = 1000,  # pictures that the detectors look at; 0: nothing is measured
@@ -240,7 +241,7 @@ def measure_framing(
     crops = all_crops(rows, margin, match_sources(rows, ask, sample) if crops is None else crops)
     return Framing(sights=ask(rows, sample, crops), crops=crops, seed=seed)
 
-
+# %% ../nbs/01c_framing.ipynb #01c-framing-034
 def match_sources(
     rows: pd.DataFrame,
     ask,  # (rows, how many) -> sights
@@ -254,7 +255,7 @@ def match_sources(
     pairs = {name: _best_pair(reference, ask(part, max(LEAST_FOUND, sample//4))) for name, part in rows[boxed].groupby("source")}
     return {name: box_crop(*pair) for name, pair in pairs.items() if pair}
 
-# %% ../nbs/01c_framing.ipynb #01c-023
+# %% ../nbs/01c_framing.ipynb #01c-framing-036
 class Through(NamedTuple):
     "Faces of rows as a detector gives them."
     views: list[np.ndarray]  # (1 or 2, S, S, 3) RGB, uint8, for each face that was found
@@ -262,7 +263,7 @@ class Through(NamedTuple):
     crop: Crop
     note: str  # one line where the crop was not measured for the model
 
-
+# %% ../nbs/01c_framing.ipynb #01c-framing-037
 def faces_through(
     rows: pd.DataFrame,  # of a manifest
     geometry: Geometry,  # of the model

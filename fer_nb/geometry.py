@@ -7,7 +7,7 @@ __all__ = ['KERNELS', 'PLAIN', 'QUANTILES', 'LEAST_FOUND', 'DEFAULT_SIGHTS', 'Po
            'Square', 'eye_angle', 'fit_shape', 'squares', 'cut', 'square_crops', 'square_crop', 'equalise', 'resize',
            'prepare_pixels', 'prepare_face', 'prepare_views', 'normalise', 'Sight', 'Framing', 'read_framing']
 
-# %% ../nbs/01a_geometry.ipynb #01a-003
+# %% ../nbs/01a_geometry.ipynb #01a-geometry-002
 import json
 import math
 from typing import Literal, NamedTuple
@@ -18,14 +18,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .artifacts import Box, GateError, UsageError, sha256_bytes
 
-# %% ../nbs/01a_geometry.ipynb #01a-006
+# %% ../nbs/01a_geometry.ipynb #01a-geometry-006
 KERNELS = {  # interpolation -> OpenCV's flags for shrinking and for enlarging
     "area-cubic": (cv2.INTER_AREA, cv2.INTER_CUBIC),
     "area-linear": (cv2.INTER_AREA, cv2.INTER_LINEAR),
     "linear-linear": (cv2.INTER_LINEAR, cv2.INTER_LINEAR),
 }
 
-# %% ../nbs/01a_geometry.ipynb #01a-007
+# %% ../nbs/01a_geometry.ipynb #01a-geometry-007
 class Portable(BaseModel):
     "Plain facts that travel in caches, checkpoints and ONNX metadata."
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -38,7 +38,7 @@ class Portable(BaseModel):
         "One line with sorted keys: what ONNX metadata hold."
         return json.dumps(self.to_dict(), sort_keys=True)
 
-
+# %% ../nbs/01a_geometry.ipynb #01a-geometry-008
 class Geometry(Portable):
     "How a face becomes the input of a network; travels in checkpoints, caches and ONNX metadata."
     size: int = Field(64, ge=16, le=1024)  # pixels, side of the square
@@ -60,7 +60,7 @@ class Geometry(Portable):
         pixels = {k: v for k, v in self.to_dict().items() if k not in ("mean", "std")}
         return sha256_bytes(json.dumps(pixels, sort_keys=True).encode())
 
-# %% ../nbs/01a_geometry.ipynb #01a-011
+# %% ../nbs/01a_geometry.ipynb #01a-geometry-012
 def _as_dict(geometry) -> dict:
     "The fields of a Geometry, of a dict, or of the JSON that ONNX metadata hold."
     if isinstance(geometry, Geometry): return geometry.to_dict()
@@ -70,7 +70,7 @@ def _as_dict(geometry) -> dict:
     if not isinstance(geometry, dict): raise GateError(f"no geometry to compare: expected its fields, got {geometry!r}")
     return json.loads(json.dumps(geometry))
 
-
+# %% ../nbs/01a_geometry.ipynb #01a-geometry-013
 def check_geometry(
     expected,  # Geometry, dict or JSON: what this program will do to faces
     got,  # the same, as a checkpoint, cache or ONNX file carries it
@@ -85,7 +85,7 @@ def check_geometry(
         each = "; ".join(f"{k}: expected {expected.get(k, 'absent')}, got {got.get(k, 'absent')}" for k in differ)
         raise GateError(f"geometry of {what} does not match: {each}. Use the geometry that it was made with.")
 
-# %% ../nbs/01a_geometry.ipynb #01a-014
+# %% ../nbs/01a_geometry.ipynb #01a-geometry-016
 class Crop(NamedTuple):
     "How the square that a network sees stands over a face."
     ratio: float  # its side over the longer side of the box
@@ -94,7 +94,7 @@ class Crop(NamedTuple):
     shape: tuple[tuple[float, float], ...] | None = None  # where five landmarks belong, in shares of its side: a second square
     wide: float | None = None  # ratio of a second square where there are no landmarks to fit
 
-
+# %% ../nbs/01a_geometry.ipynb #01a-geometry-017
 PLAIN = Crop(1.3)  # with 15% of the box's longer side added at each edge
 
 
@@ -104,7 +104,7 @@ class Square(NamedTuple):
     side: float  # pixels
     angle: float  # degrees by which it is turned
 
-
+# %% ../nbs/01a_geometry.ipynb #01a-geometry-018
 def eye_angle(
     eyes,  # two (x, y) in pixels, in either order
 ) -> float:  # degrees; positive where the eye on the right stands lower
@@ -114,7 +114,7 @@ def eye_angle(
     (x0, y0), (x1, y1) = eyes[np.argsort(eyes[:, 0], kind="stable")]
     return float(np.degrees(np.arctan2(y1 - y0, x1 - x0))) if (x0, y0) != (x1, y1) else 0.0
 
-
+# %% ../nbs/01a_geometry.ipynb #01a-geometry-019
 def fit_shape(
     shape,  # (N, 2) where points belong, in shares of a square's side
     points,  # (N, 2) where they are, pixels
@@ -125,7 +125,7 @@ def fit_shape(
     centre = p.mean() + turn*(0.5 + 0.5j - s.mean())
     return Square(np.array([centre.real, centre.imag]), float(abs(turn)), float(np.degrees(np.angle(turn))))
 
-# %% ../nbs/01a_geometry.ipynb #01a-314
+# %% ../nbs/01a_geometry.ipynb #01a-geometry-020
 def squares(
     crop: Crop,
     box: Box,
@@ -140,7 +140,7 @@ def squares(
     if fits: return [by_box, fit_shape(crop.shape, landmarks)]
     return [by_box] if crop.wide is None else [by_box, by_box._replace(side=box.side*crop.wide)]
 
-
+# %% ../nbs/01a_geometry.ipynb #01a-geometry-021
 def _crop_matrix(
     centre: np.ndarray,  # (2,) of the square, pixels
     side: int,  # pixels, of the square
@@ -153,12 +153,12 @@ def _crop_matrix(
     if angle == 0: m[:, 2] = np.floor(m[:, 2] + 0.5)
     return m
 
-
+# %% ../nbs/01a_geometry.ipynb #01a-geometry-022
 def _warp_side(side: int, size: int | None) -> int:
     "The side to warp to, for a square of `side` pixels that will be resized to `size`."
     return side if size is None or side <= 2*size else size*math.ceil(side/(2*size))
 
-# %% ../nbs/01a_geometry.ipynb #01a-015
+# %% ../nbs/01a_geometry.ipynb #01a-geometry-023
 def cut(
     image: np.ndarray,  # (H, W) or (H, W, 3), uint8
     square: Square,
@@ -170,7 +170,7 @@ def cut(
     if out != side: m = m*(out/side) + [[0, 0, (out/side - 1)/2]]
     return cv2.warpAffine(image, m, (out, out), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
 
-
+# %% ../nbs/01a_geometry.ipynb #01a-geometry-024
 def square_crops(
     image: np.ndarray,  # (H, W) or (H, W, 3), uint8
     crop: Crop = PLAIN,  # where the squares stand over the face
@@ -187,12 +187,12 @@ def square_crops(
         raise UsageError(f"{box} does not lie in an image of {width}×{height} pixels")
     return [cut(image, square, size) for square in squares(crop, box, landmarks)]
 
-
+# %% ../nbs/01a_geometry.ipynb #01a-geometry-025
 def square_crop(image: np.ndarray, crop: Crop = PLAIN, box: Box | None = None, landmarks=None, size: int | None = None) -> np.ndarray:
     "The first of `square_crops`: by the box."
     return square_crops(image, crop._replace(shape=None, wide=None), box, landmarks, size)[0]
 
-# %% ../nbs/01a_geometry.ipynb #01a-019
+# %% ../nbs/01a_geometry.ipynb #01a-geometry-029
 def equalise(
     image: np.ndarray,  # (H, W) grey or (H, W, 3) BGR, uint8
     clahe,  # (clip limit, tiles a side), or None to leave the image as it is
@@ -205,7 +205,7 @@ def equalise(
     ycc[..., 0] = tool.apply(ycc[..., 0])
     return cv2.cvtColor(ycc, cv2.COLOR_YCrCb2BGR)
 
-# %% ../nbs/01a_geometry.ipynb #01a-022
+# %% ../nbs/01a_geometry.ipynb #01a-geometry-032
 def resize(
     image: np.ndarray,  # (H, W) or (H, W, 3), uint8, square
     geometry: Geometry,
@@ -216,7 +216,7 @@ def resize(
     kernel = down if image.shape[0] > geometry.size else up
     return cv2.resize(image, (geometry.size, geometry.size), interpolation=kernel)
 
-
+# %% ../nbs/01a_geometry.ipynb #01a-geometry-033
 def prepare_pixels(
     image: np.ndarray,  # (H, W) grey or (H, W, 3) BGR, uint8
     geometry: Geometry,
@@ -229,18 +229,18 @@ def prepare_pixels(
     crop = (crop or Crop(1 + geometry.margin))._replace(shape=None, wide=None)
     return _finish(square_crops(image, crop, box, landmarks, geometry.size)[0], geometry)
 
-
+# %% ../nbs/01a_geometry.ipynb #01a-geometry-034
 def _check_image(image):
     if image.dtype != np.uint8 or not (image.ndim == 2 or image.ndim == 3 and image.shape[2] == 3) or 0 in image.shape:
         raise UsageError(f"expected a uint8 image (H, W) or (H, W, 3), got {image.dtype} {image.shape}")
 
-
+# %% ../nbs/01a_geometry.ipynb #01a-geometry-035
 def _finish(face: np.ndarray, geometry: Geometry) -> np.ndarray:
     "Resize and equalise a square; BGR becomes RGB."
     face = equalise(resize(face, geometry), geometry.clahe)
     return face if face.ndim == 2 else cv2.cvtColor(face, cv2.COLOR_BGR2RGB)
 
-
+# %% ../nbs/01a_geometry.ipynb #01a-geometry-036
 def _rgb(face: np.ndarray) -> np.ndarray: return face if face.ndim == 3 else cv2.cvtColor(face, cv2.COLOR_GRAY2RGB)
 
 
@@ -254,7 +254,7 @@ def prepare_face(
     "The one way from a picture to a face: align, crop, resize, equalise."
     return _rgb(prepare_pixels(image_bgr, geometry, box, landmarks, crop))
 
-
+# %% ../nbs/01a_geometry.ipynb #01a-geometry-037
 def prepare_views(
     image_bgr: np.ndarray,  # (H, W, 3) as OpenCV reads it, or (H, W) grey, uint8
     geometry: Geometry,
@@ -266,7 +266,7 @@ def prepare_views(
     _check_image(image_bgr)
     return np.stack([_rgb(_finish(s, geometry)) for s in square_crops(image_bgr, crop, box, landmarks, geometry.size)])
 
-# %% ../nbs/01a_geometry.ipynb #01a-031
+# %% ../nbs/01a_geometry.ipynb #01a-geometry-045
 def normalise(
     faces: np.ndarray,  # uint8, (S, S), (S, S, 3), (B, S, S) or (B, S, S, 3)
     geometry: Geometry,
@@ -279,11 +279,11 @@ def normalise(
     mean, std = (np.asarray(v, np.float32)[None, :, None, None] for v in (geometry.mean, geometry.std))
     return (np.ascontiguousarray(x, np.float32)/np.float32(255) - mean)/std
 
-# %% ../nbs/01a_geometry.ipynb #01a-041
+# %% ../nbs/01a_geometry.ipynb #01a-geometry-050
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 LEAST_FOUND = 30  # faces, below which a detector is not measured; nor is one that finds less than a tenth
 
-
+# %% ../nbs/01a_geometry.ipynb #01a-geometry-051
 class Sight(BaseModel):
     "What one detector said of a sample of pictures whose framing is known."
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -310,7 +310,7 @@ class Sight(BaseModel):
     @property
     def name(self) -> str: return f"{self.detector} at {self.width} px" if self.width else self.detector
 
-# %% ../nbs/01a_geometry.ipynb #01a-043
+# %% ../nbs/01a_geometry.ipynb #01a-geometry-053
 DEFAULT_SIGHTS = (  # of 2,000 training pictures of FER2013 with FERPlus, `hq_train`, seed 1337
     Sight(detector="yunet", width=640, seen=2000, found=1820, ratio=(0.6293, 0.8171, 0.9481, 1.0787, 1.3322), dx=0.0014, dy=0.0101,
           shape=((0.2833, 0.3769), (0.7163, 0.382), (0.4864, 0.6161), (0.3223, 0.7931), (0.6743, 0.7946)),
@@ -322,7 +322,7 @@ DEFAULT_SIGHTS = (  # of 2,000 training pictures of FER2013 with FERPlus, `hq_tr
           zoom=(0.8624, 1.3722), shift=(0.1028, 0.0806)),
 )
 
-
+# %% ../nbs/01a_geometry.ipynb #01a-geometry-054
 class Framing(Portable):
     "How faces are cut so that a network sees them as it learned them; travels in caches, checkpoints and ONNX metadata."
     sights: tuple[Sight, ...] = ()  # detectors that looked at the training pictures
@@ -345,13 +345,13 @@ class Framing(Portable):
         whose = "this model's" if own else "the default, from FER2013's pictures,"
         return near.crop, f"How to cut the boxes of {wanted.name} was not measured for this model: {whose} for {near.name} is used."
 
-# %% ../nbs/01a_geometry.ipynb #01a-343
+# %% ../nbs/01a_geometry.ipynb #01a-geometry-055
 def _nearest(sights, detector: str, width: int) -> Sight | None:
     "The sight of a detector at the nearest width."
     own = [s for s in sights if s.detector == detector]
     return min(own, key=lambda s: abs(math.log(max(s.width, 1)/max(width, 1))), default=None)
 
-
+# %% ../nbs/01a_geometry.ipynb #01a-geometry-056
 def read_framing(
     data,  # a Framing, its fields, their JSON, or None
     what: str = "the model",  # that carries it, for the message

@@ -4,41 +4,31 @@
 
 # %% auto #0
 __all__ = ['CACHE_FILES', 'show_faces', 'unit_batch', 'normalise_unit', 'prepare_row', 'stack_faces', 'row_hash', 'ImageCache',
-           'cache_positions', 'load_cache', 'pack_cache', 'measure_cache', 'Augment', 'AugmentParams',
-           'batch_generator', 'draw_augment', 'flip_views', 'warp_grid', 'augment_faces', 'covering', 'PackedFaces',
-           'LazyFaces', 'epoch_order', 'check_sizes', 'size_at', 'shrink', 'FaceBatches', 'one_thread', 'Loaders',
-           'make_loaders', 'eval_loader', 'images_per_second']
+           'cache_positions', 'load_cache', 'pack_cache', 'measure_cache']
 
-# %% ../nbs/02a_images.ipynb #02a-003
+# %% ../nbs/02a_images.ipynb #02a-images-002
 import os
 import shutil
 import tempfile
-import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
 
-# %% ../nbs/02a_images.ipynb #02a-004
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
-from fastcore.basics import patch
-from pydantic import BaseModel, ConfigDict, Field
 from tqdm.auto import tqdm
 
-# %% ../nbs/02a_images.ipynb #02a-005
-from .artifacts import ArtifactError, CacheIndex, FerError, UsageError, sha256_bytes, sha256_file
-from .calibration import labels_of
+from .artifacts import ArtifactError, FerError, UsageError, sha256_bytes, sha256_file
 from .framing import measure_framing, row_box, row_crop, row_image
 from .geometry import Framing, Geometry, check_geometry, prepare_pixels, read_framing
-from .manifests import Manifest, face_box
+from .likeness import face_box
+from .manifests import Manifest
+from .records import CacheIndex
 
-# %% ../nbs/02a_images.ipynb #02a-007
+# %% ../nbs/02a_images.ipynb #02a-images-005
 def show_faces(
     faces,  # images (H, W) grey or (H, W, 3) RGB, uint8 or floats in 0..1
     titles=None,  # one a face
@@ -59,7 +49,7 @@ def show_faces(
     if title: fig.suptitle(title, fontsize=10)
     return fig
 
-# %% ../nbs/02a_images.ipynb #02a-009
+# %% ../nbs/02a_images.ipynb #02a-images-007
 def unit_batch(
     faces: torch.Tensor,  # (B, S, S) or (B, S, S, 3), uint8
 ) -> torch.Tensor:  # (B, 1 or 3, S, S), float32 in 0..1
@@ -67,7 +57,7 @@ def unit_batch(
     faces = faces[:, None] if faces.ndim == 3 else faces.permute(0, 3, 1, 2)
     return faces.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
 
-
+# %% ../nbs/02a_images.ipynb #02a-images-008
 def normalise_unit(
     x: torch.Tensor,  # (B, 1 or 3, S, S), float32 in 0..1
     geometry: Geometry,
@@ -76,7 +66,7 @@ def normalise_unit(
     mean, std = (torch.tensor(v, dtype=torch.float32, device=x.device).view(1, 3, 1, 1) for v in (geometry.mean, geometry.std))
     return (x - mean).div_(std)
 
-# %% ../nbs/02a_images.ipynb #02a-013
+# %% ../nbs/02a_images.ipynb #02a-images-012
 def prepare_row(
     row,  # a row of a manifest: path, sha256, and where the source has it a box
     geometry: Geometry,
@@ -85,7 +75,7 @@ def prepare_row(
     "Read, check and prepare the image of one manifest row."
     return prepare_pixels(row_image(row), geometry, row_box(row), crop=row_crop(row, framing))
 
-
+# %% ../nbs/02a_images.ipynb #02a-images-013
 def stack_faces(
     faces: list,  # arrays (S, S) or (S, S, 3)
 ) -> np.ndarray:  # (n, S, S) where all are grey, (n, S, S, 3) otherwise
@@ -93,7 +83,7 @@ def stack_faces(
     if any(f.ndim == 3 for f in faces): faces = [f if f.ndim == 3 else np.repeat(f[..., None], 3, axis=2) for f in faces]
     return np.stack(faces)
 
-# %% ../nbs/02a_images.ipynb #02a-015
+# %% ../nbs/02a_images.ipynb #02a-images-017
 _AGAIN = "pack the cache again"
 
 
@@ -105,7 +95,7 @@ def row_hash(
     ends = ("" if b is None else "\t" + " ".join(map(repr, b.corners)) for b in boxes)
     return sha256_bytes("".join(f"{i}\t{s}{b}\n" for i, s, b in zip(rows["id"], rows["sha256"], ends)).encode())
 
-
+# %% ../nbs/02a_images.ipynb #02a-images-018
 def _check_pixels(folder: Path, index: CacheIndex, full: bool):
     "Refuse an images.npy that is truncated or foreign; with `full`, one with a changed pixel."
     path = folder/"images.npy"
@@ -119,7 +109,7 @@ def _check_pixels(folder: Path, index: CacheIndex, full: bool):
     if full and sha256_file(path) != index.images_sha256:
         raise ArtifactError(path, f"was changed after it was packed: {_AGAIN}", expected=f"sha256 {index.images_sha256[:12]}…")
 
-
+# %% ../nbs/02a_images.ipynb #02a-images-019
 def _check_rows(folder: Path, index: CacheIndex) -> pd.DataFrame:
     "The ids and hashes of a cache, or a refusal."
     path = folder/"rows.parquet"
@@ -131,7 +121,7 @@ def _check_rows(folder: Path, index: CacheIndex) -> pd.DataFrame:
         raise ArtifactError(path, f"does not fit its index: {_AGAIN}", expected=f"{index.n} rows", got=len(rows))
     return rows
 
-# %% ../nbs/02a_images.ipynb #02a-016
+# %% ../nbs/02a_images.ipynb #02a-images-020
 class ImageCache:
     "A packed image cache, open for reading."
 
@@ -161,7 +151,7 @@ class ImageCache:
     def __repr__(self):
         return f"ImageCache({self.index.dataset_index_id}, uint8 {tuple(self.index.shape)}, {self.index.images_bytes/1e6:.1f} MB)"
 
-# %% ../nbs/02a_images.ipynb #02a-018
+# %% ../nbs/02a_images.ipynb #02a-images-022
 def cache_positions(
     cache: ImageCache,
     rows: pd.DataFrame,  # a view: id, sha256
@@ -178,7 +168,7 @@ def cache_positions(
                             problem=f"was packed from other content in {len(differ)} of {len(rows)} rows: pack it again")
     return at.astype(np.int64)
 
-
+# %% ../nbs/02a_images.ipynb #02a-images-023
 def load_cache(
     folder,
     manifest: Manifest | None = None,  # that the cache must belong to
@@ -198,7 +188,7 @@ def load_cache(
     _check_boxes(cache, manifest)
     return cache
 
-
+# %% ../nbs/02a_images.ipynb #02a-images-024
 def _check_boxes(cache: ImageCache, manifest: Manifest | None):
     "Refuse a cache whose squares may not be those that the manifest's boxes mean."
     where = cache.folder/CacheIndex.filename
@@ -210,7 +200,7 @@ def _check_boxes(cache: ImageCache, manifest: Manifest | None):
     if rows is not None and boxed and row_hash(rows) != cache.index.row_hash:
         raise ArtifactError(where, f"was packed with other face boxes than the manifest has: {_AGAIN}", key="row_hash")
 
-# %% ../nbs/02a_images.ipynb #02a-020
+# %% ../nbs/02a_images.ipynb #02a-images-026
 def _blocks(
     rows: pd.DataFrame,
     geometry: Geometry,
@@ -231,7 +221,7 @@ def _blocks(
         finally:
             for task in waiting: task.cancel()
 
-
+# %% ../nbs/02a_images.ipynb #02a-images-027
 def _widen(path: Path, images: np.ndarray, done: int) -> np.ndarray:
     "Replace a grey array on disk by an RGB one that holds its first `done` faces."
     wide = path.with_name("wide.npy")
@@ -239,7 +229,7 @@ def _widen(path: Path, images: np.ndarray, done: int) -> np.ndarray:
     for i in range(0, done, 1024): out[i:min(i + 1024, done)] = images[i:min(i + 1024, done), ..., None]
     return out
 
-# %% ../nbs/02a_images.ipynb #02a-021
+# %% ../nbs/02a_images.ipynb #02a-images-028
 def _fill(
     folder: Path,  # where images.npy grows
     rows: pd.DataFrame,
@@ -264,7 +254,7 @@ def _fill(
     if (folder/"wide.npy").exists(): os.replace(folder/"wide.npy", folder/"images.npy")
     return shape
 
-
+# %% ../nbs/02a_images.ipynb #02a-images-029
 def _write_cache(folder: Path, rows: pd.DataFrame, geometry: Geometry, framing: Framing, dataset_index_id: str, threads: int,
                  progress: bool):
     "Fill a new folder with a whole cache, the index last."
@@ -278,7 +268,7 @@ def _write_cache(folder: Path, rows: pd.DataFrame, geometry: Geometry, framing: 
         images_sha256=sha256_file(folder/"images.npy"), images_bytes=(folder/"images.npy").stat().st_size, framing=framing.to_dict(),
     ).save(folder)
 
-# %% ../nbs/02a_images.ipynb #02a-022
+# %% ../nbs/02a_images.ipynb #02a-images-030
 CACHE_FILES = {"images.npy", "rows.parquet", CacheIndex.filename}
 
 
@@ -289,7 +279,7 @@ def _up_to_date(out: Path, geometry: Geometry, dataset_index_id: str, rows_are: 
     same = cache.geometry.pixel_hash == geometry.pixel_hash and cache.index.row_hash == rows_are and cache.framing is not None
     return cache if same and cache.index.dataset_index_id == dataset_index_id else None
 
-
+# %% ../nbs/02a_images.ipynb #02a-images-031
 def _check_place(out: Path):
     "Refuse to replace anything that is not a cache."
     if not out.exists(): return
@@ -298,7 +288,7 @@ def _check_place(out: Path):
         some = ", ".join(found[:3])
         raise UsageError(f"{out} holds other things than an image cache ({some}): give pack_cache a folder of its own")
 
-
+# %% ../nbs/02a_images.ipynb #02a-images-032
 def _install(tmp: Path, out: Path):
     "Put a finished folder in its place; what stood there is removed after."
     old = tmp.with_name(tmp.name + ".old")
@@ -306,7 +296,7 @@ def _install(tmp: Path, out: Path):
     try: os.replace(tmp, out)
     finally: shutil.rmtree(old, ignore_errors=True)
 
-# %% ../nbs/02a_images.ipynb #02a-023
+# %% ../nbs/02a_images.ipynb #02a-images-033
 def pack_cache(
     manifest: Manifest,  # frozen
     geometry: Geometry,
@@ -337,7 +327,7 @@ def pack_cache(
         shutil.rmtree(tmp, ignore_errors=True)
     return load_cache(out, geometry=geometry)
 
-
+# %% ../nbs/02a_images.ipynb #02a-images-034
 def measure_cache(
     folder,  # a packed cache
     manifest: Manifest,  # that it was packed from
@@ -352,370 +342,3 @@ def measure_cache(
     framing = measure_framing(rows, sample, models=models, margin=cache.geometry.margin, crops=crops, **kwargs)
     cache.index.model_copy(update={"framing": framing.to_dict()}).save(folder)
     return framing
-
-# %% ../nbs/02a_images.ipynb #02a-032
-class Augment(BaseModel):
-    "How much each sample may change; the defaults suit faces of 48 to 96 px; `covering` says what a detector asks for."
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    flip: float = Field(0.5, ge=0, le=1)  # probability of view 1
-    rotate: float = Field(12.0, ge=0, le=180)  # degrees, either way
-    scale: float = Field(0.10, ge=0, lt=1)  # share by which the face grows or shrinks
-    translate: float = Field(0.06, ge=0, le=1)  # share of the side, either way
-    brightness: float = Field(0.15, ge=0, le=1)  # added, of the range 0..1
-    contrast: float = Field(0.20, ge=0, lt=1)  # gain about mid-grey
-    erase: float = Field(0.25, ge=0, le=1)  # probability of one grey rectangle
-    erase_area: tuple[float, float] = (0.02, 0.12)  # of the face, smallest and largest
-
-
-class AugmentParams(NamedTuple):
-    "What happens to each of B samples."
-    view: torch.Tensor  # (B,) int64, 0 identity, 1 flipped
-    theta: torch.Tensor  # (B, 2, 3), for affine_grid
-    gain: torch.Tensor  # (B,)
-    offset: torch.Tensor  # (B,)
-    patch: torch.Tensor  # (B, 4) centre y, centre x, height, width, in shares of the side; height 0 erases nothing
-    shade: torch.Tensor  # (B,) grey of the patch, 0..1
-
-    def to(self, device): return AugmentParams(*(t.to(device, non_blocking=True) for t in self))
-
-# %% ../nbs/02a_images.ipynb #02a-033
-def batch_generator(*numbers: int) -> torch.Generator:  # for instance seed, epoch, batch
-    "A CPU generator that is a function of the numbers alone."
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1))
-
-
-def _thetas(augment: Augment, u: torch.Tensor) -> torch.Tensor:
-    "(B, 4) numbers in -1..1 to the (B, 2, 3) matrices of affine_grid: rotation, zoom, shift."
-    angle, zoom = u[:, 0]*np.radians(augment.rotate), 1 + u[:, 1]*augment.scale
-    cos, sin, shift = angle.cos()/zoom, angle.sin()/zoom, 2*augment.translate*u[:, 2:4]
-    return torch.stack([torch.stack([cos, -sin, shift[:, 0]], 1), torch.stack([sin, cos, shift[:, 1]], 1)], 1)
-
-
-def _patches(augment: Augment, u: torch.Tensor) -> torch.Tensor:
-    "(B, 5) numbers in 0..1 to (B, 4) patches that lie inside the face."
-    low, high = augment.erase_area
-    area, aspect = low + (high - low)*u[:, 1], torch.exp((2*u[:, 2] - 1)*np.log(2.0))
-    height, width = (area*aspect).sqrt().clamp(max=1), (area/aspect).sqrt().clamp(max=1)
-    cy, cx = height/2 + (1 - height)*u[:, 3], width/2 + (1 - width)*u[:, 4]
-    return torch.stack([cy, cx, height*(u[:, 0] < augment.erase), width], 1)
-
-
-def draw_augment(
-    augment: Augment,
-    n: int,  # samples
-    generator: torch.Generator,  # on the CPU
-) -> AugmentParams:
-    "Draw the parameters of n samples."
-    u = torch.rand(n, 13, generator=generator)
-    signed = 2*u - 1
-    return AugmentParams(
-        view=(u[:, 0] < augment.flip).long(), theta=_thetas(augment, signed[:, 1:5]),
-        gain=1 + augment.contrast*signed[:, 5], offset=augment.brightness*signed[:, 6],
-        patch=_patches(augment, u[:, 7:12]), shade=u[:, 12])
-
-# %% ../nbs/02a_images.ipynb #02a-035
-def flip_views(
-    x: torch.Tensor,  # (B, C, S, S)
-    view: torch.Tensor,  # (B,), 1 where the sample is to be flipped
-) -> torch.Tensor:
-    "Mirror the samples whose view is 1."
-    return torch.where(view[:, None, None, None] == 1, x.flip(-1), x)
-
-
-def warp_grid(
-    theta: torch.Tensor,  # (B, 2, 3)
-    side: int,  # pixels
-) -> torch.Tensor:  # (B, side, side, 2), for grid_sample
-    "torch's affine_grid as the sum of a part that varies along x and one along y: the same numbers, in a seventh of the time."
-    at = (2*torch.arange(side, dtype=theta.dtype, device=theta.device) + 1)/side - 1
-    across = (theta[:, :, 0, None]*at).transpose(1, 2)[:, None]
-    down = (theta[:, :, 1, None]*at + theta[:, :, 2, None]).transpose(1, 2)[:, :, None]
-    return across + down
-
-
-def _erase(x: torch.Tensor, patch: torch.Tensor, shade: torch.Tensor) -> torch.Tensor:
-    "Paint one rectangle a sample, where its height is not 0."
-    at = (torch.arange(x.shape[-1], device=x.device) + 0.5)/x.shape[-1]
-    cy, cx, height, width = (v[:, None] for v in patch.unbind(1))
-    rows, columns = (at - cy).abs() < height/2, (at - cx).abs() < width/2
-    inside = (rows[:, :, None] & columns[:, None, :])[:, None]
-    return torch.where(inside, shade[:, None, None, None], x)
-
-
-def augment_faces(
-    x: torch.Tensor,  # (B, 1 or 3, S, S), float32 in 0..1
-    params: AugmentParams,  # on the device of x
-) -> torch.Tensor:  # the same shape, in 0..1
-    "Flip, warp, brighten, erase: each sample by its own parameters."
-    x = flip_views(x, params.view)
-    x = F.grid_sample(x, warp_grid(params.theta, x.shape[-1]), mode="bilinear", padding_mode="border", align_corners=False)
-    x = x.sub_(0.5).mul_(params.gain[:, None, None, None]).add_(params.offset[:, None, None, None] + 0.5).clamp_(0, 1)
-    return _erase(x, params.patch, params.shade)
-
-# %% ../nbs/02a_images.ipynb #02a-095
-def covering(
-    framing: Framing,  # as measured
-    augment: Augment = Augment(),  # noqa: B008 (frozen): what else an augmentation does, and the least it does
-) -> Augment:
-    "An augmentation that shows a network what the jitter of the measured detectors will show it."
-    seen = [s for s in framing.sights if s.measured]
-    def widest(least, values): return round(max([least, *values]), 3)
-    return augment.model_copy(update={
-        "rotate": widest(augment.rotate, [s.roll for s in seen if s.roll]),
-        "scale": min(0.6, widest(augment.scale, [max(1 - s.zoom[0], s.zoom[1] - 1) for s in seen])),
-        "translate": widest(augment.translate, [max(s.shift) for s in seen])})
-
-# %% ../nbs/02a_images.ipynb #02a-041
-class _View:
-    "Rows of a manifest in their order: ids, contents and labels."
-    def __init__(self, rows: pd.DataFrame, geometry: Geometry, framing: Framing | None = None):
-        if not len(rows): raise UsageError("the view is empty: no rows to load")
-        self.rows, self.geometry, self.framing, self.labels = rows.reset_index(drop=True), geometry, framing, labels_of(rows)
-
-    def __len__(self): return len(self.rows)
-
-
-class PackedFaces(_View):
-    "A view over a packed cache."
-    def __init__(self, cache: ImageCache, rows: pd.DataFrame):
-        super().__init__(rows, cache.geometry, cache.framing)
-        self.cache, self.at = cache, cache_positions(cache, rows)
-
-    def gather(self, index) -> np.ndarray:
-        "uint8 (B, S, S) or (B, S, S, 3) for row numbers of the view."
-        return self.cache.images[self.at[index]]
-
-
-class LazyFaces(_View):
-    "A view that reads and prepares its images when they are asked for."
-    def gather(self, index) -> np.ndarray:
-        "uint8 (B, S, S) or (B, S, S, 3) for row numbers of the view."
-        return stack_faces([prepare_row(r, self.geometry, self.framing) for r in self.rows.iloc[index].itertuples(index=False)])
-
-# %% ../nbs/02a_images.ipynb #02a-043
-def epoch_order(
-    labels: np.ndarray,  # (n,) int
-    seed: int,
-    epoch: int,
-    balanced: bool = False,  # the same share for every class
-) -> np.ndarray:  # (n,) int64, row numbers
-    "Which rows an epoch visits, and in which order."
-    rng = np.random.default_rng([seed, epoch])
-    n = len(labels)
-    if not balanced: return rng.permutation(n)
-    present = rng.permutation(np.unique(labels))
-    quota = np.full(len(present), n//len(present)) + (np.arange(len(present)) < n % len(present))
-    picked = []
-    for c, q in zip(present, quota):
-        rows = np.flatnonzero(labels == c)
-        picked.append(np.concatenate([rng.permutation(rows) for _ in range(-(-q//len(rows)))])[:q])
-    return rng.permutation(np.concatenate(picked).astype(np.int64))
-
-# %% ../nbs/02a_images.ipynb #02a-071
-def check_sizes(
-    sizes,  # (first epoch, pixels), ...
-    own: int,  # pixels, the geometry's
-) -> tuple:  # the same, as tuples of int
-    "Phases in order, which begin with epoch 0 and end at the geometry's own size; or none."
-    try: phases = tuple((int(epoch), int(pixels)) for epoch, pixels in sizes)
-    except (TypeError, ValueError):
-        raise UsageError(f"sizes {sizes!r}: give pairs (first epoch, pixels), such as [[0, 40], [20, {own}]]") from None
-    if not phases: return phases
-    epochs, pixels = zip(*phases)
-    if epochs[0] != 0 or sorted(set(epochs)) != list(epochs) or pixels[-1] != own or not 16 <= min(pixels) <= max(pixels) <= own:
-        raise UsageError(f"sizes {[list(p) for p in phases]}: begin with epoch 0, go on in order, with 16 to {own} px, "
-                         f"and end with {own} px, the size of the packed faces")
-    return phases
-
-
-def size_at(phases, epoch: int, own: int) -> int:  # pixels
-    "The size of an epoch's training faces."
-    return max(((first, pixels) for first, pixels in phases if first <= epoch), default=(0, own))[1]
-
-
-def shrink(
-    x: torch.Tensor,  # (B, C, S, S), in 0..1
-    size: int,  # pixels, at most S
-) -> torch.Tensor:  # (B, C, size, size)
-    "Fewer pixels, without aliasing."
-    if x.shape[-1] == size: return x
-    return F.interpolate(x, size=(size, size), mode="bilinear", antialias=True, align_corners=False).clamp_(0, 1)
-
-# %% ../nbs/02a_images.ipynb #02a-046
-class FaceBatches:
-    "An iterable of batches `(x, y, index, view)` that torch loops and fastai's DataLoaders accept."
-    n_inp = 1  # fastai: one input, the rest are targets
-
-    def __init__(
-        self,
-        dataset,  # PackedFaces or LazyFaces
-        batch_size: int = 64,
-        train: bool = False,  # shuffled and augmented; else the view's own order, untouched
-        seed: int = 1337,
-        augment: Augment | None = None,  # of a training loader; None for none
-        balanced: bool = False,  # classes in equal shares, of a training loader
-        view: int = 0,  # of an evaluation loader: 0 identity, 1 flipped
-        device="cpu",
-        num_workers: int = 0,  # processes that gather ahead; worth it for LazyFaces
-        rank: int = 0,  # this process among world_size that share a training epoch
-        world_size: int = 1,
-        sizes=(),  # of a training loader: (first epoch, pixels), ...; the geometry's own size where empty
-    ):
-        if batch_size < 1: raise UsageError(f"batch_size must be at least 1, got {batch_size}")
-        if view not in (0, 1): raise UsageError(f"view must be 0 (identity) or 1 (flipped), got {view}")
-        if not 0 <= rank < world_size: raise UsageError(f"rank must be in 0..{world_size - 1}, got {rank}")
-        self.dataset, self.train, self.seed, self.augment, self.balanced = dataset, train, seed, augment, balanced
-        self.bs, self.view, self.device, self.num_workers = min(batch_size, len(dataset)), view, torch.device(device), num_workers
-        self.rank, self.world_size, self.sizes = rank, world_size, check_sizes(sizes, dataset.geometry.size)
-        self.set_epoch(0)
-        if not len(self): raise UsageError(f"{len(dataset)} rows in batches of {self.bs} are too few for {world_size} processes")
-
-    def set_epoch(self, epoch: int, start_batch: int = 0):
-        "Set what the next iteration yields: the epoch's batches from `start_batch` on; later iterations begin at 0 again."
-        if not 0 <= start_batch <= len(self): raise UsageError(f"start_batch must be in 0..{len(self)}, got {start_batch}")
-        self.epoch, self.start_batch, self.size = epoch, start_batch, size_at(self.sizes, epoch, self.dataset.geometry.size)
-        n = len(self.dataset)
-        self.order = epoch_order(self.dataset.labels, self.seed, epoch, self.balanced) if self.train else np.arange(n)
-
-    def __len__(self):
-        "Batches of a whole epoch, for this process."
-        n = len(self.dataset)
-        return n//self.bs//self.world_size if self.train else -(-n//self.bs)
-
-    def to(self, device):
-        "Move to a device; fastai calls this."
-        self.device = torch.device(device)
-        return self
-
-# %% ../nbs/02a_images.ipynb #02a-048
-@contextmanager
-def one_thread():
-    "Run torch's CPU operations on one thread; the setting before is restored."
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try: yield
-    finally: torch.set_num_threads(before)
-
-# %% ../nbs/02a_images.ipynb #02a-049
-@patch
-def rows_of(
-    self: FaceBatches,
-    b: int,  # batch number in the epoch
-) -> np.ndarray:  # (B,) int64, row numbers in the view
-    "Which rows stand in batch b."
-    b = b*self.world_size + self.rank if self.train else b
-    return self.order[b*self.bs:(b + 1)*self.bs]
-
-
-@patch
-def finish(
-    self: FaceBatches,
-    b: int,  # batch number in the epoch
-    faces,  # uint8 (B, S, S) or (B, S, S, 3)
-):  # (x, y, index, view) on the device
-    "Augment and normalise."
-    index = torch.from_numpy(self.rows_of(b).copy())
-    with one_thread():
-        x = unit_batch(torch.as_tensor(faces).to(self.device))
-        if self.train and self.augment is not None:
-            generator = batch_generator(self.seed, self.epoch, b*self.world_size + self.rank)
-            params = draw_augment(self.augment, len(index), generator).to(self.device)
-            x, view = augment_faces(x, params), params.view
-        else:
-            view = torch.full((len(index),), self.view, device=self.device)
-            x = x.flip(-1) if self.view else x
-        x = normalise_unit(shrink(x, self.size), self.dataset.geometry)
-    y = torch.from_numpy(self.dataset.labels)[index]
-    return x, y.to(self.device), index.to(self.device), view
-
-
-@patch
-def batch(
-    self: FaceBatches,
-    b: int,  # batch number in the epoch
-):  # (x, y, index, view) on the device
-    "Batch b of the epoch, whatever came before."
-    return self.finish(b, self.dataset.gather(self.rows_of(b)))
-
-# %% ../nbs/02a_images.ipynb #02a-050
-class _Gathered(torch.utils.data.Dataset):
-    "The uint8 faces of each batch, for worker processes."
-    def __init__(self, loader: FaceBatches):
-        self.dataset, self.rows = loader.dataset, [loader.rows_of(b) for b in range(len(loader))]
-
-    def __len__(self): return len(self.rows)
-    def __getitem__(self, b): return torch.from_numpy(self.dataset.gather(self.rows[b]))
-
-
-@patch
-def __iter__(self: FaceBatches):
-    start, self.start_batch = self.start_batch, 0
-    numbers = range(start, len(self))
-    if not self.num_workers:
-        for b in numbers: yield self.batch(b)
-        return
-    ahead = torch.utils.data.DataLoader(_Gathered(self), batch_size=None, sampler=numbers, num_workers=self.num_workers)
-    for b, faces in zip(numbers, ahead): yield self.finish(b, faces)
-
-
-@patch
-def one_batch(self: FaceBatches):
-    "The first batch of the epoch, for a look."
-    return self.batch(0)
-
-# %% ../nbs/02a_images.ipynb #02a-052
-class Loaders(NamedTuple):
-    "What a training run loads from."
-    train: FaceBatches
-    valid: FaceBatches
-
-    def set_epoch(self, epoch: int, start_batch: int = 0):
-        "Set the epoch of the training loader; validation never changes."
-        self.train.set_epoch(epoch, start_batch)
-
-
-def make_loaders(
-    train,  # PackedFaces or LazyFaces
-    valid,  # PackedFaces or LazyFaces
-    batch_size: int = 64,
-    seed: int = 1337,
-    augment: Augment | None = Augment(),  # noqa: B008 (frozen)
-    balanced: bool = False,  # classes in equal shares
-    sizes=(),  # phases of the training faces: (first epoch, pixels), ...
-    eval_batch_size: int | None = None,  # twice batch_size where None
-    **kwargs,  # device, num_workers for both
-) -> Loaders:
-    "A shuffled, augmented training loader and a fixed validation loader of one geometry."
-    check_geometry(train.geometry, valid.geometry, what="the validation data")
-    return Loaders(
-        FaceBatches(train, batch_size, train=True, seed=seed, augment=augment, balanced=balanced, sizes=sizes, **kwargs),
-        eval_loader(valid, batch_size=eval_batch_size or 2*batch_size, **kwargs))
-
-
-def eval_loader(
-    dataset,  # PackedFaces or LazyFaces
-    view: int = 0,  # 0 identity, 1 flipped
-    batch_size: int = 128,
-    **kwargs,  # device, num_workers
-) -> FaceBatches:
-    "Every row once, in the view's own order, without augmentation."
-    kwargs = {k: v for k, v in kwargs.items() if k not in ("rank", "world_size")}
-    return FaceBatches(dataset, batch_size, view=view, **kwargs)
-
-# %% ../nbs/02a_images.ipynb #02a-059
-def images_per_second(
-    loader,  # FaceBatches, or any iterable of batches whose first element is a tensor of B samples
-    seconds: float = 1.0,  # measured for about this long, in whole epochs or until the time is up
-) -> float:
-    "How many images a second a loader yields, after one batch to warm up."
-    for batch in loader:
-        last = batch[0]
-        break
-    done, start = 0, time.perf_counter()
-    while time.perf_counter() - start < seconds:
-        for batch in loader:
-            last = batch[0]
-            done += len(last)
-            if time.perf_counter() - start >= seconds: break
-    if last.is_cuda: torch.cuda.synchronize()
-    return done/(time.perf_counter() - start)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PictureFace', 'read_picture', 'faces_of', 'PicturePredictions', 'predict_pictures']
 
-# %% ../nbs/05d_pictures.ipynb #05d-002
+# %% ../nbs/05d_pictures.ipynb #05d-pictures-002
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from .deploy import Predictor
 from .detectors import Detection, open_detector
 from .geometry import prepare_face, prepare_views
 
-# %% ../nbs/05d_pictures.ipynb #05d-005
+# %% ../nbs/05d_pictures.ipynb #05d-pictures-005
 @dataclass
 class PictureFace:
     "A face of a picture, and what it shows."
@@ -36,7 +36,7 @@ class PictureFace:
         return {"box": box, "score": round(self.detection.score, 4), "label": self.label,
                 "probabilities": {c: round(p, 6) for c, p in zip(CLASSES, self.probs.tolist(), strict=True)}}
 
-
+# %% ../nbs/05d_pictures.ipynb #05d-pictures-006
 def read_picture(path) -> np.ndarray:  # (H, W, 3) BGR, uint8
     "Read a picture, turned upright where its EXIF data say so."
     if not Path(path).is_file(): raise UsageError(f"{path} doesn't exist: give pictures")
@@ -44,7 +44,7 @@ def read_picture(path) -> np.ndarray:  # (H, W, 3) BGR, uint8
     if image is None: raise UsageError(f"{path} is no picture that OpenCV can read")
     return image
 
-
+# %% ../nbs/05d_pictures.ipynb #05d-pictures-007
 def faces_of(
     image: np.ndarray,  # (H, W, 3) BGR, uint8
     detector,  # what `open_detector` gives; None: the picture is a face already
@@ -59,7 +59,7 @@ def faces_of(
         views = [prepare_views(image, predictor.geometry, d.box, d.landmarks, crop) for d in found]
     return [PictureFace(name, d, p) for d, p in zip(found, predictor.from_views(views), strict=True)]
 
-# %% ../nbs/05d_pictures.ipynb #05d-007
+# %% ../nbs/05d_pictures.ipynb #05d-pictures-009
 @dataclass
 class PicturePredictions:
     "What was found in several pictures."
@@ -87,7 +87,7 @@ class PicturePredictions:
 
     __repr__ = __str__
 
-
+# %% ../nbs/05d_pictures.ipynb #05d-pictures-010
 def predict_pictures(
     paths,  # pictures
     model="",  # an .onnx, or a run's best.pt; empty: the student that comes with the package

@@ -9,33 +9,39 @@ __all__ = ['LINKED', 'CHECKLIST', 'CSS', 'own_test', 'own_sources', 'own_metrics
            'compact', 'kinds_of', 'plot_curves', 'plot_confusions', 'plot_reliability', 'links_markdown',
            'write_checklist', 'keep_results', 'live_links', 'page_cells', 'render']
 
-# %% ../nbs/09b_report.ipynb #09b-002
+# %% ../nbs/09b_report.ipynb #09b-report-002
 import re
 import tempfile
 from io import BytesIO
 from pathlib import Path
 from textwrap import fill
 
+import PIL.Image
 import matplotlib.pyplot as plt
 import nbformat
 import numpy as np
 import pandas as pd
-import PIL.Image
 import pypandoc
 from IPython.display import Image
 from tabulate import tabulate
 
 from . import ensembles
+from .arms import FREE, arm_labels, arm_of, kept_sources
 from fer_nb.artifacts import (
-    CLASSES, ArtifactError, Calibration, ClassMetrics, DatasetIndex, Environment, GateError, Interval, LeakageReport, OnnxParity,
-    ReliabilityMetrics, RunArgs, TrainingHistory, UsageError, atomic_path, convention_of, find_artifact, read_npz, write_bytes, write_csv,
-    write_npz, write_text,
+    CLASSES, ArtifactError, GateError, UsageError, atomic_path, convention_of, find_artifact, read_npz, write_bytes,
+    write_csv, write_npz, write_text,
 )
-from .calibration import confusion, draw_bars, draw_confusion, per_class, reliability_table, top_label
-from .integrity import gates, own_test_rows, run_convention
-from .summary import FREE, arm_labels, arm_of, kept_sources
+from .calibration import confusion, per_class, top_label
+from .evidence import OnnxParity
+from .gates import gates
+from .integrity import own_test_rows, run_convention
+from fer_nb.records import (
+    Calibration, ClassMetrics, DatasetIndex, Environment, Interval, LeakageReport, ReliabilityMetrics, RunArgs,
+    TrainingHistory,
+)
+from .reliability import draw_bars, draw_confusion, reliability_table
 
-# %% ../nbs/09b_report.ipynb #09b-005
+# %% ../nbs/09b_report.ipynb #09b-report-005
 def own_test(folder) -> tuple[np.ndarray, np.ndarray]:  # (N, 7) float32, (N,) int64
     "A run's logits and labels on the test rows with the labels that it learned."
     z = read_npz(Path(folder)/"evaluation.npz", ["test_logits", "test_labels"])
@@ -43,7 +49,7 @@ def own_test(folder) -> tuple[np.ndarray, np.ndarray]:  # (N, 7) float32, (N,) i
     own = own_test_rows(folder, z)
     return z["test_logits"][own].astype("float32"), z["test_labels"][own].astype("int64")
 
-
+# %% ../nbs/09b_report.ipynb #09b-report-006
 def own_sources(
     table: pd.DataFrame,  # metrics_by_source.csv
     learned: str,  # a convention; empty: nothing tells
@@ -52,7 +58,7 @@ def own_sources(
     whose = table["convention"] if "convention" in table else table["source"].map(convention_of)
     return table[whose.isin(learned.split("+"))] if learned else table
 
-
+# %% ../nbs/09b_report.ipynb #09b-report-007
 def own_metrics(folder, learned: str) -> ReliabilityMetrics:
     "A run's metrics by the labels that it learned; those of an older run, which mixed conventions, come from its table by source."
     m, table = ReliabilityMetrics.load(folder), pd.read_csv(folder/"metrics_by_source.csv")
@@ -67,7 +73,7 @@ def own_metrics(folder, learned: str) -> ReliabilityMetrics:
         **{k: row[k] for k in ("null_ece", "null_ece_p95")}, "uncalibrated": {k: row[f"raw_{k}"] for k in ("nll", "ece", "brier")},
         "per_class": classes, "confusion": confusion(z, y).tolist()})
 
-# %% ../nbs/09b_report.ipynb #09b-361
+# %% ../nbs/09b_report.ipynb #09b-report-008
 class Run:
     "The artifacts of one training run, read when they are asked for."
     def __init__(self, folder: Path, root: Path):
@@ -98,7 +104,7 @@ class Run:
         "(N, 7) logits and (N,) labels of the test rows with the labels that it learned."
         return own_test(self.folder)
 
-
+# %% ../nbs/09b_report.ipynb #09b-report-009
 def find_runs(
     runs_dir,  # a profile's run folder
 ) -> list[Run]:
@@ -115,12 +121,12 @@ def find_runs(
     for r in runs: r.key = f"student {arms[r.arm]}" if r.arm else r.key + f" by {r.convention}"*several
     return sorted(runs, key=lambda r: r.order)
 
-# %% ../nbs/09b_report.ipynb #09b-007
+# %% ../nbs/09b_report.ipynb #09b-report-011
 def by_convention(runs) -> dict[str, list]:
     "Runs by whose labels they learned."
     return {c: [r for r in runs if r.convention == c] for c in sorted({r.convention for r in runs})}
 
-
+# %% ../nbs/09b_report.ipynb #09b-report-012
 def tables_markdown(
     runs,  # as `find_runs` gives them
     table,  # a function from the runs of one convention to a table
@@ -129,7 +135,7 @@ def tables_markdown(
     return "\n\n".join(f"By the labels of {c or 'an unnamed convention'}:\n\n{table(part).to_markdown(index=False)}"
                        for c, part in by_convention(runs).items())
 
-
+# %% ../nbs/09b_report.ipynb #09b-report-013
 def results_table(
     runs,  # as `find_runs` gives them
 ) -> pd.DataFrame:
@@ -141,7 +147,7 @@ def results_table(
         "best epoch": f"{r.history.best_epoch + 1} of {r.history.epochs_done}",
         "minutes": f"{sum(e['train_seconds'] + e['valid_seconds'] for e in r.history.rows)/60:.1f}"} for r in runs])
 
-
+# %% ../nbs/09b_report.ipynb #09b-report-014
 def per_class_table(runs) -> pd.DataFrame:
     "F1 of each class, mean over seeds; support is the number of test rows."
     rows = [{"model": r.key, **{c.name: c.f1 for c in r.metrics.per_class}} for r in runs]
@@ -149,13 +155,13 @@ def per_class_table(runs) -> pd.DataFrame:
     f1 = pd.DataFrame(rows).groupby("model", sort=False).mean().round(3)
     return pd.concat([f1, pd.DataFrame([support], index=["support"])]).rename_axis("F1").reset_index()
 
-
+# %% ../nbs/09b_report.ipynb #09b-report-015
 def by_source_table(runs) -> pd.DataFrame:
     "Accuracy, macro-F1, NLL and ECE on the test rows of each source of the model's convention, mean over seeds."
     parts = [own_sources(pd.read_csv(r.folder/"metrics_by_source.csv"), r.convention).assign(model=r.key) for r in runs]
     return source_columns(pd.concat(parts).groupby(["model", "source"], sort=False).mean(numeric_only=True).reset_index())
 
-
+# %% ../nbs/09b_report.ipynb #09b-report-016
 def source_columns(t: pd.DataFrame) -> pd.DataFrame:
     "What a table by source shows; columns that older runs don't have stay out."
     shown = {"model": "model", "source": "source", "n": "n", "accuracy": "accuracy", "macro_f1": "macro-F1", "nll": "NLL",
@@ -164,7 +170,7 @@ def source_columns(t: pd.DataFrame) -> pd.DataFrame:
     t = t.round({c: 2 if c == "own_temperature" else 3 for c in t.select_dtypes("float")})
     return t.astype(object).where(t.notna(), "–").rename(columns=shown)  # a source without validation rows has no T of its own
 
-# %% ../nbs/09b_report.ipynb #09b-009
+# %% ../nbs/09b_report.ipynb #09b-report-018
 def find_ensembles(
     runs_dir,  # a profile's run folder
 ) -> list[tuple[Path, ensembles.EnsembleMetrics]]:
@@ -175,12 +181,12 @@ def find_ensembles(
         except ArtifactError: continue
     return found
 
-
+# %% ../nbs/09b_report.ipynb #09b-report-019
 def one_judge(m: ensembles.EnsembleMetrics) -> bool:
     "Whether labels of one convention judged an ensemble; older ones may have been judged by several at once."
     return bool(m.convention) or len({convention_of(s) for s in m.ensemble.by_source}) == 1
 
-
+# %% ../nbs/09b_report.ipynb #09b-report-020
 def members_by_own(m: ensembles.EnsembleMetrics, learned: str) -> str:
     "Members and ensemble on the rows with the labels that they learned, for an older ensemble that was judged by several conventions."
     own = [s for s in m.ensemble.by_source if convention_of(s) in learned.split("+")]
@@ -189,7 +195,7 @@ def members_by_own(m: ensembles.EnsembleMetrics, learned: str) -> str:
     table = tabulate(rows, ("model", "test rows of", "n", "accuracy", "macro-F1", "NLL", "ECE"), "pipe", disable_numparse=True)
     return f"By the labels of {learned}, which the members learned; intervals and gains mixed them with others and are left out:\n\n{table}"
 
-
+# %% ../nbs/09b_report.ipynb #09b-report-021
 def ensembles_markdown(
     found,  # as `find_ensembles` gives them
 ) -> str:
@@ -202,7 +208,7 @@ def ensembles_markdown(
         parts.append(f"### {m.name}\n\n{ensembles.EnsembleConfig.load(folder)._repr_markdown_()}\n\n{judged}\n\n{by_source}")
     return "\n\n".join(parts) or "This run has no ensemble."
 
-# %% ../nbs/09b_report.ipynb #09b-011
+# %% ../nbs/09b_report.ipynb #09b-report-023
 def onnx_markdown(
     folder,  # an export's folder
 ) -> str:
@@ -221,7 +227,7 @@ def onnx_markdown(
     t = pd.read_csv(latency)[shown]
     return f"{out}\n\n{t.round(3).to_markdown(index=False)}"
 
-# %% ../nbs/09b_report.ipynb #09b-013
+# %% ../nbs/09b_report.ipynb #09b-report-025
 def data_tables(
     manifest_dir,  # a frozen manifest
 ) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:  # classes by split; excluded rows by reason; what the audit found, in words
@@ -232,7 +238,7 @@ def data_tables(
     excluded = pd.DataFrame(sorted(index.excluded.items(), key=lambda kv: -kv[1]), columns=["excluded because", "rows"])
     return classes.rename_axis("split").reset_index(), excluded, audit_findings(leaks)
 
-
+# %% ../nbs/09b_report.ipynb #09b-report-026
 def audit_findings(leaks: LeakageReport) -> list[str]:
     "What the audit found, in sentences."
     gain = 100*leaks.test_rows_with_copy_and_same_label/max(1, leaks.test_rows)
@@ -249,7 +255,7 @@ def audit_findings(leaks: LeakageReport) -> list[str]:
                     f"{s.accuracy:.3f} and macro-F1 {s.macro_f1:.3f} (n = {s.n:,}): no model of {s.labeller} is judged there."
                     for s in leaks.perfect_scores]
 
-# %% ../nbs/09b_report.ipynb #09b-015
+# %% ../nbs/09b_report.ipynb #09b-report-028
 def _grid(n: int, width: float = 3.4, height: float = 3.2, columns: int = 3):
     "Axes for n small plots, the rest switched off."
     columns = min(n, columns)
@@ -258,7 +264,7 @@ def _grid(n: int, width: float = 3.4, height: float = 3.2, columns: int = 3):
     for ax in axes.flat[n:]: ax.set_axis_off()
     return fig, list(axes.flat[:n])
 
-
+# %% ../nbs/09b_report.ipynb #09b-report-029
 def compact(
     fig,
     most: int = 70_000,  # bytes; in a page they become a third more
@@ -273,7 +279,7 @@ def compact(
     plt.close(fig)
     return Image(small.getvalue(), width=int(width), height=int(height))
 
-
+# %% ../nbs/09b_report.ipynb #09b-report-030
 def kinds_of(runs) -> dict[str, list]:  # title -> runs
     "Runs that differ in nothing but their seed, under a title; the folder's name where one kind was trained in several ways."
     kinds = {}
@@ -282,7 +288,7 @@ def kinds_of(runs) -> dict[str, list]:  # title -> runs
     def title(key, v): return f"{key}, {len(v)} seed{'s'*(len(v) > 1)}" if keys.count(key) == 1 else v[0].folder.name
     return {fill(title(key, v), 32): v for (key, _), v in kinds.items()}
 
-
+# %% ../nbs/09b_report.ipynb #09b-report-031
 def plot_curves(runs):
     "Training loss and validation macro-F1 by epoch, a small plot a kind of run, a line a seed; the best epochs are marked."
     kinds = kinds_of(runs)
@@ -299,7 +305,7 @@ def plot_curves(runs):
         ax.legend([loss, f1], ["training loss, nats", "validation macro-F1"], fontsize=6, loc="lower left")
     return fig
 
-# %% ../nbs/09b_report.ipynb #09b-016
+# %% ../nbs/09b_report.ipynb #09b-report-032
 def plot_confusions(runs):
     "Confusion shares on test rows, a small plot a kind of run, its seeds added up."
     kinds = kinds_of(runs)
@@ -309,7 +315,7 @@ def plot_confusions(runs):
         ax.set_title(f"{title}, n = {members[0].metrics.n:,}", fontsize=9)
     return fig
 
-
+# %% ../nbs/09b_report.ipynb #09b-report-033
 def plot_reliability(runs):
     "Accuracy against confidence on test rows at T*, a small plot a kind of run, the rows of its seeds together."
     kinds = kinds_of(runs)
@@ -323,14 +329,14 @@ def plot_reliability(runs):
     axes[0].legend(fontsize=7)
     return fig
 
-# %% ../nbs/09b_report.ipynb #09b-018
+# %% ../nbs/09b_report.ipynb #09b-report-035
 LINKED = ("manifest.csv", "dataset_index.json", "manifest_validation.json", "leakage_report.json", "args.json", "environment.json",
           "history.csv", "calibration.json", "reliability_metrics.json", "selective.json", "confusion.csv", "metrics_by_source.csv",
           "alignment_report.json", "confusion_out_of_fold.csv", "ensemble_config.json", "ensemble_alignment_gate.json",
           "ensemble_metrics.json", "ensemble_search.csv", "through_detector.json", "backbone_guard.json", "dkd_unit_test.json",
           "smoke_test.json", "hash_manifest.json")
 
-
+# %% ../nbs/09b_report.ipynb #09b-report-036
 def links_markdown(
     folders,  # folders below the root
     root,  # the run folder
@@ -345,7 +351,7 @@ def links_markdown(
         lines.append(f"- `{folder.relative_to(root).as_posix()}`: " + ", ".join(link(f) for f in files))
     return "\n".join(lines)
 
-# %% ../nbs/09b_report.ipynb #09b-020
+# %% ../nbs/09b_report.ipynb #09b-report-038
 CHECKLIST = "go_no_go.csv"
 
 
@@ -358,7 +364,7 @@ def write_checklist(
     write_csv(Path(page_dir)/CHECKLIST, lines)
     return lines
 
-
+# %% ../nbs/09b_report.ipynb #09b-report-039
 def keep_results(
     runs_dir,  # a profile's run folder, with its page
     out,  # where the small copy goes
@@ -380,7 +386,7 @@ def keep_results(
     write_text(out/"report"/"report.html", live_links((root/"report"/"report.html").read_text(encoding="utf-8"), out/"report"))
     return kept
 
-
+# %% ../nbs/09b_report.ipynb #09b-report-040
 def live_links(
     page: str,  # HTML
     folder,  # where the page stands
@@ -389,7 +395,7 @@ def live_links(
     def keep(m): return m[0] if (Path(folder)/m[1]).exists() else m[2]
     return re.sub(r'<a\s+href="(\.\./[^"]+)"[^>]*>(.*?)</a>', keep, page, flags=re.DOTALL)
 
-# %% ../nbs/09b_report.ipynb #09b-023
+# %% ../nbs/09b_report.ipynb #09b-report-043
 CSS = """
 :root { color-scheme: light dark; }
 body { max-width: 62rem; margin: 2rem auto; padding: 0 1.2rem; font: 16px/1.55 system-ui, sans-serif; color: #1d2733; background: #fff; }
@@ -402,7 +408,7 @@ code, pre { font-size: .82rem; } pre { overflow-x: auto; } nav#TOC { font-size: 
   body { color: #dbe2e9; background: #14191f; } a { color: #7ab8f5; } th, td { border-color: #333d47; } }
 """
 
-
+# %% ../nbs/09b_report.ipynb #09b-report-044
 def page_cells(nb) -> list:
     "The cells that a reader sees: prose and outputs from the run part on, without their code."
     cells, skip = [], True  # everything before the run part explains the library
@@ -419,7 +425,7 @@ def page_cells(nb) -> list:
             elif out.output_type == "error": raise ArtifactError("the executed report", f"stopped with {out.ename}: {out.evalue}")
     return cells
 
-
+# %% ../nbs/09b_report.ipynb #09b-report-045
 def render(
     notebook,  # an executed report notebook
     page,  # the HTML file to write

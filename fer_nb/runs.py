@@ -7,7 +7,7 @@ __all__ = ['PROFILE_DEFAULTS', 'STUDENT_STARTS', 'PROFILE_KEYS', 'MARKS', 'CHATT
            'notebook_parameters', 'check_parameters', 'run_notebook', 'check_conventions', 'complete_profile',
            'load_profile', 'source_of', 'unseal_broken', 'require_conventions', 'chain_config', 'run_profile']
 
-# %% ../nbs/09a_runs.ipynb #09a-002
+# %% ../nbs/09a_runs.ipynb #09a-runs-002
 import ast
 import logging
 import os
@@ -23,17 +23,19 @@ import papermill
 import yaml
 from traitlets.config import Config
 
-from .artifacts import STAGES, ArtifactError, GateError, HashManifest, UsageError, check_seal, unseal, write_text
-from .manifests import ADAPTERS
+from .artifacts import STAGES, ArtifactError, GateError, UsageError, write_text
+from .leaves import check_seal, unseal
+from .records import HashManifest
+from .sources import ADAPTERS
 
-# %% ../nbs/09a_runs.ipynb #09a-005
+# %% ../nbs/09a_runs.ipynb #09a-runs-005
 def project_root() -> Path:
     "The checkout that fer_nb is installed from."
     for root in (Path(__file__).resolve().parent.parent if "__file__" in globals() else Path.cwd(), Path.cwd(), Path.cwd().parent):
         if (root/"nbs"/"00_manifests.ipynb").is_file(): return root
     raise UsageError("the notebooks are not here: run fer-nb inside a checkout that was installed with 'make install'")
 
-
+# %% ../nbs/09a_runs.ipynb #09a-runs-006
 def notebook_path(
     name: str,  # 03_teachers, or a path
 ) -> Path:
@@ -43,7 +45,7 @@ def notebook_path(
     known = sorted(p.stem for p in (project_root()/"nbs").glob("[0-9]*.ipynb"))
     raise UsageError(f"unknown notebook '{name}': give one of {', '.join(known)}")
 
-# %% ../nbs/09a_runs.ipynb #09a-008
+# %% ../nbs/09a_runs.ipynb #09a-runs-009
 def notebook_parameters(
     path,  # a notebook
 ) -> dict[str, str]:  # name -> default, as written
@@ -52,20 +54,20 @@ def notebook_parameters(
     lines = [node for c in cells for node in ast.parse(c.source).body if isinstance(node, ast.Assign)]
     return {node.targets[0].id: ast.unparse(node.value) for node in lines}
 
-
+# %% ../nbs/09a_runs.ipynb #09a-runs-010
 def check_parameters(path, parameters: dict):
     "Refuse names that the parameters cell does not assign."
     known = notebook_parameters(path)
     unknown = [k for k in parameters if k not in known]
     if unknown: raise UsageError(f"{Path(path).stem} has no parameter '{unknown[0]}': give one of {', '.join(known)}")
 
-# %% ../nbs/09a_runs.ipynb #09a-011
+# %% ../nbs/09a_runs.ipynb #09a-runs-013
 def _transport(folder: str) -> Config:
     "A kernel's sockets as files in a folder of its own; where there are none, or a path of theirs is too long (107 bytes), TCP."
     files = os.name == "posix" and len(os.fsencode(folder)) < 90
     return Config(KernelManager={"transport": "ipc", "ip": f"{folder}/kernel"} if files else {"transport": "tcp"})
 
-
+# %% ../nbs/09a_runs.ipynb #09a-runs-014
 def run_notebook(
     name: str,  # a stage, or a path
     out,  # the executed notebook
@@ -85,18 +87,18 @@ def run_notebook(
             kind = e.ename if e.ename in ("UsageError", "GateError", "ArtifactError") else f"unexpected {e.ename}"
             raise GateError(f"{path.stem} stopped: {e.evalue} ({kind}; the executed notebook is {out})") from None
 
-# %% ../nbs/09a_runs.ipynb #09a-014
+# %% ../nbs/09a_runs.ipynb #09a-runs-017
 PROFILE_DEFAULTS = {"img_size": 48, "teachers": ["RN18"], "stage_b": {}, "ensembles": {}, "student_teachers": [], "stages": list(STAGES),
                     "seeds": [1337], "threads": 0, "sources": [], "conventions": [], "student_start": "stage_before", "notebooks": {}}
 STUDENT_STARTS = ("stage_before", "scratch")  # KD from CE's best weights and DKD from KD's, or each stage from nothing, at equal cost
 PROFILE_KEYS = {"about", *PROFILE_DEFAULTS}
 
-
+# %% ../nbs/09a_runs.ipynb #09a-runs-018
 def _named(entries) -> dict[str, dict]:
     "Names with parameters, where a profile may give a list of names, or a mapping with empty entries."
     return {k: v or {} for k, v in entries.items()} if isinstance(entries, dict) else {k: {} for k in entries or ()}
 
-
+# %% ../nbs/09a_runs.ipynb #09a-runs-019
 def check_conventions(names, path) -> list[str]:
     "The conventions that a profile trains; each is part of a folder's name."
     if names is None or isinstance(names, list) and not names: return []
@@ -105,7 +107,7 @@ def check_conventions(names, path) -> list[str]:
     if len(set(names)) < len(names): raise UsageError(f"{path}: conventions names one twice: give each once")
     return names
 
-# %% ../nbs/09a_runs.ipynb #09a-314
+# %% ../nbs/09a_runs.ipynb #09a-runs-020
 def complete_profile(
     given: dict,  # as it stands in the file
     path,  # for the messages
@@ -132,7 +134,7 @@ def complete_profile(
         if unknown: raise UsageError(f"{path}: {what} has '{unknown[0]}', which is none of {', '.join(known)}")
     return p
 
-
+# %% ../nbs/09a_runs.ipynb #09a-runs-021
 def load_profile(
     name: str,  # a name in profiles/, or a path to a YAML file
 ) -> dict:
@@ -148,11 +150,11 @@ def load_profile(
     if unknown: raise UsageError(f"{path}: unknown key '{unknown[0]}': a profile has {', '.join(sorted(PROFILE_KEYS))}")
     return complete_profile(profile, path)
 
-# %% ../nbs/09a_runs.ipynb #09a-017
+# %% ../nbs/09a_runs.ipynb #09a-runs-024
 MARKS = {"ferplus": r"(^|/)fer2013new\.csv$", "fer2013_folder": r"(^|/)(test|train)/[a-z]+/(PublicTest|Training|PrivateTest)_\d+\.jpg$",
          "rafdb_basic": r"(^|/)list_patition_label\.txt$", "expw": r"(^|/)label\.lst$", "synthetic": r"(^|/)synthetic\.json$"}
 
-
+# %% ../nbs/09a_runs.ipynb #09a-runs-025
 def source_of(
     data: str,  # PATH or KIND=PATH
 ) -> str:  # KIND=PATH
@@ -167,7 +169,7 @@ def source_of(
         if any(re.search(mark, n) for n in names): return f"{kind}={data}"
     raise UsageError(f"'{data}' is none of the datasets that can be recognised ({', '.join(MARKS)}): give it as KIND=PATH")
 
-# %% ../nbs/09a_runs.ipynb #09a-020
+# %% ../nbs/09a_runs.ipynb #09a-runs-028
 def unseal_broken(
     out,  # a profile's run folder
 ) -> list[str]:  # what was found, in words
@@ -180,7 +182,7 @@ def unseal_broken(
             unseal(seal.parent)
     return broken
 
-# %% ../nbs/09a_runs.ipynb #09a-021
+# %% ../nbs/09a_runs.ipynb #09a-runs-029
 def require_conventions(
     profile: dict,  # as `load_profile` gives it
     kinds: list[str],  # of the sources; none: the embedded faces
@@ -194,7 +196,7 @@ def require_conventions(
         raise UsageError(f"the data have the labels of {len(here)} conventions ({', '.join(here)}), which call the same pictures different "
                          f"names: say which to learn, as in --convention {here[-1]} (a profile lists them under conventions)")
 
-
+# %% ../nbs/09a_runs.ipynb #09a-runs-030
 def chain_config(
     profile: dict,  # as `load_profile` gives it
     data=(),  # PATH or KIND=PATH
@@ -209,12 +211,12 @@ def chain_config(
     require_conventions(profile, kinds)
     return {**profile, "sources": [f"{k}={Path(p).resolve().as_posix()}" for k, p in (s.split("=", 1) for s in sources)]}
 
-# %% ../nbs/09a_runs.ipynb #09a-023
+# %% ../nbs/09a_runs.ipynb #09a-runs-032
 CHATTER = re.compile(
     r"^(Assuming unrestricted|Building DAG|Using shell|Select jobs|Execute \d+ jobs|Elapsed time|Nothing to be done"
     r"|RuleException|CalledProcessError|Command 'set|WorkflowError|At least one job|Exiting because|\s*$)")
 
-
+# %% ../nbs/09a_runs.ipynb #09a-runs-033
 def _snakemake(command: list[str], dry_run: bool = False) -> int:  # the exit code
     "Run Snakemake and pass on what a person needs: the stages' own lines, and errors of the workflow itself."
     env = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "PYTHONUNBUFFERED": "1"}  # threads that wait actively starve their neighbours
@@ -232,7 +234,7 @@ def _snakemake(command: list[str], dry_run: bool = False) -> int:  # the exit co
     if p.returncode: print("".join(plan), end="")
     return p.returncode
 
-# %% ../nbs/09a_runs.ipynb #09a-024
+# %% ../nbs/09a_runs.ipynb #09a-runs-034
 def run_profile(
     name: str,  # a profile
     data=(),  # PATH or KIND=PATH

@@ -9,7 +9,7 @@ __all__ = ['BACKBONES', 'TARGETS', 'backbone_name', 'add_margin', 'ArcFaceHead',
            'check_weights', 'start_from_stage_a', 'leave_out', 'export_out_of_fold', 'pool_out_of_fold',
            'export_softlabels']
 
-# %% ../nbs/03_teachers.ipynb #03-003
+# %% ../nbs/03_teachers.ipynb #03-teachers-002
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -23,17 +23,21 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fer_nb.artifacts import (
-    CLASSES, AlignmentReport, BackboneGuard, GateError, UsageError, check_seal, read_npz, sha256_file, unseal, write_csv, write_npz,
-)
-from .calibration import confusion, confusion_table, labels_of, votes_of
-from .images import PackedFaces, eval_loader
+from .artifacts import CLASSES, GateError, UsageError, read_npz, sha256_file, write_csv, write_npz
+from .calibration import confusion
+from .callbacks import load_checkpoint, load_matching
+from .evidence import AlignmentReport, BackboneGuard
 from fer_nb.integrity import (
-    VIEWS, Softlabels, backbone_guard, check_alignment, require_alignment, require_origin, run_convention, save_softlabels,
+    VIEWS, Softlabels, backbone_guard, check_alignment, require_alignment, require_origin, run_convention,
+    save_softlabels,
 )
-from .training import FaceData, load_checkpoint, load_matching, predict
+from .leaves import check_seal, unseal
+from .loading import PackedFaces, eval_loader
+from .reliability import confusion_table
+from .run_report import labels_of, votes_of
+from .training import FaceData, predict
 
-# %% ../nbs/03_teachers.ipynb #03-006
+# %% ../nbs/03_teachers.ipynb #03-teachers-006
 BACKBONES = {"RN18": "resnet18", "RN50": "resnet50", "B3": "tf_efficientnet_b3", "CNXT": "convnext_tiny", "VIT": "vit_small_patch16_224"}
 
 
@@ -45,7 +49,7 @@ def backbone_name(
     if timm.is_model(arch): return arch
     raise UsageError(f"unknown backbone '{arch}': give one of {', '.join(BACKBONES)}, or a timm model name")
 
-# %% ../nbs/03_teachers.ipynb #03-009
+# %% ../nbs/03_teachers.ipynb #03-teachers-009
 def add_margin(
     logits: Tensor,  # (B, K), s times cosine
     target: Tensor,  # (B,) int64
@@ -59,7 +63,7 @@ def add_margin(
     widened = torch.where(own > math.cos(math.pi - m), own*math.cos(m) - sine*math.sin(m), own - m*math.sin(math.pi - m))
     return s*cosine.scatter(-1, target[:, None], widened)
 
-
+# %% ../nbs/03_teachers.ipynb #03-teachers-010
 class ArcFaceHead(nn.Module):
     "Scaled cosines between embeddings and class weights; with a target, its margin is added."
     def __init__(self, in_features: int, n_classes: int = len(CLASSES), s: float = 30.0, m: float = 0.35):
@@ -76,7 +80,7 @@ class ArcFaceHead(nn.Module):
             plain = self.s*F.linear(F.normalize(embedding.float()), F.normalize(self.weight.float()))
             return plain if target is None else add_margin(plain, target, self.s, self.m)
 
-# %% ../nbs/03_teachers.ipynb #03-014
+# %% ../nbs/03_teachers.ipynb #03-teachers-015
 def margin_at(
     step: int,  # optimiser steps done
     total: int,  # optimiser steps of the run
@@ -87,14 +91,14 @@ def margin_at(
     "The margin at a step: 0, a linear ramp, then m."
     return m*min(1.0, max(0.0, (step/max(1, total) - warmup)/max(1e-9, ramp)))
 
-# %% ../nbs/03_teachers.ipynb #03-017
+# %% ../nbs/03_teachers.ipynb #03-teachers-018
 def all_present(counts) -> np.ndarray:  # (K,) float64
     "Class counts, none of which may be zero."
     counts = np.asarray(counts, dtype=np.float64)
     if (counts <= 0).any(): raise UsageError(f"class '{CLASSES[int(np.argmin(counts))]}' has no training row: balancing needs all seven")
     return counts
 
-
+# %% ../nbs/03_teachers.ipynb #03-teachers-019
 def effective_number_weights(
     counts,  # (K,) training rows of each class
     beta: float = 0.9999,
@@ -104,7 +108,7 @@ def effective_number_weights(
     w = (1 - beta)/(1 - beta**counts)
     return torch.tensor(w/w.mean(), dtype=torch.float32)
 
-# %% ../nbs/03_teachers.ipynb #03-020
+# %% ../nbs/03_teachers.ipynb #03-teachers-022
 def log_prior(
     counts,  # (K,) training rows of each class
     tau: float = 1.0,  # 0: no adjustment
@@ -114,7 +118,7 @@ def log_prior(
     counts = all_present(counts)
     return torch.tensor(tau*np.log(counts/counts.sum()), dtype=torch.float32)
 
-# %% ../nbs/03_teachers.ipynb #03-064
+# %% ../nbs/03_teachers.ipynb #03-teachers-025
 def vote_targets(
     rows: pd.DataFrame,  # of a manifest
 ) -> Tensor:  # (N, 7) float32, rows sum to 1
@@ -130,7 +134,7 @@ def vote_targets(
     q[has] = votes[has]/votes[has].sum(1, keepdims=True)
     return torch.from_numpy(q.astype(np.float32))
 
-
+# %% ../nbs/03_teachers.ipynb #03-teachers-026
 TARGETS = {"labels": lambda rows: None, "votes": vote_targets}
 
 
@@ -142,7 +146,7 @@ def soft_targets(
     if targets not in TARGETS: raise UsageError(f"targets is '{targets}': give one of {', '.join(TARGETS)}")
     return TARGETS[targets](rows)
 
-# %% ../nbs/03_teachers.ipynb #03-023
+# %% ../nbs/03_teachers.ipynb #03-teachers-029
 class ArcFaceLoss:
     "Cross-entropy on margin-adjusted logits, the margin following its schedule."
     def __init__(self,
@@ -191,7 +195,7 @@ class ArcFaceLoss:
         self.terms = {"arcface": loss.detach(), "margin": self.margin}
         return loss
 
-# %% ../nbs/03_teachers.ipynb #03-061
+# %% ../nbs/03_teachers.ipynb #03-teachers-032
 def set_stem_stride(
     net: nn.Module,  # a timm network
     stride: int = 0,  # of its first convolution; 0: as it was made
@@ -204,7 +208,7 @@ def set_stem_stride(
         first.stride = (stride, stride)
     return first.stride[0]
 
-# %% ../nbs/03_teachers.ipynb #03-026
+# %% ../nbs/03_teachers.ipynb #03-teachers-035
 def fit_positions(
     state: dict,  # of a checkpoint
     backbone: nn.Module,
@@ -216,7 +220,7 @@ def fit_positions(
     resampled = resample_abs_pos_embed(state[key], list(backbone.patch_embed.grid_size), num_prefix_tokens=backbone.num_prefix_tokens)
     return {**state, key: resampled}
 
-
+# %% ../nbs/03_teachers.ipynb #03-teachers-036
 def rename_by_order(
     state: dict,  # tensors under foreign names
     own: dict,  # the network's tensors
@@ -226,7 +230,7 @@ def rename_by_order(
     pairs = list(zip(own, state.values()))
     return dict(pairs) if all(own[k].shape == v.shape for k, v in pairs) else None
 
-
+# %% ../nbs/03_teachers.ipynb #03-teachers-037
 def load_pretrained(
     backbone: nn.Module,  # takes the weights
     path: str,  # .pth, .pt or .safetensors, plain tensors only
@@ -248,7 +252,7 @@ def load_pretrained(
     load_matching(backbone, state, guard)
     return f"{file.name} (sha256 {sha256_file(file)[:12]}, {guard.param_count_match_ratio:.0%} of the parameters, {how})"
 
-# %% ../nbs/03_teachers.ipynb #03-027
+# %% ../nbs/03_teachers.ipynb #03-teachers-038
 def make_backbone(
     arch: str,  # a short name, or timm's own
     weights: str = "none",  # none | auto | path of a checkpoint
@@ -266,13 +270,13 @@ def make_backbone(
     backbone = timm.create_model(name, **args)
     return backbone, "none" if weights == "none" else load_pretrained(backbone, weights, name)
 
-
+# %% ../nbs/03_teachers.ipynb #03-teachers-039
 def start_as_identity(model: nn.Module):
     "Zero the last batch norm's gain of every residual block of timm's EfficientNet and MobileNet families; its ResNets start so anyway."
     for block in model.modules():
         if getattr(block, "has_skip", False): nn.init.zeros_((block.bn3 if hasattr(block, "bn3") else block.bn2).weight)
 
-
+# %% ../nbs/03_teachers.ipynb #03-teachers-040
 class Teacher(nn.Module):
     "A timm backbone and an ArcFace head; gives evaluation logits s cos(theta)."
     def __init__(self,
@@ -295,7 +299,7 @@ class Teacher(nn.Module):
 
     def no_weight_decay(self) -> set[str]: return {f"backbone.{n}" for n in getattr(self.backbone, "no_weight_decay", set)()}
 
-# %% ../nbs/03_teachers.ipynb #03-361
+# %% ../nbs/03_teachers.ipynb #03-teachers-045
 def check_weights(
     weights: str,  # none | auto | path of a checkpoint
     data: FaceData,  # what the teacher will be taught on
@@ -308,7 +312,7 @@ def check_weights(
     if isinstance(content, dict) and "classes" in content.get("meta", {}):
         require_origin(weights, content["meta"], data.dataset_index_id, data.convention, origin, data.conventions)
 
-# %% ../nbs/03_teachers.ipynb #03-032
+# %% ../nbs/03_teachers.ipynb #03-teachers-048
 def start_from_stage_a(
     teacher: Teacher,  # of stage B
     run_dir,  # stage A's run
@@ -336,7 +340,7 @@ def start_from_stage_a(
     load_matching(teacher, state, guard)
     return guard
 
-# %% ../nbs/03_teachers.ipynb #03-035
+# %% ../nbs/03_teachers.ipynb #03-teachers-051
 def leave_out(
     data: FaceData,
     fold: int,  # 0 .. folds - 1
@@ -352,7 +356,7 @@ def leave_out(
     kept, held = (PackedFaces(data.train.cache, rows.iloc[np.sort(at)].reset_index(drop=True)) for at in parts[fold])
     return replace(data, train=kept), held
 
-
+# %% ../nbs/03_teachers.ipynb #03-teachers-052
 def export_out_of_fold(
     teacher: nn.Module,  # with its best weights
     held: PackedFaces,  # rows it was not trained on
@@ -366,7 +370,7 @@ def export_out_of_fold(
     write_csv(Path(run_dir)/"confusion_out_of_fold.csv", confusion_table(counts), index=True)
     return counts
 
-
+# %% ../nbs/03_teachers.ipynb #03-teachers-053
 def pool_out_of_fold(
     run_dirs,  # one run a fold
 ) -> np.ndarray:  # (7, 7) counts
@@ -376,7 +380,7 @@ def pool_out_of_fold(
     if len(set(ids.tolist())) < len(ids): raise GateError("two runs hold out the same rows: give one run for each fold of one seed")
     return sum(confusion(p["logits"], p["labels"]) for p in parts)
 
-# %% ../nbs/03_teachers.ipynb #03-037
+# %% ../nbs/03_teachers.ipynb #03-teachers-055
 def export_softlabels(
     teacher: nn.Module,  # with its best weights
     data: FaceData,  # the rows to be taught, and those to be judged on

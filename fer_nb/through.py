@@ -5,28 +5,30 @@
 # %% auto #0
 __all__ = ['SCORES', 'with_missed', 'compare', 'ThroughReport', 'judge_through']
 
-# %% ../nbs/05e_through.ipynb #05e-002
+# %% ../nbs/05e_through.ipynb #05e-through-002
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-# %% ../nbs/05e_through.ipynb #05e-003
-from .artifacts import ArtifactError, ThroughDetector, ThroughRow, ThroughScores, UsageError
-from .calibration import accuracy, bootstrap_intervals, confusion, labels_of, paired_interval, prf
+from .artifacts import ArtifactError, UsageError
+from .calibration import accuracy, confusion, prf
 from .deploy import Predictor
-from .framing import Through, WIDTHS, draw_sample, faces_through, row_box, row_crop, row_image
+from .framing import WIDTHS, Through, draw_sample, faces_through, row_box, row_crop, row_image
 from .geometry import prepare_face
 from .manifests import Result, load_manifest
-from .summary import through_rows
+from .records import ThroughDetector, ThroughRow, ThroughScores
+from .resampling import bootstrap_intervals, paired_interval
+from .run_report import labels_of
+from .summary_plots import through_rows
 
-# %% ../nbs/05e_through.ipynb #05e-006
+# %% ../nbs/05e_through.ipynb #05e-through-005
 def _macro_f1(z, y, temperature=1.0, weights=None):
     "Macro-F1 over the seven classes, of logits that may have an eighth column for faces that were missed."
     f1 = prf(confusion(z, y, temperature, weights)).f1[..., :7].mean(-1)
     return float(f1) if weights is None else f1
 
-
+# %% ../nbs/05e_through.ipynb #05e-through-006
 SCORES = {"accuracy": accuracy, "macro_f1": _macro_f1}
 
 
@@ -39,15 +41,15 @@ def with_missed(
     out[found, :7], out[~found, 7] = z, 0
     return out
 
-
+# %% ../nbs/05e_through.ipynb #05e-through-007
 def _scores(z, y, resamples: int, seed: int) -> ThroughScores:
     return ThroughScores(**bootstrap_intervals(SCORES, z, y, 1.0, resamples, seed))
 
-
+# %% ../nbs/05e_through.ipynb #05e-through-008
 def _change(a, b, y, resamples: int, seed: int) -> ThroughScores:
     return ThroughScores(**{k: paired_interval(m, a, b, y, resamples=resamples, seed=seed) for k, m in SCORES.items()})
 
-# %% ../nbs/05e_through.ipynb #05e-009
+# %% ../nbs/05e_through.ipynb #05e-through-011
 def compare(
     predictor: Predictor,
     rows: pd.DataFrame,  # of one source, one row a picture
@@ -66,7 +68,7 @@ def compare(
                 through_found=_scores(seen, y[found], **how), change=_change(z[found], seen, y[found], **how),
                 through_all=_scores(with_missed(seen, found), y, **how))
 
-# %% ../nbs/05e_through.ipynb #05e-011
+# %% ../nbs/05e_through.ipynb #05e-through-013
 class ThroughReport(Result):
     "A model's scores without and with detectors before it."
     def __init__(self, artifact: ThroughDetector, notes: list[str]): self.artifact, self.notes = artifact, notes
@@ -75,7 +77,7 @@ class ThroughReport(Result):
         head = f"{self.artifact.model_name} through detectors, {self.artifact.dataset_index_id}"
         return [head, *self.notes, through_rows(self.artifact)]
 
-
+# %% ../nbs/05e_through.ipynb #05e-through-014
 def judge_through(
     model,  # an .onnx, or a run's folder or best.pt; empty: the student that comes with the package
     manifest_dir,  # a frozen manifest
@@ -112,7 +114,7 @@ def judge_through(
     if out: _merge(artifact, Path(out)).save(out)
     return ThroughReport(artifact, list(dict.fromkeys(notes)))
 
-
+# %% ../nbs/05e_through.ipynb #05e-through-015
 def _merge(new: ThroughDetector, out: Path) -> ThroughDetector:
     "The new rows, and those of an earlier report on the same model and dataset that they don't replace."
     if not (out/ThroughDetector.filename).is_file(): return new

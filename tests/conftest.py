@@ -74,9 +74,9 @@ def linear_model(path, faces, labels, size=48):
 def demo_model(tmp_path_factory) -> Path:
     "A linear model of faces that Haar finds in two drawn films."
     from fer_nb.artifacts import CLASSES
+    from fer_nb.capture import SyntheticSource
     from fer_nb.detectors import Haar
     from fer_nb.geometry import Framing, Geometry, prepare_face
-    from fer_nb.realtime import SyntheticSource
     from fer_nb.synthetic import label_at
     finder, geometry, faces, labels = Haar(min_face=60), Geometry(size=48), [], []
     for seed in (7, 8):

@@ -6,11 +6,15 @@ import cv2
 import numpy as np
 import pytest
 
-from fer_nb.artifacts import ArtifactError, Box, CacheIndex
+from fer_nb.archives import decode, read_bytes
+from fer_nb.artifacts import ArtifactError, Box
 from fer_nb.framing import row_image
 from fer_nb.geometry import Crop, Framing, Geometry
-from fer_nb.images import LazyFaces, load_cache, measure_cache, pack_cache, prepare_row, row_hash
-from fer_nb.manifests import build_manifest, crop_box, decode, face_box, load_manifest, pixel_hash, read_bytes
+from fer_nb.images import load_cache, measure_cache, pack_cache, prepare_row, row_hash
+from fer_nb.likeness import crop_box, face_box, pixel_hash
+from fer_nb.loading import LazyFaces
+from fer_nb.manifests import build_manifest, load_manifest
+from fer_nb.records import CacheIndex
 from tests.conftest import ROOT
 
 CASES = ROOT.parent/"shared"/"cases"

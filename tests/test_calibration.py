@@ -15,13 +15,14 @@ from scipy.stats import binom
 from sklearn import metrics as sk
 from torchmetrics.classification import BinaryCalibrationError, MulticlassCalibrationError, MulticlassConfusionMatrix
 
+from fer_nb import adaptation, reliability, resampling, run_report, selective
 from fer_nb import calibration as cal
-from fer_nb.artifacts import (
-    CLASSES, Calibration, GateError, HashManifest, ReliabilityMetrics, SelectiveReport, UsageError, check_run_seal, seal_folder, write_npz,
-)
+from fer_nb.artifacts import CLASSES, GateError, UsageError, write_npz
+from fer_nb.leaves import check_run_seal, seal_folder
+from fer_nb.records import Calibration, HashManifest, ReliabilityMetrics, SelectiveReport
 
 GRID = [(n, k, spread, seed) for n in (1, 13, 200, 1500) for k in (2, 7) for spread in (0.1, 2.0, 8.0) for seed in (0, 1)]
-HARD = [*cal.METRICS.values(), cal.aurc, cal.excess_aurc]
+HARD = [*reliability.METRICS.values(), selective.aurc, selective.excess_aurc]
 
 
 def draw(n, k, spread, seed):
@@ -100,7 +101,7 @@ def rows(draw, min_rows=1, max_rows=30):
 @given(rows())
 def test_values_stay_in_range(data):
     z, y = data
-    for metric in (cal.ece, cal.ece_equal_mass, cal.classwise_ece, cal.accuracy, cal.macro_f1, cal.aurc, cal.excess_aurc):
+    for metric in (cal.ece, cal.ece_equal_mass, cal.classwise_ece, cal.accuracy, cal.macro_f1, selective.aurc, selective.excess_aurc):
         assert -1e-12 <= metric(z, y) <= 1 + 1e-12
     assert 0 <= cal.brier(z, y) <= 2 + 1e-12 and cal.nll(z, y) >= -1e-12
     np.testing.assert_allclose(cal.softmax(z).sum(1), 1, atol=1e-12)
@@ -236,7 +237,7 @@ def test_bootstrap_equals_a_plain_loop():
     draws = rng.integers(150, size=(200, 150))
     for metric in (cal.ece, cal.macro_f1, cal.ece_equal_mass, cal.brier):
         slow = [metric(z[d], y[d]) for d in draws]
-        got = cal.bootstrap_interval(metric, z, y, resamples=200, seed=9)
+        got = resampling.bootstrap_interval(metric, z, y, resamples=200, seed=9)
         assert [got.low, got.high] == pytest.approx(np.quantile(slow, [0.025, 0.975]).tolist(), abs=1e-9)
 
 
@@ -246,22 +247,22 @@ def test_bootstrap_covers():
     truth, inside = cal.accuracy(z, y), []
     for s in range(300):
         part = slice(200*s, 200*(s + 1))
-        got = cal.bootstrap_interval(cal.accuracy, z[part], y[part], resamples=400, seed=s)
+        got = resampling.bootstrap_interval(cal.accuracy, z[part], y[part], resamples=400, seed=s)
         inside.append(got.low <= truth <= got.high)
     assert 0.90 <= np.mean(inside) <= 0.98
 
 
 def test_chunks_do_not_change_the_number_of_resamples():
-    assert sum(len(w) for w in cal.weight_chunks(100, 1000, seed=0, entries=700)) == 1000
-    w = np.concatenate(list(cal.weight_chunks(100, 1000, seed=0, entries=700)))
+    assert sum(len(w) for w in resampling.weight_chunks(100, 1000, seed=0, entries=700)) == 1000
+    w = np.concatenate(list(resampling.weight_chunks(100, 1000, seed=0, entries=700)))
     assert (w.sum(1) == 100).all() and w.std() == pytest.approx(np.sqrt(0.99), abs=0.01)
 
 
 def test_paired_intervals_find_a_small_true_difference():
     z, y = cal.simulate_logits(2000, 2.0)
-    got = cal.paired_interval(cal.nll, z, z, y, (1.0, 2.0), resamples=300)
+    got = resampling.paired_interval(cal.nll, z, z, y, (1.0, 2.0), resamples=300)
     assert got.value == pytest.approx(cal.nll(z, y, 2) - cal.nll(z, y)) and got.high < 0
-    with pytest.raises(UsageError, match="the same rows"): cal.paired_interval(cal.nll, z, z[1:], y)
+    with pytest.raises(UsageError, match="the same rows"): resampling.paired_interval(cal.nll, z, z[1:], y)
 
 
 @pytest.mark.parametrize(("n", "c"), [(1, 0.3), (20, 0.9), (100, 0.5)])
@@ -282,7 +283,7 @@ def test_null_ece_p95_rejects_a_calibrated_model_one_time_in_twenty():
 
 def test_the_vector_is_rarely_accepted_where_one_temperature_is_the_truth():
     "Two standard errors: 0 to 0.5% of 200 draws each at n = 500, 1,000, 3,589; one standard error: 12 to 18%."
-    reports = [cal.fit_vector_temperature(*cal.simulate_logits(500, 2.5, seed=s), seed=s) for s in range(60)]
+    reports = [adaptation.fit_vector_temperature(*cal.simulate_logits(500, 2.5, seed=s), seed=s) for s in range(60)]
     assert sum(r.accepted for r in reports) <= 2
     loose = [r.cv_nll_scalar - r.cv_nll_vector > r.cv_gain_se for r in reports]
     assert sum(loose) > sum(r.accepted for r in reports)
@@ -293,7 +294,7 @@ def test_a_vector_that_is_there_is_found():
     true = np.array([1, 1.5, 2, 2.5, 3, 1.2, 1.8])
     z, y = cal.simulate_logits(3000, seed=3)
     z = (z - z.mean(1, keepdims=True))*true
-    got = cal.fit_vector_temperature(z, y)
+    got = adaptation.fit_vector_temperature(z, y)
     assert got.accepted and got.temperatures == got.fitted
     assert got.cv_nll_vector < got.cv_nll_scalar - 2*got.cv_gain_se
     centred = z - z.mean(1, keepdims=True)
@@ -301,16 +302,16 @@ def test_a_vector_that_is_there_is_found():
     assert got.macro_f1_vector == pytest.approx(sk.f1_score(y, (centred/got.fitted).argmax(1), average="macro"))
     assert got.macro_f1_scalar == pytest.approx(sk.f1_score(y, z.argmax(1), average="macro"))
     for folds in (1, 10_000):
-        with pytest.raises(UsageError, match="folds"): cal.fit_vector_temperature(z, y, folds=folds)
+        with pytest.raises(UsageError, match="folds"): adaptation.fit_vector_temperature(z, y, folds=folds)
 
 
 def test_stratified_folds_are_even_in_every_class():
     y = np.random.default_rng(0).choice(7, 503, p=[.4, .02, .1, .2, .1, .1, .08])
-    fold = cal.stratified_folds(y, 5, seed=1)
+    fold = resampling.stratified_folds(y, 5, seed=1)
     for c in range(7):
         counts = np.bincount(fold[y == c], minlength=5)
         assert counts.max() - counts.min() <= 1
-    assert (fold != cal.stratified_folds(y, 5, seed=2)).any()
+    assert (fold != resampling.stratified_folds(y, 5, seed=2)).any()
 
 
 NAMES = dict(model_name="m", dataset_index_id="d-000000000000", resamples=50)
@@ -321,7 +322,7 @@ def test_calibrate_writes_what_it_measured(tmp_path):
     zt, yt = cal.simulate_logits(700, 20, seed=2)
     votes = np.full(zt.shape, np.nan)
     votes[:300] = cal.softmax(zt[:300], 20)
-    calibration, reliability = cal.calibrate(zv, yv, zt, yt, votes=votes, **NAMES)
+    calibration, reliability = run_report.calibrate(zv, yv, zt, yt, votes=votes, **NAMES)
     assert calibration.grid_grown and not calibration.at_grid_bound and calibration.n == 800
     assert calibration.metrics["NLL"][calibration.grid.index(calibration.selected_temperature)] == min(calibration.metrics["NLL"])
     assert reliability.n == 700 and reliability.n_votes == 300 and reliability.split == "test"
@@ -333,7 +334,7 @@ def test_calibrate_writes_what_it_measured(tmp_path):
     for artifact, cls in ((calibration, Calibration), (reliability, ReliabilityMetrics)):
         artifact.save(tmp_path)
         assert cls.load(tmp_path) == artifact
-    again = cal.calibrate(zv, yv, zt, yt, votes=votes, **NAMES)
+    again = run_report.calibrate(zv, yv, zt, yt, votes=votes, **NAMES)
     assert again[1] == reliability and again[0].selected_temperature == calibration.selected_temperature
 
 
@@ -342,16 +343,16 @@ def test_the_same_rows_are_refused():
     zt, yt = cal.simulate_logits(300, 2, seed=2)
     ids, others = [f"a/{i}" for i in range(300)], [f"b/{i}" for i in range(299)] + ["a/7"]
     with pytest.raises(GateError, match="1 rows stand in validation and test, for instance a/7"):
-        cal.calibrate(zv, yv, zt, yt, val_ids=ids, test_ids=others, **NAMES)
-    with pytest.raises(GateError, match="100% of the test rows"): cal.calibrate(zv, yv, zv[::-1], yv[::-1], **NAMES)
-    with pytest.raises(UsageError, match="repeats"): cal.calibrate(zv, yv, zt, yt, val_ids=["x"]*300, **NAMES)
-    with pytest.raises(UsageError, match="2 test_ids for 300 rows"): cal.calibrate(zv, yv, zt, yt, test_ids=["x", "y"], **NAMES)
+        run_report.calibrate(zv, yv, zt, yt, val_ids=ids, test_ids=others, **NAMES)
+    with pytest.raises(GateError, match="100% of the test rows"): run_report.calibrate(zv, yv, zv[::-1], yv[::-1], **NAMES)
+    with pytest.raises(UsageError, match="repeats"): run_report.calibrate(zv, yv, zt, yt, val_ids=["x"]*300, **NAMES)
+    with pytest.raises(UsageError, match="2 test_ids for 300 rows"): run_report.calibrate(zv, yv, zt, yt, test_ids=["x", "y"], **NAMES)
 
 
 def test_cross_fitting_never_uses_a_rows_own_label():
     "Each fold's rows are divided by the temperature of the others, and scrambling a fold's own labels doesn't move it."
     z, y = cal.simulate_logits(400, 3)
-    fold, out = cal.stratified_folds(y, 5, 1337), cal.cross_fitted_logits(z, y, 5, 1337)
+    fold, out = resampling.stratified_folds(y, 5, 1337), selective.cross_fitted_logits(z, y, 5, 1337)
     temperatures = set()
     for f in range(5):
         own, others = fold == f, fold != f
@@ -359,7 +360,7 @@ def test_cross_fitting_never_uses_a_rows_own_label():
         np.testing.assert_allclose(out[own], z[own]/t, rtol=1e-9)
         temperatures.add(round(t, 9))
     assert len(temperatures) == 5
-    _, crossed = cal.calibrate(z, y, **NAMES)
+    _, crossed = run_report.calibrate(z, y, **NAMES)
     assert crossed.split == "val, cross-fitted in 5 folds"
     assert crossed.nll.value == pytest.approx(cal.nll(out, y)) and crossed.nll.value > cal.fit_temperature(z, y).nll
 
@@ -373,17 +374,17 @@ def test_cross_fitting_never_uses_a_rows_own_label():
     (lambda z, y: cal.nll(z, y, -1), "above 0"),
     (lambda z, y: cal.nll(z, y, [1, 2]), "give one number, or 7"),
     (lambda z, y: cal.soft_nll(z, z), "votes of row"),
-    (lambda z, y: cal.evaluate(z, y, votes=z[:, :3]), "votes have shape"),
-    (lambda z, y: cal.evaluate(z, y, [1.0]*7), "takes one temperature"),
-    (lambda z, y: cal.calibrate(z[:, :5], y % 5, **NAMES), "give 7, in the order"),
-    (lambda z, y: cal.accuracy_at_coverage(z, y, coverages=[0.5, 1.1]), "above 0 and up to 1"),
-    (lambda z, y: cal.conformal_threshold(z, y, miss=0), "miss 0: give a share"),
-    (lambda z, y: cal.prediction_sets(z, np.nan), "threshold nan: give a probability"),
-    (lambda z, y: cal.mcnemar(y, z, z[:-1]), "one class number for each row"),
-    (lambda z, y: cal.mcnemar(y % 6, z, z[:, :6]), "the same classes"),
-    (lambda z, y: cal.selective_report(z[:, :5], y % 5, z, y, 1.0, **NAMES), "give 7, in the order"),
-    (lambda z, y: cal.selective_report(z, y, z + 1, y, [1.0]*7, **NAMES), "takes one temperature"),
-    (lambda z, y: cal.selective_report(z, y, z + 1, y, 1.0, val_ids=["x"]*50, **NAMES), "val_ids hold repeats"),
+    (lambda z, y: reliability.evaluate(z, y, votes=z[:, :3]), "votes have shape"),
+    (lambda z, y: reliability.evaluate(z, y, [1.0]*7), "takes one temperature"),
+    (lambda z, y: run_report.calibrate(z[:, :5], y % 5, **NAMES), "give 7, in the order"),
+    (lambda z, y: selective.accuracy_at_coverage(z, y, coverages=[0.5, 1.1]), "above 0 and up to 1"),
+    (lambda z, y: selective.conformal_threshold(z, y, miss=0), "miss 0: give a share"),
+    (lambda z, y: selective.prediction_sets(z, np.nan), "threshold nan: give a probability"),
+    (lambda z, y: resampling.mcnemar(y, z, z[:-1]), "one class number for each row"),
+    (lambda z, y: resampling.mcnemar(y % 6, z, z[:, :6]), "the same classes"),
+    (lambda z, y: selective.selective_report(z[:, :5], y % 5, z, y, 1.0, **NAMES), "give 7, in the order"),
+    (lambda z, y: selective.selective_report(z, y, z + 1, y, [1.0]*7, **NAMES), "takes one temperature"),
+    (lambda z, y: selective.selective_report(z, y, z + 1, y, 1.0, val_ids=["x"]*50, **NAMES), "val_ids hold repeats"),
 ])
 def test_wrong_arguments_get_one_clear_line(call, says):
     with pytest.raises(UsageError, match=says) as e: call(*cal.simulate_logits(50))
@@ -392,14 +393,14 @@ def test_wrong_arguments_get_one_clear_line(call, says):
 
 def test_plots_draw_what_the_metrics_say():
     z, y = cal.simulate_logits(500, 2)
-    fig = cal.reliability_diagram(z, y, (1, 2), "t")
+    fig = reliability.reliability_diagram(z, y, (1, 2), "t")
     assert f"ECE {cal.ece(z, y):.4f}" in fig.axes[0].get_title() and f"ECE {cal.ece(z, y, 2):.4f}" in fig.axes[1].get_title()
     assert "n = 500" in fig.axes[0].get_title() and "null ECE" in fig.axes[0].get_title()
     counts = fig.axes[2].patches
     assert sum(b.get_height() for b in counts) == 500
-    panels = [a for a in cal.classwise_diagram(z, y).axes if a.get_title()]
+    panels = [a for a in reliability.classwise_diagram(z, y).axes if a.get_title()]
     assert len(panels) == 7 and all(name in a.get_title() for name, a in zip(CLASSES, panels))
-    texts = [t.get_text().split("\n")[0] for t in cal.confusion_plot(cal.confusion(z, y)).axes[0].texts]
+    texts = [t.get_text().split("\n")[0] for t in reliability.confusion_plot(cal.confusion(z, y)).axes[0].texts]
     assert texts == [str(v) for v in cal.confusion(z, y).ravel()]
 
 
@@ -430,11 +431,11 @@ def test_a_division_that_makes_a_tie_changes_no_prediction():
 
 def test_small_and_lopsided_sets_still_draw():
     z, y = cal.simulate_logits(5)
-    assert len(cal.reliability_diagram(z, y).axes) == 2
-    ax = cal.reliability_diagram(z, y).axes[0].figure.add_subplot()
-    cal.draw_confusion(ax, np.zeros((7, 7), int), "share")
+    assert len(reliability.reliability_diagram(z, y).axes) == 2
+    ax = reliability.reliability_diagram(z, y).axes[0].figure.add_subplot()
+    reliability.draw_confusion(ax, np.zeros((7, 7), int), "share")
     assert [t.get_text() for t in ax.texts] == ["0%"]*49
-    with pytest.raises(UsageError, match="both, count, share"): cal.draw_confusion(ax, np.eye(7), "percent")
+    with pytest.raises(UsageError, match="both, count, share"): reliability.draw_confusion(ax, np.eye(7), "percent")
 
 
 def slow_curve(z, y, t=1.0):
@@ -467,12 +468,12 @@ def tied_rows(draw):
 @given(st.one_of(rows(), tied_rows()), st.sampled_from([0.3, 1.0, 4.0]))
 def test_risk_coverage_equals_counting(data, t):
     z, y = data
-    slow, curve = slow_curve(z, y, t), cal.risk_coverage(z, y, t)
+    slow, curve = slow_curve(z, y, t), selective.risk_coverage(z, y, t)
     np.testing.assert_allclose(curve.coverage, [k/len(y) for k in range(1, len(y) + 1)], rtol=1e-12)
     np.testing.assert_allclose(curve.risk, slow, atol=1e-12)
-    assert cal.aurc(z, y, t) == pytest.approx(np.mean(slow), abs=1e-12)
-    assert cal.excess_aurc(z, y, t) == pytest.approx(np.mean(slow) - slow_best(slow[-1], len(y)), abs=1e-12)
-    at = cal.accuracy_at_coverage(z, y, t)
+    assert selective.aurc(z, y, t) == pytest.approx(np.mean(slow), abs=1e-12)
+    assert selective.excess_aurc(z, y, t) == pytest.approx(np.mean(slow) - slow_best(slow[-1], len(y)), abs=1e-12)
+    at = selective.accuracy_at_coverage(z, y, t)
     tenths = range(5, 11)
     assert list(at.values()) == pytest.approx([1 - slow[-(-k*len(y)//10) - 1] for k in tenths]) and list(at) == [str(k/10) for k in tenths]
 
@@ -483,8 +484,8 @@ def test_the_order_of_tied_rows_does_not_matter_to_the_last_bit(data, random):
     z, y = data
     order = list(range(len(y)))
     random.shuffle(order)
-    np.testing.assert_array_equal(cal.risk_coverage(z[order], y[order]).risk, cal.risk_coverage(z, y).risk)
-    for metric in (cal.aurc, cal.excess_aurc): assert metric(z[order], y[order]) == metric(z, y)
+    np.testing.assert_array_equal(selective.risk_coverage(z[order], y[order]).risk, selective.risk_coverage(z, y).risk)
+    for metric in (selective.aurc, selective.excess_aurc): assert metric(z[order], y[order]) == metric(z, y)
 
 
 @settings(deadline=None, max_examples=30)
@@ -492,7 +493,7 @@ def test_the_order_of_tied_rows_does_not_matter_to_the_last_bit(data, random):
 def test_counts_of_tied_rows_are_repeated_rows(data, more):
     z, y = data
     w = more.draw(hnp.arrays(np.int64, (2, 3, len(y)), elements=st.integers(0, 4)).filter(lambda w: w.sum(-1).all()))
-    for metric in (cal.aurc, cal.excess_aurc):
+    for metric in (selective.aurc, selective.excess_aurc):
         got = metric(z, y, weights=w)
         assert got.shape == (2, 3)
         for i in np.ndindex(2, 3):
@@ -507,14 +508,14 @@ def test_tied_rows_are_the_mean_over_their_orders():
     for _ in range(4000):
         wrong = np.concatenate([rng.permutation(y[:3]), rng.permutation(y[3:])])
         areas.append((wrong.cumsum()/np.arange(1, 9)).mean())
-    assert cal.aurc(z, y) == pytest.approx(np.mean(areas), abs=4*np.std(areas)/np.sqrt(4000))
+    assert selective.aurc(z, y) == pytest.approx(np.mean(areas), abs=4*np.std(areas)/np.sqrt(4000))
 
 
 def test_the_bootstrap_of_aurc_equals_a_plain_loop():
     z, y = cal.simulate_logits(150, 2.0)
     draws = np.random.default_rng(9).integers(150, size=(200, 150))
-    for metric in (cal.aurc, cal.excess_aurc):
-        got = cal.bootstrap_interval(metric, z, y, resamples=200, seed=9)
+    for metric in (selective.aurc, selective.excess_aurc):
+        got = resampling.bootstrap_interval(metric, z, y, resamples=200, seed=9)
         slow = [metric(z[d], y[d]) for d in draws]
         assert [got.low, got.high] == pytest.approx(np.quantile(slow, [0.025, 0.975]).tolist(), abs=1e-9)
 
@@ -525,7 +526,7 @@ def test_a_model_that_knows_when_it_errs_has_no_excess():
     confidence = np.sort(rng.uniform(0.5, 1, 500))[::-1]
     z, wrong = np.log(np.stack([confidence, 1 - confidence], 1)), np.zeros((3, 500), int)
     wrong[0, 400:], wrong[1, rng.choice(500, 100, replace=False)], wrong[2, :100] = 1, 1, 1
-    best, chance, worst = (cal.excess_aurc(z, y) for y in wrong)
+    best, chance, worst = (selective.excess_aurc(z, y) for y in wrong)
     assert best == pytest.approx(0, abs=1e-12) and 0.1 < chance < 0.3 < worst
 
 
@@ -536,9 +537,9 @@ def test_the_threshold_is_the_highest_that_enough_calibration_rows_reach(data, m
     true = cal.softmax(z, t)[np.arange(len(y)), y]
     needed = ceil((len(y) + 1)*(1000 - round(1000*miss))/1000)  # whole thousandths: no rounding
     enough = [q for q in true if (true >= q).sum() >= needed]
-    threshold = cal.conformal_threshold(z, y, t, miss)
+    threshold = selective.conformal_threshold(z, y, t, miss)
     assert threshold == max(enough, default=0.0)
-    sets = cal.prediction_sets(z, threshold, t)
+    sets = selective.prediction_sets(z, threshold, t)
     assert sets[np.arange(len(y)), z.argmax(1)].all() and (sets | (cal.softmax(z, t) < threshold)).all()
     assert sets[np.arange(len(y)), y].sum() >= min(needed, len(y))
 
@@ -546,10 +547,11 @@ def test_the_threshold_is_the_highest_that_enough_calibration_rows_reach(data, m
 @pytest.mark.parametrize(("n", "miss"), [(1, 0.1), (8, 0.1), (18, 0.05), (98, 0.01), (2, 0.3)])
 def test_too_few_rows_give_sets_of_all_classes(n, miss):
     z, y = cal.simulate_logits(500, 20)
-    threshold = cal.conformal_threshold(z[:n], y[:n], miss=miss)
-    assert threshold == 0 and cal.prediction_sets(z, threshold).all() and cal.set_coverage(z, y, threshold=threshold) == 1
+    threshold = selective.conformal_threshold(z[:n], y[:n], miss=miss)
+    assert threshold == 0 and selective.prediction_sets(z, threshold).all() and selective.set_coverage(z, y, threshold=threshold) == 1
     enough = round(1/miss) - 1 if miss != 0.3 else 3  # the first n at which ceil((n+1)(1-miss)) is at most n
-    assert enough > n and cal.conformal_threshold(z[:enough], y[:enough], miss=miss) == cal.softmax(z)[np.arange(enough), y[:enough]].min()
+    lowest = cal.softmax(z)[np.arange(enough), y[:enough]].min()
+    assert enough > n and selective.conformal_threshold(z[:enough], y[:enough], miss=miss) == lowest
 
 
 @pytest.mark.parametrize(("n", "miss"), [(99, 0.1), (99, 0.6), (45, 0.1)])
@@ -558,9 +560,9 @@ def test_coverage_is_what_was_promised(n, miss):
     z, y = cal.simulate_logits(500*(n + 100), 2.5, seed=n)
     reached, covered = [], []
     for zs, ys in zip(z.reshape(500, -1, 7), y.reshape(500, -1)):
-        threshold = cal.conformal_threshold(zs[:n], ys[:n], 2.5, miss)
+        threshold = selective.conformal_threshold(zs[:n], ys[:n], 2.5, miss)
         reached.append((cal.softmax(zs[n:], 2.5)[np.arange(100), ys[n:]] >= threshold).mean())
-        covered.append(cal.set_coverage(zs[n:], ys[n:], 2.5, threshold=threshold))
+        covered.append(selective.set_coverage(zs[n:], ys[n:], 2.5, threshold=threshold))
     promised, error = -(-(n + 1)*round(10 - 10*miss)//10)/(n + 1), np.std(reached)/np.sqrt(500)
     assert promised >= 1 - miss - 1e-12 and error < 0.004
     assert np.mean(reached) == pytest.approx(promised, abs=4*error)
@@ -573,7 +575,7 @@ def test_coverage_holds_where_the_same_rows_choose_the_temperature():
     for s in range(100):
         z, y = cal.simulate_logits(1100, 2.5, seed=s)
         t = cal.fit_temperature(z[:100], y[:100]).temperature
-        covered.append(cal.set_coverage(z[100:], y[100:], t, threshold=cal.conformal_threshold(z[:100], y[:100], t)))
+        covered.append(selective.set_coverage(z[100:], y[100:], t, threshold=selective.conformal_threshold(z[:100], y[:100], t)))
     assert np.mean(covered) == pytest.approx(91/101, abs=4*np.std(covered)/np.sqrt(100))
 
 
@@ -582,7 +584,7 @@ def test_a_poor_model_pays_with_larger_sets():
     for noise in (0, 2, 6):
         z, y = cal.simulate_logits(4000, seed=1)
         z = z + np.random.default_rng(0).normal(0, noise, z.shape)
-        sets = cal.prediction_sets(z[2000:], cal.conformal_threshold(z[:2000], y[:2000]))
+        sets = selective.prediction_sets(z[2000:], selective.conformal_threshold(z[:2000], y[:2000]))
         assert sets[np.arange(2000), y[2000:]].mean() == pytest.approx(0.9, abs=4*np.sqrt(0.09/1000))
         sizes.append(sets.sum(1).mean())
     assert sizes[0] < sizes[1] < sizes[2] < 7
@@ -596,9 +598,9 @@ def test_mcnemar_equals_the_binomial_sum(only_a, only_b, both, none):
     y, n = np.arange(len(right_a)) % 7, only_a + only_b
     za, zb = (np.eye(7)[np.where(right, y, (y + 1) % 7)] for right in (right_a, right_b))
     tail = sum(comb(n, i) for i in range(min(only_a, only_b) + 1))
-    got = cal.mcnemar(y, za, zb)
+    got = resampling.mcnemar(y, za, zb)
     assert got[:2] == (only_a, only_b) and got.p_value == pytest.approx(min(1, 2*tail/2**n), rel=1e-9)
-    assert cal.mcnemar(y, zb, za) == (only_b, only_a, got.p_value)
+    assert resampling.mcnemar(y, zb, za) == (only_b, only_a, got.p_value)
 
 
 def manifest_rows(y, name):
@@ -610,16 +612,16 @@ def manifest_rows(y, name):
 def test_a_run_leaves_a_selective_report(tmp_path):
     zv, yv = cal.simulate_logits(400, 2.5, seed=1)
     zt, yt = cal.simulate_logits(300, 2.5, seed=2)
-    got = cal.report_run(tmp_path, zv, manifest_rows(yv, "val"), zt, manifest_rows(yt, "test"), sources=["wild"], **NAMES)
+    got = run_report.report_run(tmp_path, zv, manifest_rows(yv, "val"), zt, manifest_rows(yt, "test"), sources=["wild"], **NAMES)
     assert [type(a) for a in got] == [Calibration, ReliabilityMetrics]
     left, t = SelectiveReport.load(tmp_path), got[0].selected_temperature
     assert (left.n, left.n_calibration, left.temperature, left.split, left.miss) == (300, 200, t, "test", 0.1)
-    assert left.threshold == cal.conformal_threshold(zv[1::2], yv[1::2], t)
+    assert left.threshold == selective.conformal_threshold(zv[1::2], yv[1::2], t)
     sets = cal.softmax(zt, t) >= left.threshold
     sets[np.arange(300), zt.argmax(1)] = True
     assert left.coverage.value == pytest.approx(sets[np.arange(300), yt].mean()) and left.mean_size == pytest.approx(sets.sum(1).mean())
     assert left.aurc.value == pytest.approx(np.mean(slow_curve(zt, yt, t))) and left.aurc.low < left.aurc.value < left.aurc.high
-    assert left.excess_aurc == pytest.approx(cal.excess_aurc(zt, yt, t))
+    assert left.excess_aurc == pytest.approx(selective.excess_aurc(zt, yt, t))
     assert left.accuracy_at_coverage["1.0"] == pytest.approx(got[1].accuracy.value) and list(left.by_class) == list(CLASSES)
     for c, name in enumerate(CLASSES):
         assert left.by_class[name].n == (yt == c).sum()
@@ -630,22 +632,22 @@ def test_a_run_leaves_a_selective_report(tmp_path):
 def test_sets_are_not_reported_on_the_rows_that_chose_them():
     z, y = cal.simulate_logits(300, 2)
     ids = [f"a/{i}" for i in range(300)]
-    with pytest.raises(GateError, match="100% of the test rows"): cal.selective_report(z, y, z[::-1], y[::-1], 2.0, **NAMES)
+    with pytest.raises(GateError, match="100% of the test rows"): selective.selective_report(z, y, z[::-1], y[::-1], 2.0, **NAMES)
     with pytest.raises(GateError, match="300 rows stand in validation and test"):
-        cal.selective_report(z, y, z + 1, y, 2.0, val_ids=ids, test_ids=ids, **NAMES)
+        selective.selective_report(z, y, z + 1, y, 2.0, val_ids=ids, test_ids=ids, **NAMES)
 
 
 def test_selective_plots_draw_what_the_report_says():
     (zv, yv), (zt, yt) = cal.simulate_logits(400, 2, seed=1), cal.simulate_logits(300, 2, seed=2)
-    ax = cal.risk_coverage_plot({"a": (zt, yt, 2), "b": (-zt, yt, 2)}).axes[0]
+    ax = selective.risk_coverage_plot({"a": (zt, yt, 2), "b": (-zt, yt, 2)}).axes[0]
     drawn, best = (line.get_ydata() for line in ax.lines[:2])
-    np.testing.assert_allclose(drawn, cal.risk_coverage(zt, yt, 2).risk)
+    np.testing.assert_allclose(drawn, selective.risk_coverage(zt, yt, 2).risk)
     texts = [t.get_text() for t in ax.legend_.get_texts()]
-    assert texts == [f"{name}: AURC {cal.aurc(z, yt, 2):.4f}, n = 300" for name, z in (("a", zt), ("b", -zt))]
-    assert best.mean() == pytest.approx(cal.aurc(zt, yt, 2) - cal.excess_aurc(zt, yt, 2)) and (best <= drawn + 1e-12).all()
+    assert texts == [f"{name}: AURC {selective.aurc(z, yt, 2):.4f}, n = 300" for name, z in (("a", zt), ("b", -zt))]
+    assert best.mean() == pytest.approx(selective.aurc(zt, yt, 2) - selective.excess_aurc(zt, yt, 2)) and (best <= drawn + 1e-12).all()
     no_fear = yt != 2
-    report = cal.selective_report(zv, yv, zt[no_fear], yt[no_fear], 2.0, **NAMES)
-    size, covered = cal.set_size_plot(report).axes
+    report = selective.selective_report(zv, yv, zt[no_fear], yt[no_fear], 2.0, **NAMES)
+    size, covered = selective.set_size_plot(report).axes
     np.testing.assert_allclose([b.get_width() for b in size.patches][::-1], [c.mean_size or np.nan for c in report.by_class.values()])
     np.testing.assert_allclose(covered.lines[0].get_xdata()[::-1], [np.nan if c.n == 0 else c.coverage for c in report.by_class.values()])
     assert list(covered.lines[1].get_xdata()) == [0.9, 0.9]
@@ -672,28 +674,29 @@ def test_the_bootstrap_of_pictures_equals_a_plain_loop():
     taken = [np.concatenate([rows[names[i]] for i in d]) for d in draws]
     assert len({len(t) for t in taken}) > 1  # a resample has as many pictures, not as many rows
     for metric in HARD:
-        got = cal.bootstrap_interval(metric, z, y, resamples=200, seed=9, groups=groups)
+        got = resampling.bootstrap_interval(metric, z, y, resamples=200, seed=9, groups=groups)
         slow = [metric(z[t], y[t]) for t in taken]
         assert [got.low, got.high] == pytest.approx(np.quantile(slow, [0.025, 0.975]).tolist(), abs=1e-9), metric.__name__
 
 
 def test_every_row_its_own_picture_changes_no_bit():
     z, y = cal.simulate_logits(300, 2.0)
-    assert cal.evaluate(z, y, resamples=50, groups=np.arange(300)[::-1]) == cal.evaluate(z, y, resamples=50) | {"pictures": 300}
-    w = [cal.bootstrap_weights(300, 20, np.random.default_rng(4), c) for c in (None, np.arange(300))]
+    alone = reliability.evaluate(z, y, resamples=50)
+    assert reliability.evaluate(z, y, resamples=50, groups=np.arange(300)[::-1]) == alone | {"pictures": 300}
+    w = [resampling.bootstrap_weights(300, 20, np.random.default_rng(4), c) for c in (None, np.arange(300))]
     assert np.array_equal(*w)
 
 
 @pytest.mark.parametrize("copies", [2, 3])
 def test_rows_written_down_again_are_no_evidence(copies):
     z, y = cal.simulate_logits(400, 2.0)
-    once = cal.evaluate(z, y, resamples=200)
-    again = cal.evaluate(np.tile(z, (copies, 1)), np.tile(y, copies), resamples=200, groups=np.tile(np.arange(400), copies))
-    for name in cal.METRICS:
+    once = reliability.evaluate(z, y, resamples=200)
+    again = reliability.evaluate(np.tile(z, (copies, 1)), np.tile(y, copies), resamples=200, groups=np.tile(np.arange(400), copies))
+    for name in reliability.METRICS:
         assert (again[name].low, again[name].high) == pytest.approx((once[name].low, once[name].high), abs=1e-9), name
     assert again["null_ece"] == pytest.approx(once["null_ece"], rel=0.1)
-    gain = cal.paired_interval(cal.nll, z, z, y, (1.0, 2.0), 200)
-    assert cal.paired_interval(cal.nll, *[np.tile(z, (copies, 1))]*2, np.tile(y, copies), (1.0, 2.0), 200,
+    gain = resampling.paired_interval(cal.nll, z, z, y, (1.0, 2.0), 200)
+    assert resampling.paired_interval(cal.nll, *[np.tile(z, (copies, 1))]*2, np.tile(y, copies), (1.0, 2.0), 200,
                                groups=np.tile(np.arange(400), copies)).low == pytest.approx(gain.low, abs=1e-9)
 
 
@@ -704,7 +707,7 @@ def test_intervals_by_picture_cover_and_those_by_row_do_not():
     for s in range(300):
         part, groups = slice(400*s, 400*(s + 1)), np.arange(400)//2
         for how, g in (("picture", groups), ("row", None)):
-            got = cal.bootstrap_interval(cal.accuracy, z[part], y[part], resamples=300, seed=s, groups=g)
+            got = resampling.bootstrap_interval(cal.accuracy, z[part], y[part], resamples=300, seed=s, groups=g)
             inside[how].append(got.low <= truth <= got.high)
     assert 0.90 <= np.mean(inside["picture"]) <= 0.98 and np.mean(inside["row"]) < 0.90
 
@@ -717,9 +720,9 @@ def test_mcnemar_counts_a_picture_once(rows):
     y = np.arange(len(rows)) % 7
     za, zb = (np.eye(7)[np.where(right, y, (y + 1) % 7)] for right in (right_a, right_b))
     lead = [int(right_b[groups == g].sum()) - int(right_a[groups == g].sum()) for g in set(groups.tolist())]
-    got, order = cal.mcnemar(y, za, zb, groups), np.random.default_rng(0).permutation(len(rows))
+    got, order = resampling.mcnemar(y, za, zb, groups), np.random.default_rng(0).permutation(len(rows))
     assert got[:2] == (sum(x < 0 for x in lead), sum(x > 0 for x in lead))
-    assert cal.mcnemar(y[order], za[order], zb[order], groups[order]) == got
+    assert resampling.mcnemar(y[order], za[order], zb[order], groups[order]) == got
     assert got.p_value == pytest.approx(binom_two_sided(got.only_a_right, got.only_b_right), rel=1e-9)
 
 
@@ -733,7 +736,7 @@ def test_folds_keep_pictures_whole_and_classes_even():
     groups = rng.integers(400, size=900)
     label = rng.choice(7, 400, p=[.14, .04, .13, .25, .17, .10, .17])
     y = label[groups]
-    fold = cal.stratified_folds(y, 5, 1, groups)
+    fold = resampling.stratified_folds(y, 5, 1, groups)
     assert all(len(set(fold[groups == g].tolist())) == 1 for g in set(groups.tolist()))
     firsts = np.unique(groups, return_index=True)[1]
     counts = np.array([np.bincount(fold[firsts][y[firsts] == c], minlength=5) for c in range(7)])
@@ -743,16 +746,17 @@ def test_folds_keep_pictures_whole_and_classes_even():
 def test_a_temperature_is_never_judged_by_another_row_of_its_picture():
     "Cross-fitted logits of the two rows of a picture are divided by one temperature, which neither has chosen."
     z, y, groups = twice(150)
-    fitted = cal.cross_fitted_logits(z, y, 5, seed=1, groups=groups)
+    fitted = selective.cross_fitted_logits(z, y, 5, seed=1, groups=groups)
     np.testing.assert_allclose(fitted[0::2], fitted[1::2])
-    apart = cal.cross_fitted_logits(z, y, 5, seed=1)
+    apart = selective.cross_fitted_logits(z, y, 5, seed=1)
     assert not np.allclose(apart[0::2], apart[1::2])
 
 
 @pytest.mark.parametrize("call", [
-    lambda z, y: cal.bootstrap_interval(cal.nll, z, y, groups=["a"]), lambda z, y: cal.mcnemar(y, z, z, groups=np.zeros((50, 1))),
-    lambda z, y: cal.null_ece(np.full(50, 0.5), groups=list("ab")), lambda z, y: cal.stratified_folds(y, 5, 1, groups=["a"]),
-    lambda z, y: cal.evaluate(z, y, groups=[None]*50)])
+    lambda z, y: resampling.bootstrap_interval(cal.nll, z, y, groups=["a"]),
+    lambda z, y: resampling.mcnemar(y, z, z, groups=np.zeros((50, 1))),
+    lambda z, y: cal.null_ece(np.full(50, 0.5), groups=list("ab")), lambda z, y: resampling.stratified_folds(y, 5, 1, groups=["a"]),
+    lambda z, y: reliability.evaluate(z, y, groups=[None]*50)])
 def test_bad_groups_are_refused(call):
     z, y = cal.simulate_logits(50)
     with pytest.raises(UsageError, match="groups"): call(z, y)
@@ -768,15 +772,15 @@ def test_the_chance_of_a_coverage_is_the_beta_binomial_sum(covered, m, n, miss):
     def chance(j):
         up = np.prod([k + i for i in range(j)], dtype=float)*np.prod([n + 1 - k + i for i in range(m - j)], dtype=float)
         return comb(m, j)*up/np.prod([n + 1 + i for i in range(m)], dtype=float)
-    assert cal.coverage_chance(covered, m, n, miss) == pytest.approx(sum(chance(j) for j in range(covered + 1)), rel=1e-9)
+    assert selective.coverage_chance(covered, m, n, miss) == pytest.approx(sum(chance(j) for j in range(covered + 1)), rel=1e-9)
 
 
 def test_a_promise_that_is_kept_is_rarely_called_broken():
     "Over 2,000 simulated pairs of calibration and test the p-value is small as rarely as it says, and never for more than chance."
     rng, p = np.random.default_rng(0), []
     for _ in range(2000):
-        threshold = np.sort(rng.random(200))[200 - cal.conformal_rank(200, 0.1)]
-        p.append(cal.coverage_chance(int((rng.random(300) >= threshold).sum()), 300, 200))
+        threshold = np.sort(rng.random(200))[200 - selective.conformal_rank(200, 0.1)]
+        p.append(selective.coverage_chance(int((rng.random(300) >= threshold).sum()), 300, 200))
     for level in (0.01, 0.05, 0.2): assert np.mean(np.array(p) < level) <= level + 3*np.sqrt(level*(1 - level)/2000)
     assert 0.03 <= np.mean(np.array(p) < 0.05) <= 0.07
 
@@ -787,8 +791,9 @@ def test_class_conditional_sets_keep_their_promise_to_each_class():
     for s in range(60):
         z, y = cal.simulate_logits(3000, 1.0, seed=s)
         z = z - 2.0*(np.arange(7) == 2)
-        for how, q in (("one", cal.conformal_threshold(z[:1500], y[:1500])), ("each", cal.conformal_thresholds(z[:1500], y[:1500]))):
-            sets = cal.prediction_sets(z[1500:], q)
+        rules = {"one": selective.conformal_threshold, "each": selective.conformal_thresholds}
+        for how, q in ((k, rule(z[:1500], y[:1500])) for k, rule in rules.items()):
+            sets = selective.prediction_sets(z[1500:], q)
             inside, later = sets[np.arange(1500), y[1500:]], y[1500:]
             covered[how].append([inside[later == c].mean() for c in range(7)] + [inside.mean()])
     one, each = (np.mean(covered[k], 0) for k in ("one", "each"))
@@ -812,19 +817,19 @@ def mixed_conventions(n=600, seed=1):
 def test_a_run_promises_for_its_own_convention_alone(tmp_path):
     "The fault: threshold from one convention, coverage counted over two, so that a kept promise of 90% looked like 77%."
     data = mixed_conventions()
-    cal.report_run(tmp_path, *data, sources=["ours"], convention="ours", **NAMES)
+    run_report.report_run(tmp_path, *data, sources=["ours"], convention="ours", **NAMES)
     s = SelectiveReport.load(tmp_path)
     assert (s.convention, s.calibrated_on, s.n, s.pictures, s.sources) == ("ours", "ours", 600, 600, ["ours"])
     assert s.promise.kept and s.promise.pictures == 600 and s.promise.calibration_pictures == s.n_calibration == 600
     assert s.coverage.value == pytest.approx(0.9, abs=0.04)
     other, = s.others
     assert (other.convention, other.n, other.promise) == ("theirs", 600, None) and other.coverage.high < 0.8
-    assert s.accuracy_at_coverage["1.0"] == pytest.approx(cal.accuracy(data[2][:600], cal.labels_of(data[3][:600])))
+    assert s.accuracy_at_coverage["1.0"] == pytest.approx(cal.accuracy(data[2][:600], run_report.labels_of(data[3][:600])))
 
 
 def test_a_run_keeps_which_rows_show_one_picture(tmp_path):
     zv, val, zt, test = mixed_conventions()
-    _, metrics = cal.report_run(tmp_path, zv, val, zt, test, **NAMES)
+    _, metrics = run_report.report_run(tmp_path, zv, val, zt, test, **NAMES)
     z = np.load(tmp_path/"evaluation.npz")
     assert (z["test_groups"][:600] == z["test_groups"][600:]).all() and not set(z["val_groups"]) & set(z["test_groups"])
     assert (metrics.n, metrics.pictures) == (1200, 600)
@@ -834,10 +839,10 @@ def test_a_run_keeps_which_rows_show_one_picture(tmp_path):
 
 def test_class_thresholds_travel_with_the_report(tmp_path):
     data = mixed_conventions()
-    cal.report_run(tmp_path, *data, sources=["ours"], convention="ours", class_conditional=True, **NAMES)
+    run_report.report_run(tmp_path, *data, sources=["ours"], convention="ours", class_conditional=True, **NAMES)
     s, first = SelectiveReport.load(tmp_path), data[0][:600]
     t = Calibration.load(tmp_path).selected_temperature
-    assert s.class_thresholds == pytest.approx(cal.conformal_thresholds(first, cal.labels_of(data[1][:600]), t).tolist())
+    assert s.class_thresholds == pytest.approx(selective.conformal_thresholds(first, run_report.labels_of(data[1][:600]), t).tolist())
     assert s.promise.p_value == pytest.approx(min(1, 7*min(c.p_value for c in s.by_class.values())))
     assert s.mean_size > 1 and all(c.p_value is None for c in s.others[0].by_class.values())
 
@@ -845,8 +850,8 @@ def test_class_thresholds_travel_with_the_report(tmp_path):
 def test_a_picture_in_several_calibration_rows_chooses_once():
     z, y = cal.simulate_logits(300, 2.5, seed=1)
     many = np.repeat(np.arange(300), np.random.default_rng(0).integers(1, 5, 300))
-    rule = cal.set_rule(z[many], y[many], 2.5, groups=many)
-    assert rule.threshold == cal.conformal_threshold(z, y, 2.5) and rule.n == 300
+    rule = selective.set_rule(z[many], y[many], 2.5, groups=many)
+    assert rule.threshold == selective.conformal_threshold(z, y, 2.5) and rule.n == 300
     assert rule.pictures.tolist() == np.bincount(y, minlength=7).tolist()
 
 
@@ -866,7 +871,7 @@ def old_run(tmp_path):
     "A sealed run as they were before pictures and conventions, and the rows of its manifest."
     zv, val, zt, test = mixed_conventions()
     plain = [r.drop(columns=["group", "convention"]) for r in (val, test)]
-    cal.report_run(tmp_path, zv, plain[0], zt, plain[1], sources=["ours"], **NAMES)
+    run_report.report_run(tmp_path, zv, plain[0], zt, plain[1], sources=["ours"], **NAMES)
     (tmp_path/"best.pt").write_bytes(b"weights")
     seal_folder(tmp_path, NAMES["dataset_index_id"])
     return tmp_path, pd.concat([val, test], ignore_index=True), (zv, val, zt, test)
@@ -877,9 +882,9 @@ def test_an_old_run_counted_again_is_a_new_one(old_run, tmp_path_factory, small)
     folder, manifest, data = old_run
     before, old_threshold = HashManifest.load(folder), SelectiveReport.load(folder).threshold
     if small: small_copy(folder)
-    cal.recount_run(folder, manifest)
+    run_report.recount_run(folder, manifest)
     fresh = tmp_path_factory.mktemp("fresh")
-    cal.report_run(fresh, *data, sources=["ours"], convention="ours", **NAMES)
+    run_report.report_run(fresh, *data, sources=["ours"], convention="ours", **NAMES)
     got, want = ReliabilityMetrics.load(folder), ReliabilityMetrics.load(fresh)
     for k in ("accuracy", "macro_f1", "nll", "ece"):
         assert getattr(got, k).value == pytest.approx(getattr(want, k).value, abs=1e-12)  # from the table by source, in full precision
@@ -891,7 +896,8 @@ def test_an_old_run_counted_again_is_a_new_one(old_run, tmp_path_factory, small)
     assert check_run_seal(folder) == small and ("half precision" in got.recomputed) == small
     assert seal.rewritten["selective.json"] == before.files["selective.json"] != seal.files["selective.json"]
     assert seal.files["best.pt"] == before.files["best.pt"]
-    assert cal.recount_run(folder, manifest) and HashManifest.load(folder).rewritten == seal.rewritten  # the run's own stay on record
+    assert run_report.recount_run(folder, manifest)
+    assert HashManifest.load(folder).rewritten == seal.rewritten  # the run's own stay on record
 
 
 @pytest.mark.parametrize(("spoil", "says"), [
@@ -908,5 +914,5 @@ def test_what_does_not_fit_is_not_counted_again(old_run, spoil, says):
         case "seal": (folder/"calibration.json").write_text((folder/"calibration.json").read_text() + "\n")
         case "val": manifest = manifest[(manifest["split"] == "test") | (manifest.index % 2 == 0)]
     kept = (folder/"selective.json").read_bytes()
-    with pytest.raises(GateError, match=says): cal.recount_run(folder, manifest)
+    with pytest.raises(GateError, match=says): run_report.recount_run(folder, manifest)
     assert (folder/"selective.json").read_bytes() == kept

@@ -10,8 +10,8 @@ import pandas as pd
 import pytest
 import yaml
 
-from fer_nb.artifacts import inventory
-from fer_nb.integrity import ENSEMBLE_FILES, TRAINING_FILES, gates
+from fer_nb.gates import ENSEMBLE_FILES, TRAINING_FILES, gates
+from fer_nb.leaves import inventory
 from tests.conftest import ROOT
 
 STUDIO = {"train_source": "synthetic_studio", "epochs": 2}

@@ -12,23 +12,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics as sk
 
-from fer_nb import ensembles, students, summary, training
-from fer_nb.artifacts import (
-    CLASSES, AlignmentReport, Calibration, DatasetIndex, EnsembleConfig, EnsembleMetrics, GateError, LeakageReport, ReliabilityMetrics,
-    RunArgs, SelectiveReport, UsageError, seal_folder,
-)
-from fer_nb.calibration import labels_of, report_run
+from fer_nb import arms, callbacks, distillation, ensembles, members, run_report, students, summary, training
+from fer_nb.artifacts import CLASSES, GateError, UsageError
+from fer_nb.audit import TIE_ORDER, answers, audit_manifest, convention_agreement, perfect_score, validate_manifest
+from fer_nb.callbacks import save_checkpoint
 from fer_nb.cli import main
+from fer_nb.evidence import AlignmentReport, EnsembleConfig, EnsembleMetrics
+from fer_nb.gates import gates
 from fer_nb.geometry import Geometry
 from fer_nb.images import pack_cache
-from fer_nb.integrity import VIEWS, Softlabels, gates, load_softlabels, own_test_rows, run_convention, save_softlabels
-from fer_nb.manifests import (
-    ADAPTERS, TIE_ORDER, Manifest, answers, audit_manifest, build_manifest, convention_agreement, load_manifest, perfect_score,
-    validate_manifest,
-)
+from fer_nb.integrity import VIEWS, Softlabels, load_softlabels, own_test_rows, run_convention, save_softlabels
+from fer_nb.leaves import seal_folder
+from fer_nb.manifests import Manifest, build_manifest, load_manifest
+from fer_nb.records import Calibration, DatasetIndex, LeakageReport, ReliabilityMetrics, RunArgs, SelectiveReport
+from fer_nb.run_report import labels_of, report_run
 from fer_nb.runs import chain_config, complete_profile, load_profile, run_profile
+from fer_nb.sources import ADAPTERS
 from fer_nb.synthetic import write_dataset
-from fer_nb.training import save_checkpoint
 from tests.conftest import ROOT
 
 KINDS = {"fer2013_folder": "fer2013", "fer2013_csv": "fer2013", "ferplus": "ferplus", "rafdb_basic": "rafdb", "rafml": "rafdb",
@@ -196,7 +196,7 @@ def test_what_no_test_row_can_judge_is_refused_before_it_is_trained(folders, tmp
     df.loc[(df.convention == "wild") & (df.split == "test"), "convention"] = "synthetic"
     rows = Manifest(df, manifest.index).splits(convention="wild")
     with pytest.raises(UsageError, match="none of .* test rows has the labels of 'wild': they have those of synthetic"):
-        training.own_rows(rows["test"], "wild")
+        run_report.own_rows(rows["test"], "wild")
 
 
 def make_run(folder, folders, convention, arch="RN18", seed=0, stage="teacher", told=True, **parameters):
@@ -241,10 +241,10 @@ def test_soft_labels_of_another_convention_teach_nobody(folders, tmp_path):
     data = training.open_data(*folders, convention="wild")
     own, other = (make_run(tmp_path/c, folders, c)/"softlabels" for c in ("wild", "synthetic"))
     assert load_softlabels(own).convention == "wild"
-    report, soft = students.open_supervision(own, "fused", data)
+    report, soft = distillation.open_supervision(own, "fused", data)
     assert report.passed and report.convention == "wild" and report.convention_match and soft is not None
     for folder in (other, make_run(tmp_path/"old", folders, "synthetic", told=False)/"softlabels"):
-        report, soft = students.open_supervision(folder, "fused", data)
+        report, soft = distillation.open_supervision(folder, "fused", data)
         assert not report.passed and not report.convention_match and soft is None
         assert any("its teacher learned the labels of synthetic, and the rows to be taught carry those of wild" in n for n in report.notes)
     report.save(tmp_path)
@@ -281,7 +281,7 @@ def test_an_ensemble_of_one_convention_says_which(folders, teachers, tmp_path):
     assert (metrics.convention, metrics.n, set(metrics.ensemble.by_source)) == ("wild", own, {"synthetic_wild"})
     assert ReliabilityMetrics.load(out).n == own and "by the labels of wild" in str(found)
     data = training.open_data(*folders, convention="synthetic")
-    report, _ = students.open_supervision(out/"softlabels", "fused", data)
+    report, _ = distillation.open_supervision(out/"softlabels", "fused", data)
     assert not report.convention_match
 
 
@@ -290,7 +290,7 @@ def test_a_member_that_says_nothing_is_refused_where_there_is_a_choice(folders, 
     args = RunArgs.load(mute)
     RunArgs(stage="teacher", parameters={k: v for k, v in args.parameters.items() if k != "convention"}).save(mute)
     Calibration.load(mute).model_copy(update={"convention": None, "sources": []}).save(mute)
-    gate = ensembles.check_members([teachers/"RN18_wild", mute], folders[0])
+    gate = members.check_members([teachers/"RN18_wild", mute], folders[0])
     assert [m.passed for m in gate.members] == [True, False] and "nothing says whose labels it learned" in gate.members[1].reasons[0]
 
 
@@ -300,9 +300,9 @@ def test_a_member_that_says_nothing_is_refused_where_there_is_a_choice(folders, 
 def student(folders, tmp_path_factory):
     "An untrained student that says it learned the labels of wild."
     folder, data = tmp_path_factory.mktemp("student")/"ce", training.open_data(*folders, convention="wild")
-    training.seed_everything(3)
-    model = students.make_student()
-    meta = {"classes": list(CLASSES), "backbone": students.STUDENT_BACKBONE, "head": "linear", "geometry": data.geometry.to_dict(),
+    callbacks.seed_everything(3)
+    model = distillation.make_student()
+    meta = {"classes": list(CLASSES), "backbone": distillation.STUDENT_BACKBONE, "head": "linear", "geometry": data.geometry.to_dict(),
             "dataset_index_id": data.dataset_index_id, "convention": "wild", "epoch": 0}
     save_checkpoint(folder/"best.pt", model=model.state_dict(), meta=meta)
     rows, rng = (data.val.rows, data.test.rows), np.random.default_rng(0)
@@ -353,7 +353,7 @@ def test_the_student_that_ships_says_whose_labels_it_learned():
 def test_a_checkpoint_of_before_takes_its_convention_from_its_run(student, tmp_path):
     from fer_nb.deploy import Predictor
     old = Path(shutil.copytree(student, tmp_path/"ce"))
-    ckpt = training.load_checkpoint(old/"best.pt")
+    ckpt = callbacks.load_checkpoint(old/"best.pt")
     save_checkpoint(old/"best.pt", model=ckpt["model"], meta={k: v for k, v in ckpt["meta"].items() if k != "convention"})
     Calibration.load(old).model_copy(update={"convention": None, "sources": ["ferplus"]}).save(old)
     seal_folder(old, ckpt["meta"]["dataset_index_id"])
@@ -377,8 +377,8 @@ def test_the_summary_ranks_no_student_of_another_convention(folders, tmp_path):
     table = pd.read_csv(tmp_path/"out"/summary.RESULTS)
     assert list(table.groupby("convention").n.unique().map(list).items()) == [(c, [test[c]]) for c in ("synthetic", "wild")]
     assert "by the labels of wild" in str(found) and "by the labels of synthetic" in str(found)
-    with pytest.raises(UsageError, match="students of 2 label conventions, which no table can rank"): summary.find_students(tmp_path/"s")
-    assert len(summary.find_students(tmp_path/"s", "wild")) == 2
+    with pytest.raises(UsageError, match="students of 2 label conventions, which no table can rank"): arms.find_students(tmp_path/"s")
+    assert len(arms.find_students(tmp_path/"s", "wild")) == 2
 
 
 def test_the_report_of_older_runs_has_a_table_for_each_convention():
@@ -476,10 +476,10 @@ def test_real_teachers_of_before_are_told_apart(real, real_data):
     folder = real_data.parent/"models"/"teachers"
     dirs = [folder/f"LITE0_{c}" for c in ("fer2013", "ferplus")]
     if not all(d.is_dir() for d in dirs): pytest.skip("the teachers are not at hand")
-    assert ensembles.learned_by(dirs, real) == ["fer2013", "ferplus"]
-    alone, both = ensembles.check_members(dirs[:1], real), ensembles.check_members(dirs, real)
+    assert members.learned_by(dirs, real) == ["fer2013", "ferplus"]
+    alone, both = members.check_members(dirs[:1], real), members.check_members(dirs, real)
     assert alone.passed and alone.convention == "fer2013"  # its softlabels still belong to the rows
-    with pytest.raises(GateError, match="learned the labels of ferplus, and the others those of fer2013"): ensembles.require_members(both)
+    with pytest.raises(GateError, match="learned the labels of ferplus, and the others those of fer2013"): members.require_members(both)
 
 
 def test_sets_promise_nothing_for_sources_that_did_not_choose_their_threshold(tmp_path):

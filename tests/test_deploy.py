@@ -18,14 +18,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from fer_nb import deploy
-from fer_nb.artifacts import CLASSES, ArtifactError, Calibration, FerError, GateError, UsageError, seal_folder, sha256_file
+from fer_nb import deploy, geometry
+from fer_nb.artifacts import CLASSES, ArtifactError, FerError, GateError, UsageError, sha256_file
 from fer_nb.calibration import softmax
-from fer_nb.deploy import Predictor, probabilities, prepared, read_class_values, write_class_values
+from fer_nb.callbacks import save_checkpoint
+from fer_nb.deploy import Predictor, prepared, probabilities, read_class_values, write_class_values
+from fer_nb.distillation import STUDENT_BACKBONE, make_student
 from fer_nb.geometry import Crop, Framing, Geometry, Sight, normalise, prepare_face
-from fer_nb.students import STUDENT_BACKBONE, make_student
+from fer_nb.leaves import seal_folder
+from fer_nb.records import Calibration
 from fer_nb.synthetic import render_faces
-from fer_nb.training import save_checkpoint
 from tests.conftest import ROOT, picture
 
 GEOMETRY = Geometry(size=48, mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3))
@@ -424,7 +426,7 @@ def test_the_standalone_example_as_a_command(exported, copy_of, tmp_path):
         assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("interpolation", deploy.Geometry.model_fields["interpolation"].annotation.__args__)
+@pytest.mark.parametrize("interpolation", geometry.Geometry.model_fields["interpolation"].annotation.__args__)
 def test_the_standalone_example_prepares_as_the_library_does(interpolation):
     model = runpy.run_path(str(STANDALONE))["Model"]
     geometry = Geometry(size=48, interpolation=interpolation)

@@ -34,7 +34,7 @@ from fer_nb.detectors import (
     tidy,
 )
 from fer_nb.geometry import eye_angle
-from fer_nb.synthetic import framed_face
+from fer_nb.painting import framed_face
 from tests.conftest import model_paths, picture
 
 

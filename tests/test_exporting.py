@@ -14,19 +14,32 @@ import torch
 from onnx import TensorProto, numpy_helper
 from sklearn.metrics import f1_score, precision_recall_fscore_support
 
-from fer_nb import exporting
-from fer_nb.artifacts import CLASSES, ArtifactError, FerError, GateError, RunArgs, UsageError, sha256_file
-from fer_nb.calibration import labels_of, report_run, softmax
+from fer_nb import artifacts, exporting
+from fer_nb.artifacts import CLASSES, ArtifactError, FerError, GateError, UsageError, sha256_file
+from fer_nb.calibration import softmax
+from fer_nb.callbacks import save_checkpoint
 from fer_nb.deploy import Predictor, prepared
+from fer_nb.evidence import ExportReport, OnnxParity
 from fer_nb.exporting import (
-    ExportReport, OnnxParity, answers, bench, check_parity, compare_accuracy, compare_logits, export_checkpoint, export_model,
-    file_precision, interleaved, measure_latency, open_run, packed_faces, plain_export, require_parity, save_checked, ship, told_latency,
+    check_parity,
+    compare_logits,
+    export_checkpoint,
+    export_model,
+    file_precision,
+    open_run,
+    packed_faces,
+    require_parity,
+    save_checked,
     torch_logits,
 )
 from fer_nb.geometry import Geometry
+from fer_nb.latency import answers, bench, compare_accuracy, interleaved, measure_latency, plain_export
 from fer_nb.manifests import load_manifest
+from fer_nb.records import RunArgs
+from fer_nb.run_report import labels_of, report_run
+from fer_nb.shipping import ship, told_latency
 from fer_nb.teachers import Teacher
-from fer_nb.training import embedded_data, save_checkpoint
+from fer_nb.training import embedded_data
 from tests.test_deploy import GEOMETRY, calibration, faces, one_line, run_dir  # noqa: F401
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of torch's exporter about itself
@@ -111,7 +124,7 @@ def test_report(exported, run_dir):  # noqa: F811
     report = ExportReport.load(exported)
     assert report.precision == ["fp32", "fp16", "int8"] and report.files["int8"].calibration_faces == 64
     assert report.checkpoint_hash == Predictor(run_dir / "best.pt").checkpoint_sha256 and report.input_shape == ["batch", 3, 48, 48]
-    for f in report.files.values(): assert exporting.sha256_file(exported / f.file) == f.sha256
+    for f in report.files.values(): assert artifacts.sha256_file(exported / f.file) == f.sha256
 
 
 def test_exporting_twice_gives_the_same_bytes_and_replaces_what_was_there(run_dir, copied):  # noqa: F811

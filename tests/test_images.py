@@ -19,24 +19,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fer_nb import images
-from fer_nb.artifacts import CLASSES, ArtifactError, Box, CacheIndex, FerError, GateError, UsageError, sha256_bytes
+from fer_nb import augment, images
+from fer_nb.artifacts import CLASSES, ArtifactError, Box, FerError, GateError, UsageError, sha256_bytes
+from fer_nb.augment import Augment, augment_faces, batch_generator, draw_augment
 from fer_nb.geometry import Geometry, normalise, prepare_face, prepare_pixels
-from fer_nb.images import (
-    Augment,
-    FaceBatches,
-    LazyFaces,
-    PackedFaces,
-    augment_faces,
-    batch_generator,
-    draw_augment,
-    epoch_order,
-    eval_loader,
-    load_cache,
-    make_loaders,
-    normalise_unit,
-    unit_batch,
-)
+from fer_nb.images import load_cache, normalise_unit, unit_batch
+from fer_nb.loading import FaceBatches, LazyFaces, PackedFaces, epoch_order, eval_loader, make_loaders
+from fer_nb.records import CacheIndex
 from tests.conftest import picture
 
 G = Geometry(size=32)
@@ -230,7 +219,7 @@ def test_each_sample_is_augmented_by_itself():
     params = draw_augment(Augment(erase=0.7), 12, batch_generator(1, 2, 3))
     whole = augment_faces(x.clone(), params)
     for i in range(12):
-        alone = augment_faces(x[i:i + 1].clone(), images.AugmentParams(*(p[i:i + 1] for p in params)))
+        alone = augment_faces(x[i:i + 1].clone(), augment.AugmentParams(*(p[i:i + 1] for p in params)))
         assert torch.equal(alone[0], whole[i])
 
 
@@ -245,9 +234,9 @@ def test_grey_and_rgb_batches_give_the_same_pixels():
 def test_the_warp_is_the_affine_map_that_opencv_makes(angle, zoom, dx, dy):
     face = cv2.GaussianBlur(picture(7, 64), (0, 0), 2)
     u = torch.tensor([[angle / 90, (zoom - 1) / 0.5, dx / 64, dy / 64]])
-    theta = images._thetas(Augment(rotate=90, scale=0.5, translate=1), u)
+    theta = augment._thetas(Augment(rotate=90, scale=0.5, translate=1), u)
     still = [torch.zeros(1, dtype=torch.long), theta, torch.ones(1), torch.zeros(1), torch.zeros(1, 4), torch.zeros(1)]
-    got = augment_faces(unit_batch(torch.from_numpy(face)[None]), images.AugmentParams(*still))[0, 0].numpy() * 255
+    got = augment_faces(unit_batch(torch.from_numpy(face)[None]), augment.AugmentParams(*still))[0, 0].numpy() * 255
     t = theta[0].double().numpy()
     at = t[:, :2] @ (np.array([[1], [1]]) - 64) / 64 + t[:, 2:]  # the grid's first pixel, in -1..1
     inverse = np.hstack([t[:, :2], (at * 64 + 63) / 2])  # from output to input pixels, whole numbers at pixel centres

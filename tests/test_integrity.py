@@ -5,14 +5,37 @@ import numpy as np
 import pytest
 
 from fer_nb.artifacts import (
-    CLASSES, OTHER_NAMES, AlignmentReport, Artifact, ArtifactError, Calibration, ClassOrder, GateError, artifact_models, atomic_path,
-    check_seal, class_order_hash, inventory, read_json, reseal, seal_folder, sha256_file, write_json, write_npz,
+    CLASSES,
+    Artifact,
+    ArtifactError,
+    GateError,
+    atomic_path,
+    class_order_hash,
+    read_json,
+    sha256_file,
+    write_json,
+    write_npz,
 )
-from fer_nb.calibration import calibrate, conformal_threshold, prediction_sets, selective_report, simulate_logits
+from fer_nb.calibration import simulate_logits
+from fer_nb.evidence import AlignmentReport
+from fer_nb.gates import gates
 from fer_nb.integrity import (
-    VIEWS, Softlabels, backbone_guard, check_alignment, environment, gates, load_softlabels, require_alignment, require_backbone,
-    save_softlabels, smoke_verdict, write_provenance,
+    VIEWS,
+    Softlabels,
+    backbone_guard,
+    check_alignment,
+    environment,
+    load_softlabels,
+    require_alignment,
+    require_backbone,
+    save_softlabels,
+    smoke_verdict,
+    write_provenance,
 )
+from fer_nb.leaves import OTHER_NAMES, artifact_models, check_seal, inventory, reseal, seal_folder
+from fer_nb.records import Calibration, ClassOrder
+from fer_nb.run_report import calibrate
+from fer_nb.selective import conformal_threshold, prediction_sets, selective_report
 
 N, INDEX = 12, "test-0123456789ab"
 

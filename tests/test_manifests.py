@@ -12,27 +12,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fer_nb.artifacts import CLASSES, ArtifactError, FerError, GateError, LeakageReport, ManifestValidation, UsageError, seal_folder
-from fer_nb.manifests import (
-    ADAPTERS,
-    VIEWS,
-    assign_splits,
-    audit_manifest,
-    build_manifest,
-    coefficients,
-    dataset_fingerprint,
-    decode,
-    ferplus_label,
-    find_groups,
-    fingerprint,
-    hamming_pairs,
-    load_manifest,
-    perceptual_hashes,
-    pixel_hash,
-    read_bytes,
-    read_source,
-    validate_manifest,
-)
+from fer_nb.archives import decode, read_bytes
+from fer_nb.artifacts import CLASSES, ArtifactError, FerError, GateError, UsageError
+from fer_nb.audit import audit_manifest, validate_manifest
+from fer_nb.leaves import seal_folder
+from fer_nb.likeness import coefficients, find_groups, fingerprint, hamming_pairs, perceptual_hashes, pixel_hash
+from fer_nb.manifests import VIEWS, assign_splits, build_manifest, dataset_fingerprint, load_manifest
+from fer_nb.records import LeakageReport, ManifestValidation
+from fer_nb.sources import ADAPTERS, ferplus_label, read_source
 
 QUICK = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

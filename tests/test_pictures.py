@@ -12,7 +12,7 @@ import pytest
 from fer_nb import cli
 from fer_nb.artifacts import CLASSES
 from fer_nb.deploy import SHIPPED, Predictor
-from fer_nb.synthetic import framed_face
+from fer_nb.painting import framed_face
 from tests.conftest import ROOT, model_paths
 
 

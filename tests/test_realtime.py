@@ -16,14 +16,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fer_nb import cli, realtime
-from fer_nb.artifacts import CLASSES, Box, FerError, GateError, SessionInfo, UsageError
+from fer_nb import capture, cli, deploy, realtime
+from fer_nb.artifacts import CLASSES, Box, FerError, GateError, UsageError
+from fer_nb.capture import CameraSource, SourceLost, SyntheticSource, open_source
 from fer_nb.detectors import Detection, Haar, YuNet
-from fer_nb.realtime import (
-    BAR, LINE, NO_FACE, PROBS, UNSTABLE, CameraSource, Pipeline, Player, SourceLost, Stabilizer, SyntheticSource, Timeline,
-    bar_class_at, draw, open_pipeline, open_source, run_demo,
-)
-from fer_nb.scoring import replay, score_session
+from fer_nb.evidence import SessionInfo
+from fer_nb.realtime import Pipeline, open_pipeline
+from fer_nb.scoring import score_session
+from fer_nb.sessions import PROBS, Timeline
+from fer_nb.stabiliser import NO_FACE, UNSTABLE, Stabilizer
+from fer_nb.tuning import replay
+from fer_nb.window import BAR, LINE, Player, bar_class_at, draw, run_demo
 from tests.conftest import model_paths
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -562,7 +565,7 @@ def test_pictures_are_kept_only_when_asked_for_twice(demo_model, tmp_path):
 
 
 def test_a_click_hits_the_label_that_is_drawn_there(demo_model):
-    p = Pipeline(SyntheticSource(1, 20), Finder(), realtime.Predictor(demo_model))
+    p = Pipeline(SyntheticSource(1, 20), Finder(), deploy.Predictor(demo_model))
     view = draw(p.step(), p)
     h, w = view.shape[:2]
     hits = [bar_class_at(round((k + 0.5)*w/8), h - LINE - BAR//2, w, h) for k in range(8)]
@@ -707,7 +710,7 @@ class Stamped:
 def test_time_runs_forwards_whatever_a_container_says(stamps, data):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(realtime, "_capture", type("Reader", (Stamped,), {"stamps": stamps}))
-        source = realtime.VideoSource("film.mp4")
+        source = capture.VideoSource("film.mp4")
         frames = [(f.index, f.time_sec) for f in iter(source.read, None)]
         times = [t for _, t in frames]
         assert len(frames) == len(stamps) and times[0] == 0 and all(a < b for a, b in zip(times, times[1:], strict=False))
@@ -726,7 +729,7 @@ def test_pictures_of_a_folder_come_by_their_numbers(tmp_path):
 
 
 def test_a_senders_clock_never_runs_backwards():
-    source, out = realtime.PushedSource(), []
+    source, out = capture.PushedSource(), []
     for t in (5.0, 5.1, 4.0, 5.2):
         source.push(np.zeros((8, 8, 3), np.uint8), t)
         out.append(source.read().time_sec)

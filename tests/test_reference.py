@@ -8,14 +8,15 @@ import pandas as pd
 import pytest
 from sklearn.metrics import precision_recall_fscore_support
 
+from fer_nb import arms, ensembles, reliability, resampling, run_report, selective, summary
 from fer_nb import calibration as cal
-from fer_nb import ensembles, summary
-from fer_nb.artifacts import (
-    CLASSES, Calibration, EnsembleConfig, EnsembleMetrics, HashManifest, ReliabilityMetrics, SelectiveReport, check_run_seal, read_npz,
-    sha256_file,
-)
+from fer_nb.artifacts import CLASSES, read_npz, sha256_file
 from fer_nb.deploy import Predictor, prepared
-from fer_nb.integrity import gates, own_test_rows, run_convention
+from fer_nb.evidence import EnsembleConfig, EnsembleMetrics
+from fer_nb.gates import gates
+from fer_nb.integrity import own_test_rows, run_convention
+from fer_nb.leaves import check_run_seal
+from fer_nb.records import Calibration, HashManifest, ReliabilityMetrics, SelectiveReport
 from tests.conftest import ROOT
 
 REFERENCE = ROOT/"runs"/"reference"/"fer2013"
@@ -42,7 +43,7 @@ def rows_of(first: str) -> list[str]:
 def answers(folder):
     "Logits, labels, pictures and sources of all kept test rows, and which of them judge."
     z = read_npz(folder/"evaluation.npz", ["test_ids", "test_logits", "test_labels"])
-    groups = cal.kept_groups(folder, z["test_ids"], Calibration.load(folder).dataset_index_id)
+    groups = run_report.kept_groups(folder, z["test_ids"], Calibration.load(folder).dataset_index_id)
     sources = np.array([i.split("/")[0] for i in z["test_ids"].tolist()])
     return z["test_logits"].astype(float), z["test_labels"].astype(int), groups, sources, own_test_rows(folder, z)
 
@@ -55,7 +56,7 @@ def shown(interval) -> str: return f"{interval.value:.3f} [{interval.low:.3f}, {
 
 def test_the_kept_index_names_the_pictures(real_data):
     "400 pictures of the test rows, read from the zips: the rows of one picture look alike, and those of two don't."
-    z = read_npz(REFERENCE/"manifests"/cal.ROW_GROUPS, ["ids", "groups", "dataset_index_id"])
+    z = read_npz(REFERENCE/"manifests"/run_report.ROW_GROUPS, ["ids", "groups", "dataset_index_id"])
     tested = set(read_npz(RUNS[0]/"evaluation.npz")["test_ids"].tolist())
     rows = pd.DataFrame({"id": z["ids"], "group": z["groups"]})
     rows = rows[rows["id"].isin(tested)].sample(frac=1, random_state=0)
@@ -97,8 +98,8 @@ def test_kept_intervals_come_out_again(name):
     z, y, groups, sources, own = answers(folder)
     m, table = ReliabilityMetrics.load(folder), pd.read_csv(folder/"metrics_by_source.csv").set_index("source")
     for at, kept in ((own, m), *((sources == s, table.loc[s]) for s in table.index)):
-        again = cal.evaluate(z[at], y[at], m.temperature, groups=groups[at])
-        for k in cal.METRICS:
+        again = reliability.evaluate(z[at], y[at], m.temperature, groups=groups[at])
+        for k in reliability.METRICS:
             low, high = (getattr(kept, k).low, getattr(kept, k).high) if at is own else (kept[f"{k}_low"], kept[f"{k}_high"])
             assert (again[k].low, again[k].high) == pytest.approx((low, high), abs=1e-6), (name, k)
             assert again[k].value == pytest.approx(getattr(kept, k).value if at is own else kept[k], abs=2e-3)
@@ -112,12 +113,12 @@ def test_sets_cover_what_they_promise_on_their_own_convention(folder):
     "Counted from the kept logits, one row a picture: 90% within three standard errors of the two draws."
     z, y, groups, _, own = answers(folder)
     s = SelectiveReport.load(folder)
-    first = np.flatnonzero(own)[cal.one_a_picture(cal.group_codes(groups[own], own.sum()), own.sum())]
-    sets = cal.prediction_sets(z[first], s.threshold, s.temperature)
+    first = np.flatnonzero(own)[resampling.one_a_picture(cal.group_codes(groups[own], own.sum()), own.sum())]
+    sets = selective.prediction_sets(z[first], s.threshold, s.temperature)
     covered, n = int(sets[np.arange(len(first)), y[first]].sum()), s.promise.calibration_pictures
     assert (covered, len(first)) == (s.promise.covered, s.promise.pictures)
     assert abs(covered/len(first) - 0.9) < 3*np.sqrt(0.09*(1/len(first) + 1/n))
-    assert s.promise.p_value == pytest.approx(cal.coverage_chance(covered, len(first), n, s.miss)) and s.promise.kept
+    assert s.promise.p_value == pytest.approx(selective.coverage_chance(covered, len(first), n, s.miss)) and s.promise.kept
 
 
 def test_what_was_promised_for_one_convention_fails_by_the_other():
@@ -125,7 +126,7 @@ def test_what_was_promised_for_one_convention_fails_by_the_other():
     folder = REFERENCE/"students"/"mobilenetv3_large_100_img64_seed1337_CE_from_CE_from_CE"
     z, y, _, sources, _ = answers(folder)
     s = SelectiveReport.load(folder)
-    def share(at): return cal.set_coverage(z[at], y[at], s.temperature, threshold=s.threshold)
+    def share(at): return selective.set_coverage(z[at], y[at], s.temperature, threshold=s.threshold)
     assert [round(share(at), 2) for at in (sources == "ferplus", sources == "fer2013", np.full(len(y), True))] == [0.89, 0.66, 0.77]
     other, = s.others
     assert other.promise is None and other.by_class["Fear"].coverage < 0.15
@@ -140,7 +141,7 @@ def test_the_readme_tells_the_range_of_coverage():
     reports = [SelectiveReport.load(f) for f in RUNS]
     shares = [s.promise.covered/s.promise.pictures for s in reports]
     assert f"cover {min(shares):.3f} to {max(shares):.3f} of the test pictures" in README
-    assert f"p ≥ {min(s.promise.p_value for s in reports):.3f} in each" in README and f"stops at p < {cal.CHANCE:g}" in README
+    assert f"p ≥ {min(s.promise.p_value for s in reports):.3f} in each" in README and f"stops at p < {selective.CHANCE:g}" in README
     by_others = [o.coverage.value for s in reports if s.convention == "ferplus" for o in s.others]
     assert f"cover {min(by_others):.2f} to {max(by_others):.2f} of FER2013's rows" in README
     ce = SelectiveReport.load(REFERENCE/"students"/"mobilenetv3_large_100_img64_seed1337_CE").by_class
@@ -166,7 +167,7 @@ def test_the_readme_has_numbers_that_the_logits_give(first):
     cells = rows_of(first)
     for column, source, metric in ((2, "ferplus", cal.accuracy), (3, "ferplus", cal.macro_f1), (6, "fer2013", cal.accuracy)):
         at = sources == source
-        got = cal.bootstrap_interval(metric, z[at], y[at], groups=groups[at])
+        got = resampling.bootstrap_interval(metric, z[at], y[at], groups=groups[at])
         told = [float(x) for x in re.findall(r"\d\.\d+", cells[column])]
         assert told == pytest.approx([got.value, got.low, got.high], abs=1.1e-3)
 
@@ -186,7 +187,7 @@ def points(value, low, high) -> str: return f"{100*value:+.1f} [{100*low:+.1f}, 
 
 
 @pytest.fixture(scope="module")
-def students(): return summary.find_students(REFERENCE/"students", "ferplus")
+def students(): return arms.find_students(REFERENCE/"students", "ferplus")
 
 
 def test_what_distillation_gains_comes_out_again(students):
@@ -207,10 +208,10 @@ def test_one_seed_does_not_tell_dkd_from_ce(students):
     "By row the gain of seed 1337 over both sources seemed clear of 0; by picture it is not."
     folders = [REFERENCE/"students"/f"mobilenetv3_large_100_img64_seed1337_{k}" for k in ("CE", "DKD")]
     (za, y, groups, sources, own), (zb, *_) = map(answers, folders)
-    by_row = cal.paired_interval(cal.macro_f1, za, zb, y, resamples=2000)
-    by_picture = cal.paired_interval(cal.macro_f1, za, zb, y, resamples=2000, groups=groups)
+    by_row = resampling.paired_interval(cal.macro_f1, za, zb, y, resamples=2000)
+    by_picture = resampling.paired_interval(cal.macro_f1, za, zb, y, resamples=2000, groups=groups)
     assert by_row.low > 0.005 and by_picture.low < 0.001 and by_row.value == by_picture.value
-    alone = cal.paired_interval(cal.macro_f1, za[own], zb[own], y[own], resamples=10_000, groups=groups[own])
+    alone = resampling.paired_interval(cal.macro_f1, za[own], zb[own], y[own], resamples=10_000, groups=groups[own])
     assert f"seed 1337's DKD is {points(alone.value, alone.low, alone.high)} points of macro-F1 above its CE" in README
 
 
@@ -267,7 +268,8 @@ def test_the_card_tells_of_the_file_that_ships():
 
 def evaluate_shipped(z, temperature) -> list[str]:
     "Accuracy, macro-F1 and ECE with their intervals by picture, as the card prints them."
-    record = cal.evaluate(z["test_logits"].astype(float), z["test_labels"].astype(int), temperature, None, 1000, 1337, z["test_groups"])
+    logits, labels = z["test_logits"].astype(float), z["test_labels"].astype(int)
+    record = reliability.evaluate(logits, labels, temperature, None, 1000, 1337, z["test_groups"])
     return [shown(record[k]) for k in ("accuracy", "macro_f1", "ece")]
 
 

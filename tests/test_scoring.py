@@ -17,17 +17,28 @@ from scipy import stats
 from sklearn.metrics import accuracy_score, f1_score, precision_recall_fscore_support
 
 from fer_nb.artifacts import CLASSES, ArtifactError, Box, FerError, GateError, UsageError
+from fer_nb.capture import Frame, Source, open_source
 from fer_nb.detectors import Detection
+from fer_nb.evidence import ScoreResults, StabiliserChoice
 from fer_nb.geometry import Crop, Geometry
-from fer_nb.realtime import (
-    COLUMNS, NO_FACE, PROBS, UNSTABLE, Frame, Pipeline, SessionLog, Source, Stabilizer, open_source, session_info,
-)
+from fer_nb.realtime import Pipeline, session_info
 from fer_nb.scoring import (
-    CODES, LABELS, ScoreResults, StabiliserChoice, choose, count_labels, jitter, latency_plot, load_session, lock_times, make_track,
-    not_yet_locked, replay, replay_labels, restricted_mean, score_session, segment_intervals, simulate_session, timeline_plot, tune,
-    tuning_grid, tuning_plot, when_locked,
+    count_labels,
+    jitter,
+    latency_plot,
+    lock_times,
+    make_track,
+    not_yet_locked,
+    restricted_mean,
+    score_session,
+    segment_intervals,
+    timeline_plot,
+    when_locked,
 )
+from fer_nb.sessions import CODES, COLUMNS, LABELS, PROBS, SessionLog, load_session, simulate_session
+from fer_nb.stabiliser import NO_FACE, UNSTABLE, Stabilizer
 from fer_nb.synthetic import make_timeline, write_video
+from fer_nb.tuning import choose, replay, replay_labels, tune, tuning_grid, tuning_plot
 
 # ---- the score, longhand: strings, dictionaries and plain loops over the files, nothing of the library's
 

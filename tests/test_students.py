@@ -13,16 +13,22 @@ from scipy.special import log_softmax, logsumexp
 from sklearn.linear_model import LogisticRegression
 from torch.nn import functional as F
 
-from fer_nb import students, teachers, training
-from fer_nb.artifacts import CLASSES, GateError, SelectiveReport, UsageError, seal_folder
-from fer_nb.calibration import labels_of, macro_f1
+from fer_nb import callbacks, distillation, students, teachers, training
+from fer_nb.artifacts import CLASSES, GateError, UsageError
+from fer_nb.calibration import macro_f1
+from fer_nb.callbacks import TrainConfig, load_checkpoint, save_checkpoint
+from fer_nb.distillation import Distillation, StudentLoss, Supervision, dkd_loss, kd_loss
 from fer_nb.ensembles import SplitTargets
 from fer_nb.geometry import Geometry
-from fer_nb.images import FaceBatches, eval_loader, pack_cache
+from fer_nb.images import pack_cache
 from fer_nb.integrity import VIEWS, Softlabels, load_softlabels, save_softlabels
+from fer_nb.leaves import seal_folder
+from fer_nb.loading import FaceBatches, eval_loader
 from fer_nb.manifests import load_manifest
-from fer_nb.students import Distillation, StudentLoss, Supervision, dkd_loss, kd_loss, start_from
-from fer_nb.training import TrainConfig, load_checkpoint, predict, save_checkpoint
+from fer_nb.records import SelectiveReport
+from fer_nb.run_report import labels_of
+from fer_nb.students import start_from
+from fer_nb.training import predict
 
 logits = hnp.arrays(np.float64, (4, 7), elements=st.floats(-30, 30, width=32))
 huge = hnp.arrays(np.float64, (4, 7), elements=st.sampled_from([-1000.0, -64.0, 0.0, 64.0, 1000.0]))
@@ -108,15 +114,15 @@ def test_autocast_does_not_reach_the_losses():
     lambda s, t, T=2.0: T*T*F.kl_div(F.log_softmax(s/T, -1), F.softmax(t/T, -1), reduction="none").mean(),  # a seventh
 ])
 def test_the_unit_test_fails_where_a_loss_is_wrong(monkeypatch, broken):
-    assert students.dkd_unit_test().passed
+    assert distillation.dkd_unit_test().passed
     monkeypatch.setattr(students, "kd_loss", broken)
-    assert not students.dkd_unit_test().passed
+    assert not distillation.dkd_unit_test().passed
 
 
 def test_the_unit_test_notices_t_squared_on_the_labels(monkeypatch):
     right = StudentLoss.__call__
     monkeypatch.setattr(StudentLoss, "__call__", lambda self, *a: right(self, *a)*self.how.T**2)
-    verdict = students.dkd_unit_test()
+    verdict = distillation.dkd_unit_test()
     assert not verdict.passed and verdict.gradient_max_error > 1e-3
 
 
@@ -125,9 +131,9 @@ def test_the_unit_test_notices_a_target_class_term_of_its_own_kind(monkeypatch):
         right = students.__dict__["_right"](s, t, y, T)
         own = F.log_softmax(s.double()/T, -1).gather(-1, y[:, None])[:, 0]
         return -(t.double()/T).softmax(-1).gather(-1, y[:, None])[:, 0]*own, right[1]
-    monkeypatch.setattr(students, "_right", students.tckd_nckd, raising=False)
+    monkeypatch.setattr(students, "_right", distillation.tckd_nckd, raising=False)
     monkeypatch.setattr(students, "tckd_nckd", half)
-    assert not students.dkd_unit_test().passed
+    assert not distillation.dkd_unit_test().passed
 
 
 # ---- schedule ----
@@ -180,14 +186,14 @@ def two_members(data, fused, weights=(0.6, 0.4)):
 def test_supervision_is_joined_by_id_not_by_position(tmp_path, data):
     soft = load_softlabels(teach(tmp_path / "t" / "softlabels", data))
     ids = data.train.rows["id"].to_numpy(str)
-    table = students.fused_supervision(soft, ids)
+    table = distillation.fused_supervision(soft, ids)
     where = {i: n for n, i in enumerate(soft.ids.tolist())}
     for row in (0, 7, len(ids) - 1):
         for view in (0, 1):
             got, w = table.of(torch.tensor([row]), torch.tensor([view]), torch.tensor([2]))
             assert np.allclose(got[0, 0].numpy(), soft.logits[where[ids[row]], view]/2.0) and w.tolist() == [[1.0]]
     split = two_members(data, soft)
-    got, w = students.split_supervision(split, ids).of(torch.tensor([7]), torch.tensor([1]), torch.tensor([0]))
+    got, w = distillation.split_supervision(split, ids).of(torch.tensor([7]), torch.tensor([1]), torch.tensor([0]))
     for m, t in enumerate((1.5, 3.0)): assert np.allclose(got[m, 0].numpy(), split.logits[m, where[ids[7]], 1]/t, atol=1e-6)
     assert np.allclose(w[:, 0].numpy(), [0.6, 0.4])
 
@@ -217,7 +223,7 @@ def test_softlabels_of_another_kind_are_refused(tmp_path, data, change, said):
         fill = {"sha256": np.array(["0"*64]*len(rows)), "splits": np.full(len(rows), "test")}
         folder = teach(tmp_path / "t" / "softlabels", data, **{k: fill.get(k) if v is None else v for k, v in change.items()})
     try:
-        report, table = students.open_supervision(folder, "fused", data)
+        report, table = distillation.open_supervision(folder, "fused", data)
         assert table is None and not report.passed
         heard = " ".join(report.notes)
     except GateError as e: heard = str(e)
@@ -229,16 +235,16 @@ def test_softlabels_of_another_class_order_are_refused(tmp_path, data):
     order = json.loads((folder / "class_order.json").read_text())
     (folder / "class_order.json").write_text(json.dumps(order | {"classes": order["classes"][::-1]}))
     seal_folder(folder, data.dataset_index_id)
-    report, table = students.open_supervision(folder, "fused", data)
+    report, table = distillation.open_supervision(folder, "fused", data)
     assert table is None and not report.class_order_match
 
 
 def test_split_supervision_needs_an_ensemble(tmp_path, data):
     folder = teach(tmp_path / "t" / "softlabels", data)
-    with pytest.raises(UsageError, match="split_targets.npz is missing"): students.supervision_files(str(folder), "split")
-    with pytest.raises(UsageError, match="give fused or split"): students.supervision_files(str(folder), "both")
-    with pytest.raises(UsageError, match="give an ensemble's softlabels"): students.supervision_files("", "split")
-    assert [p.name for p in students.supervision_files(str(folder))] == ["softlabels.npz"]
+    with pytest.raises(UsageError, match="split_targets.npz is missing"): distillation.supervision_files(str(folder), "split")
+    with pytest.raises(UsageError, match="give fused or split"): distillation.supervision_files(str(folder), "both")
+    with pytest.raises(UsageError, match="give an ensemble's softlabels"): distillation.supervision_files("", "split")
+    assert [p.name for p in distillation.supervision_files(str(folder))] == ["softlabels.npz"]
 
 
 def test_votes_are_shares_and_rows_without_keep_their_label():
@@ -252,10 +258,10 @@ CONFIG = dict(lr=2e-3, warmup_epochs=0, seed=3, clip=5.0)
 
 
 def fit(folder, data, stage, soft=None, epochs=1, init="", targets=None, callbacks=(), sizes=(), stem_stride=2, **more):
-    training.seed_everything(3)
-    model = students.make_student(stem_stride=stem_stride)
+    callbacks.seed_everything(3)
+    model = distillation.make_student(stem_stride=stem_stride)
     start_from(model, init)
-    meta = {"backbone": students.STUDENT_BACKBONE, "head": "linear", "stage": stage, "geometry": data.geometry.to_dict(),
+    meta = {"backbone": distillation.STUDENT_BACKBONE, "head": "linear", "stage": stage, "geometry": data.geometry.to_dict(),
             "dataset_index_id": data.dataset_index_id}
     history = training.train(model, FaceBatches(data.train, 32, train=True, seed=3, sizes=sizes), eval_loader(data.own_val),
                              StudentLoss(stage, soft, targets=targets), TrainConfig(epochs, **{**CONFIG, **more}), folder,
@@ -267,7 +273,7 @@ def fit(folder, data, stage, soft=None, epochs=1, init="", targets=None, callbac
 def stages(tmp_path_factory, data):
     "CE, then KD from its best weights."
     root = tmp_path_factory.mktemp("stages")
-    soft = students.fused_supervision(load_softlabels(teach(root / "t" / "softlabels", data)), data.train.rows["id"].to_numpy(str))
+    soft = distillation.fused_supervision(load_softlabels(teach(root / "t" / "softlabels", data)), data.train.rows["id"].to_numpy(str))
     fit(root / "ce", data, "CE")
     fit(root / "kd", data, "KD", soft, init=root / "ce" / "best.pt")
     return root, soft
@@ -297,14 +303,14 @@ def test_a_dkd_run_that_was_interrupted_trains_the_rest(stages, data, tmp_path):
     whole, _ = fit(tmp_path / "whole", data, "DKD", soft, epochs=2, init=root / "kd" / "best.pt")
 
     class Stop(Exception): pass
-    right = training.History.after_epoch
+    right = callbacks.History.after_epoch
 
     def stop(self):
         right(self)
         if len(self.rows) == 2: raise Stop("power cut")
 
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(training.History, "after_epoch", stop)
+        m.setattr(callbacks.History, "after_epoch", stop)
         with pytest.raises(Stop): fit(tmp_path / "parts", data, "DKD", soft, epochs=2, init=root / "kd" / "best.pt")
     again, history = fit(tmp_path / "parts", data, "DKD", soft, epochs=2, init=root / "kd" / "best.pt")
     assert history.epochs_done == 2
@@ -333,7 +339,7 @@ def test_the_whole_recipe_resumes_bit_equal(stages, data, tmp_path, stage):
         def before_batch(self):
             if self.training and self.epoch == 1 and self.iter == 2: raise ConnectionError("power cut")
 
-    def extras(): return [training.EMA(0.9), training.Mixup(0.4, 3)]
+    def extras(): return [callbacks.EMA(0.9), callbacks.Mixup(0.4, 3)]
     whole, history = fit(tmp_path / "whole", data, stage, callbacks=extras(), **recipe)
     with pytest.raises(ConnectionError): fit(tmp_path / "cut", data, stage, callbacks=[*extras(), Cut()], **recipe)
     again, resumed = fit(tmp_path / "cut", data, stage, callbacks=extras(), **recipe)
@@ -342,7 +348,7 @@ def test_the_whole_recipe_resumes_bit_equal(stages, data, tmp_path, stage):
     model, meta = students.load_model(tmp_path / "cut" / "best.pt")
     assert meta["stem_stride"] == 1 and model.conv_stem.stride == (1, 1)
     with pytest.raises(GateError, match="stem_stride 1, this student has 2"):
-        start_from(students.make_student(), tmp_path / "cut" / "best.pt")
+        start_from(distillation.make_student(), tmp_path / "cut" / "best.pt")
 
 
 def test_votes_teach_and_validation_stays_on_labels(data, tmp_path):
@@ -355,11 +361,11 @@ def test_votes_teach_and_validation_stays_on_labels(data, tmp_path):
 def test_foreign_starting_weights_are_refused_before_any_is_loaded(data, tmp_path):
     teacher = teachers.Teacher("RN18")
     save_checkpoint(tmp_path / "best.pt", model=teacher.state_dict(), meta={"classes": list(CLASSES), "backbone": "resnet18"})
-    model = students.make_student()
+    model = distillation.make_student()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     with pytest.raises(GateError, match="checkpoint of 'resnet18' is foreign"): start_from(model, tmp_path / "best.pt")
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
-    save_checkpoint(tmp_path / "best.pt", model=before, meta={"classes": [*CLASSES[::-1]], "backbone": students.STUDENT_BACKBONE})
+    save_checkpoint(tmp_path / "best.pt", model=before, meta={"classes": [*CLASSES[::-1]], "backbone": distillation.STUDENT_BACKBONE})
     with pytest.raises(GateError, match="another class order"): start_from(model, tmp_path / "best.pt")
 
 
@@ -369,15 +375,15 @@ def test_foreign_starting_weights_are_refused_before_any_is_loaded(data, tmp_pat
 def finished(tmp_path_factory, data):
     "A run whose student knows something: random features, and a classifier fitted to them."
     folder = tmp_path_factory.mktemp("finished") / "ce"
-    training.seed_everything(3)
-    model = students.make_student().eval()
+    callbacks.seed_everything(3)
+    model = distillation.make_student().eval()
     with torch.no_grad(): x, y = (torch.cat(v) for v in zip(*[(model.forward_head(model.forward_features(x), pre_logits=True), y)
                                                              for faces in (data.train, data.val) for x, y, *_ in eval_loader(faces)]))
     fitted = LogisticRegression(C=0.003, max_iter=2000).fit(x.numpy()/x.std().item(), y.numpy())
     assert fitted.classes_.tolist() == list(range(7))
     model.classifier.weight.data = torch.from_numpy(fitted.coef_/x.std().item()).float()
     model.classifier.bias.data = torch.from_numpy(fitted.intercept_).float()
-    meta = {"classes": list(CLASSES), "backbone": students.STUDENT_BACKBONE, "head": "linear", "geometry": data.geometry.to_dict(),
+    meta = {"classes": list(CLASSES), "backbone": distillation.STUDENT_BACKBONE, "head": "linear", "geometry": data.geometry.to_dict(),
             "dataset_index_id": data.dataset_index_id}
     save_checkpoint(folder / "best.pt", model=model.state_dict(), meta=meta)
     training.evaluate_run(model, data, folder, "ce", 3, resamples=20)

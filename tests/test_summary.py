@@ -8,11 +8,13 @@ import pytest
 from scipy import stats
 from sklearn import metrics as sk
 
-from fer_nb import summary
-from fer_nb.artifacts import (
-    ArtifactError, GateError, HashManifest, ReliabilityMetrics, RunArgs, UsageError, read_npz, seal_folder, write_npz,
-)
-from fer_nb.calibration import mcnemar, paired_interval, predictions, write_row_groups
+from fer_nb import arms, calibration, summary, summary_plots
+from fer_nb.artifacts import ArtifactError, GateError, UsageError, read_npz, write_npz
+from fer_nb.calibration import predictions
+from fer_nb.leaves import seal_folder
+from fer_nb.records import HashManifest, ReliabilityMetrics, RunArgs
+from fer_nb.resampling import mcnemar, paired_interval
+from fer_nb.run_report import write_row_groups
 from tests.conftest import ROOT
 
 SEEDS, N = (3, 1, 2), 300
@@ -35,7 +37,7 @@ def nine(tmp_path_factory) -> Path:
     "Three stages by three seeds."
     root = tmp_path_factory.mktemp("summary")/"students"
     for seed in SEEDS:
-        for stage, skill in SKILL.items(): summary.simulate_student(root/f"net_seed{seed}_{stage}", parameters(stage, seed), skill, N)
+        for stage, skill in SKILL.items(): arms.simulate_student(root/f"net_seed{seed}_{stage}", parameters(stage, seed), skill, N)
     return root
 
 
@@ -90,7 +92,7 @@ def test_results_equal_scikit_learn(nine, tmp_path):
     for source in ("all", "studio", "wild"):
         values = {k: [] for k in ("accuracy", "macro_f1", "nll", "raw_nll", "f1_Disgust", "brier")}
         for seed in sorted(SEEDS):
-            run = summary.read_student(nine/f"net_seed{seed}_KD")
+            run = arms.read_student(nine/f"net_seed{seed}_KD")
             at = run.at(source)
             z, y = run.logits[at], run.labels[at]
             p = np.exp(z/run.temperature)/np.exp(z/run.temperature).sum(1, keepdims=True)
@@ -114,7 +116,7 @@ def test_comparison_equals_a_plain_loop(folder, tmp_path):
         change_rows(run, **{k: z[k][:60] for k in ("test_ids", "test_logits", "test_labels", "test_groups")})
     resamples, seed = 80, 11
     found = summary.summarise_students(folder, tmp_path, resamples, seed).comparisons.set_index(["arm_a", "arm_b", "source", "metric"])
-    runs = {(s, k): summary.read_student(folder/f"net_seed{s}_{k}") for s in SEEDS for k in SKILL}
+    runs = {(s, k): arms.read_student(folder/f"net_seed{s}_{k}") for s in SEEDS for k in SKILL}
     for source in ("all", "wild"):
         at = np.flatnonzero(runs[1, "CE"].at(source))
         y, rng = runs[1, "CE"].labels[at], np.random.default_rng(seed)
@@ -134,9 +136,9 @@ def test_comparison_equals_a_plain_loop(folder, tmp_path):
 
 
 def test_resampling_is_that_of_calibration(nine):
-    runs = summary.find_students(nine)
+    runs = arms.find_students(nine)
     here, drawn = summary.resampled_scores(runs[0].labels, [predictions(r.logits) for r in runs], 400, 5)
-    for name, metric in (("accuracy", summary.accuracy), ("macro_f1", summary.macro_f1)):
+    for name, metric in (("accuracy", calibration.accuracy), ("macro_f1", calibration.macro_f1)):
         i = summary.SCORES.index(name)
         plain = paired_interval(metric, runs[0].logits, runs[-1].logits, runs[0].labels, resamples=400, seed=5)
         assert here[-1, i] - here[0, i] == pytest.approx(plain.value, abs=1e-12)
@@ -145,7 +147,7 @@ def test_resampling_is_that_of_calibration(nine):
 
 def test_resampling_has_the_distribution_of_one_multinomial(nine):
     "Rows merged by label and predictions, drawn as one multinomial: the same means and deviations, up to chance."
-    runs, resamples = summary.find_students(nine), 4000
+    runs, resamples = arms.find_students(nine), 4000
     y, pred = runs[0].labels, np.array([predictions(r.logits) for r in runs])
     _, drawn = summary.resampled_scores(y, pred, resamples, 5)
     patterns, count = np.unique(np.vstack([y, pred]), axis=1, return_counts=True)
@@ -160,10 +162,10 @@ def test_resampling_has_the_distribution_of_one_multinomial(nine):
 
 
 def test_mcnemar_is_given_seed_by_seed(nine):
-    found = summary.compare_arms(summary.find_students(nine), 20)[0].set_index(["arm_a", "arm_b", "source", "metric"])
+    found = summary.compare_arms(arms.find_students(nine), 20)[0].set_index(["arm_a", "arm_b", "source", "metric"])
     row, p = found.loc[("CE", "KD four_way", "studio", "accuracy")], []
     for seed in sorted(SEEDS):
-        a, b = (summary.read_student(nine/f"net_seed{seed}_{k}") for k in ("CE", "KD"))
+        a, b = (arms.read_student(nine/f"net_seed{seed}_{k}") for k in ("CE", "KD"))
         at = a.at("studio")
         right_a, right_b = ((r.logits.argmax(1) == r.labels)[at] for r in (a, b))
         only_a, only_b = (right_a & ~right_b).sum(), (right_b & ~right_a).sum()
@@ -183,7 +185,7 @@ def test_seed_decides_every_number(nine, tmp_path):
 
 
 def test_class_gains_add_up_to_macro_f1(nine):
-    pairs, gains = summary.compare_arms(summary.find_students(nine), 50)
+    pairs, gains = summary.compare_arms(arms.find_students(nine), 50)
     assert set(gains["metric"]) == set(summary.F1_NAMES) and set(pairs["metric"]) == {"accuracy", "macro_f1"}
     keys = ["arm_a", "arm_b", "source"]
     by_class = gains.groupby(keys)["difference"].mean()
@@ -200,13 +202,13 @@ def twins(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("twins")/"students"
     for seed in (1, 2):
         for stage in ("CE", "DKD"):
-            summary.simulate_student(root/f"net_seed{seed}_{stage}", parameters(stage, seed), SKILL[stage], N, rows_a_picture=2)
+            arms.simulate_student(root/f"net_seed{seed}_{stage}", parameters(stage, seed), SKILL[stage], N, rows_a_picture=2)
     return root
 
 
 def test_pictures_are_resampled_with_all_their_rows(twins):
     "Against a plain loop over drawn pictures."
-    runs, resamples = summary.find_students(twins), 60
+    runs, resamples = arms.find_students(twins), 60
     found = summary.compare_arms(runs, resamples, 11)[0].set_index(["arm_a", "arm_b", "source", "metric"])
     a, b = (next(r for r in runs if (r.arm.stage, r.seed) == (k, 1)) for k in ("CE", "DKD"))
     assert (a.groups[0::2] == a.groups[1::2]).all() and len(set(a.groups.tolist())) == N//2
@@ -224,7 +226,7 @@ def test_pictures_are_resampled_with_all_their_rows(twins):
 
 
 def test_runs_that_know_no_pictures_say_so(twins):
-    runs = summary.find_students(twins)
+    runs = arms.find_students(twins)
     for r in runs: r.groups = None
     assert "nothing says which test rows show the same picture" in summary.remarks(runs)[-1]
     assert summary.compare_arms(runs, 20)[0]["pictures"].isna().all()
@@ -236,7 +238,7 @@ def test_the_remark_counts_pictures(twins): assert f"{N} test rows show {N//2} p
 def test_runs_that_disagree_on_pictures_are_refused(twins, tmp_path):
     folder = Path(shutil.copytree(twins, tmp_path/"students"))
     change_rows(folder/"net_seed2_CE", test_groups=np.arange(N))
-    with pytest.raises(GateError, match="net_seed2_CE is foreign: pictures of the test rows"): summary.find_students(folder)
+    with pytest.raises(GateError, match="net_seed2_CE is foreign: pictures of the test rows"): arms.find_students(folder)
 
 
 def test_a_small_copy_finds_its_pictures_above(twins, tmp_path):
@@ -244,13 +246,13 @@ def test_a_small_copy_finds_its_pictures_above(twins, tmp_path):
     folder = Path(shutil.copytree(twins, tmp_path/"students"))
     z = read_npz(folder/"net_seed1_CE"/"evaluation.npz")
     known = pd.DataFrame({"id": z["test_ids"], "group": z["test_groups"].astype(str)})
-    whole = summary.compare_arms(summary.find_students(folder), 50)[0]
+    whole = summary.compare_arms(arms.find_students(folder), 50)[0]
     for run in folder.glob("net_*"): shrink(run, test_ids=read_npz(run/"evaluation.npz")["test_ids"])
-    assert all(r.groups is None for r in summary.find_students(folder))
+    assert all(r.groups is None for r in arms.find_students(folder))
     write_row_groups(tmp_path/"manifests", known, "another-1")
-    assert all(r.groups is None for r in summary.find_students(folder))
+    assert all(r.groups is None for r in arms.find_students(folder))
     write_row_groups(tmp_path/"manifests", known, "simulated-0")
-    kept = summary.compare_arms(summary.find_students(folder), 50)[0]
+    kept = summary.compare_arms(arms.find_students(folder), 50)[0]
     assert kept["pictures"].tolist() == whole["pictures"].tolist() and np.abs(kept["low"] - whole["low"]).max() < 0.02
 
 
@@ -258,10 +260,10 @@ def test_a_small_copy_finds_its_pictures_above(twins, tmp_path):
 
 
 def test_order_of_arms_and_pairs():
-    arm = summary.Arm
-    arms = [arm("DKD", "pairwise", start="KD"), arm("KD", "pairwise", start="CE"), arm("CE"), arm("DKD", "four_way", "split", start="KD"),
-            arm("DKD", "four_way", start="KD"), arm("CE", targets="votes")]
-    labels = list(summary.arm_labels(arms).values())
+    arm = arms.Arm
+    several = [arm("DKD", "pairwise", start="KD"), arm("KD", "pairwise", start="CE"), arm("CE"),
+               arm("DKD", "four_way", "split", start="KD"), arm("DKD", "four_way", start="KD"), arm("CE", targets="votes")]
+    labels = list(arms.arm_labels(several).values())
     assert labels == ["CE", "CE votes", "KD pairwise", "DKD four_way", "DKD four_way split", "DKD pairwise"]
 
 
@@ -270,23 +272,23 @@ def test_a_label_says_whatever_sets_an_arm_apart():
     changed = [base | c for c in ({}, {"teacher": "RN18_seed1_stageA"}, {"supervision": "split"}, {"targets": "votes"}, {"start": ""},
                                   {"start": "CE votes"}, {"train_source": "ferplus"}, {"train_view": "all"}, {"img_size": 64},
                                   {"backbone": "other"})]
-    labels = summary.arm_labels(summary.Arm(**c) for c in changed).values()
+    labels = arms.arm_labels(arms.Arm(**c) for c in changed).values()
     assert len(set(labels)) == len(changed)
 
 
 def test_runs_without_the_new_arguments_are_read(folder):
     for run in folder.iterdir(): change_args(run, drop=("supervision", "targets", "train_source", "train_view", "alpha", "beta"))
-    found = summary.find_students(folder)
-    assert list(summary.arm_labels(r.arm for r in found).values()) == ["CE", "KD four_way", "DKD four_way"]
+    found = arms.find_students(folder)
+    assert list(arms.arm_labels(r.arm for r in found).values()) == ["CE", "KD four_way", "DKD four_way"]
     change_args(folder/"net_seed1_CE", targets="labels")  # said and not said are the same here
-    assert len(summary.find_students(folder)) == 9
+    assert len(arms.find_students(folder)) == 9
 
 
 def test_options_make_arms(folder):
     change_args(folder/"net_seed1_KD", supervision="split")
     change_args(folder/"net_seed2_KD", targets="votes")
     change_args(folder/"net_seed3_KD", init_from="")
-    labels = list(summary.arm_labels(r.arm for r in summary.find_students(folder)).values())
+    labels = list(arms.arm_labels(r.arm for r in arms.find_students(folder)).values())
     assert set(labels) == {"CE", "KD four_way split", "KD four_way votes", "KD four_way from scratch", "DKD four_way"}
 
 
@@ -295,12 +297,12 @@ def test_options_make_arms(folder):
     dict(softlabels="/elsewhere/four_way/softlabels")])
 def test_paths_and_devices_may_differ(folder, changes):
     change_args(folder/"net_seed1_KD", **changes)
-    assert len({r.arm for r in summary.find_students(folder)}) == 3
+    assert len({r.arm for r in arms.find_students(folder)}) == 3
 
 
 def test_distillation_does_not_act_on_ce(folder):
     change_args(folder/"net_seed1_CE", kd_temperature=4.0, beta=1.0, supervision="split")
-    assert len({r.arm for r in summary.find_students(folder)}) == 3
+    assert len({r.arm for r in arms.find_students(folder)}) == 3
 
 
 # --- refusals
@@ -312,15 +314,15 @@ def test_distillation_does_not_act_on_ce(folder):
 def test_unlike_recipes_in_an_arm_are_refused(folder, stage, key, value):
     change_args(folder/f"net_seed3_{stage}", **{key: value})
     with pytest.raises(GateError, match=rf"net_seed3_{stage}: {key} is .*runs of one arm may differ in nothing but their seed"):
-        summary.find_students(folder)
+        arms.find_students(folder)
 
 
 def test_two_runs_of_one_arm_and_seed_are_refused(folder):
     change_args(folder/"net_seed3_KD", seed=1, epochs=9)
     said = r"net_seed3_KD and net_seed1_KD are both 'KD four_way' with seed 1 \(they differ in epochs\): leave one out"
-    with pytest.raises(GateError, match=said): summary.find_students(folder)
+    with pytest.raises(GateError, match=said): arms.find_students(folder)
     change_args(folder/"net_seed3_KD", epochs=4)
-    with pytest.raises(GateError, match="both 'KD four_way' with seed 1: leave one out"): summary.find_students(folder)
+    with pytest.raises(GateError, match="both 'KD four_way' with seed 1: leave one out"): arms.find_students(folder)
 
 
 def spoil(folder: Path, how: str):
@@ -338,7 +340,7 @@ def spoil(folder: Path, how: str):
         case "no seed": change_args(run, drop=("seed",))
         case "other dataset":
             shutil.rmtree(run)
-            summary.simulate_student(run, parameters("KD", 2), 2.0, N, "other-9")
+            arms.simulate_student(run, parameters("KD", 2), 2.0, N, "other-9")
 
 
 @pytest.mark.parametrize(("how", "says"), [
@@ -365,15 +367,15 @@ def test_too_few_resamples(nine):
 def test_other_stages_and_hidden_folders_are_no_students(folder):
     RunArgs(stage="teacher", parameters={"arch": "RN18"}).save(folder/"teacher")
     shutil.copytree(folder/"net_seed1_CE", folder/".cache"/"net_seed1_CE")
-    assert len(summary.find_students(folder)) == 9
-    assert [r.name for r in summary.find_students(folder/"net_seed1_CE")] == ["net_seed1_CE"]
+    assert len(arms.find_students(folder)) == 9
+    assert [r.name for r in arms.find_students(folder/"net_seed1_CE")] == ["net_seed1_CE"]
 
 
 def test_rows_in_another_order_are_joined_by_id(folder):
-    before, run = summary.compare_arms(summary.find_students(folder), 50), folder/"net_seed2_KD"
+    before, run = summary.compare_arms(arms.find_students(folder), 50), folder/"net_seed2_KD"
     z, order = read_npz(run/"evaluation.npz"), np.random.default_rng(0).permutation(N)
     change_rows(run, **{k: z[k][order] for k in ("test_ids", "test_logits", "test_labels", "test_groups")})
-    for a, b in zip(before, summary.compare_arms(summary.find_students(folder), 50)): pd.testing.assert_frame_equal(a, b)
+    for a, b in zip(before, summary.compare_arms(arms.find_students(folder), 50)): pd.testing.assert_frame_equal(a, b)
 
 
 # --- seeds that are missing
@@ -410,7 +412,7 @@ def test_one_seed_leaves_its_columns_empty(folder, tmp_path):
 def test_remarks_name_unequal_recipes_and_borrowed_starts(folder):
     for s in SEEDS: change_args(folder/f"net_seed{s}_DKD", epochs=8)
     change_args(folder/"net_seed2_KD", init_from="students/net_seed1_CE/best.pt")
-    told = "\n".join(summary.remarks(summary.find_students(folder)))
+    told = "\n".join(summary.remarks(arms.find_students(folder)))
     assert "epochs (CE: 4, KD four_way: 4, DKD four_way: 8)" in told
     assert "net_seed2_KD starts from weights of seed 1" in told
 
@@ -430,7 +432,7 @@ def test_small_copies_without_ids_need_their_sources_in_blocks(folder):
     run = folder/"net_seed1_CE"
     shrink(run)
     with pytest.raises(GateError, match="net_seed1_CE: this small copy doesn't say which test row is of which source"):
-        summary.read_student(run)
+        arms.read_student(run)
 
 
 @pytest.mark.parametrize(("spoiled", "says"), [
@@ -444,7 +446,7 @@ def test_a_spoiled_small_copy_is_refused(folder, spoiled, says):
         case "calibration.json": (run/spoiled).unlink()
         case _:
             write_npz(run/spoiled, **read_npz(run/spoiled) | {"test_logits": np.roll(z["test_logits"], 1, 1).astype("float16")})
-    with pytest.raises(ArtifactError, match=says): summary.read_student(run)
+    with pytest.raises(ArtifactError, match=says): arms.read_student(run)
 
 
 def test_reference_students(tmp_path):
@@ -463,9 +465,9 @@ def test_reference_students(tmp_path):
 
 def test_pictures_need_what_they_show(folder):
     found = summary.summarise_students(folder, resamples=50)
-    axes = summary.stage_plot(found).axes
+    axes = summary_plots.stage_plot(found).axes
     assert len(axes) == 2*3 and axes[0].get_title() == f"all, n = {N}"
-    gains = summary.class_gain_plot(found)
+    gains = summary_plots.class_gain_plot(found)
     assert [t.get_text().split(",")[0] for t in gains.axes[0].get_yticklabels()][0] == "Disgust"  # the rarest
     for run in folder.glob("net_*KD"): shutil.rmtree(run)
-    with pytest.raises(UsageError, match="one arm only"): summary.class_gain_plot(summary.summarise_students(folder, resamples=50))
+    with pytest.raises(UsageError, match="one arm only"): summary_plots.class_gain_plot(summary.summarise_students(folder, resamples=50))

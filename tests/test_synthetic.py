@@ -9,12 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fer_nb import anatomy, painting
 from fer_nb import synthetic as sy
 from fer_nb.artifacts import CLASSES, UsageError, sha256_bytes
 
-UNITS = sorted(sy.AU_NAMES)
+UNITS = sorted(anatomy.AU_NAMES)
 aus_strategy = st.dictionaries(st.sampled_from(UNITS), st.floats(0, 1), max_size=8)
-people = st.integers(0, 2**40).map(lambda k: sy.make_identity(3, k))
+people = st.integers(0, 2**40).map(lambda k: anatomy.make_identity(3, k))
 
 
 def area(polygon):
@@ -25,7 +26,7 @@ def area(polygon):
 @settings(deadline=None, max_examples=150)
 @given(people, aus_strategy, st.floats(-0.5, 0.5))
 def test_any_action_units_give_a_drawable_face(who, aus, asymmetry):
-    shape, depth = sy.face_shape(who, aus, asymmetry)
+    shape, depth = anatomy.face_shape(who, aus, asymmetry)
     assert all(np.isfinite(p).all() and np.abs(p).max() < 3 for p in shape.values())
     assert all(0 < d <= 1 for d in depth.values()) and set(depth) <= set(shape)
     mouth = shape["mouth"]
@@ -35,7 +36,7 @@ def test_any_action_units_give_a_drawable_face(who, aus, asymmetry):
 @settings(deadline=None, max_examples=60)
 @given(people, aus_strategy, st.floats(-0.5, 0.5))
 def test_asymmetry_mirrors(who, aus, asymmetry):
-    one, other = sy.face_shape(who, aus, asymmetry)[0], sy.face_shape(who, aus, -asymmetry)[0]
+    one, other = anatomy.face_shape(who, aus, asymmetry)[0], anatomy.face_shape(who, aus, -asymmetry)[0]
     for part in ("eye", "brow", "lid", "nose_wing"):
         np.testing.assert_allclose(one[part + "L"] * (-1, 1), other[part + "R"], atol=1e-9)
     np.testing.assert_allclose(one["corners"] * (-1, 1), other["corners"][::-1], atol=1e-9)
@@ -44,7 +45,7 @@ def test_asymmetry_mirrors(who, aus, asymmetry):
 @settings(deadline=None, max_examples=60)
 @given(people)
 def test_action_units_move_what_facs_says(who):
-    def shape(*units): return sy.face_shape(who, dict.fromkeys(units, 1.0))[0]
+    def shape(*units): return anatomy.face_shape(who, dict.fromkeys(units, 1.0))[0]
     rest = shape()
     brow = {u: (shape(u)["browR"] - rest["browR"]) for u in (1, 2, 4)}  # [0] and [-1] are the inner end
     assert brow[1][0, 1] < -0.05 and abs(brow[1][11, 1]) < 0.02, "AU1 raises the inner end only"
@@ -62,11 +63,11 @@ def test_action_units_move_what_facs_says(who):
 @given(st.dictionaries(st.sampled_from(UNITS), st.sampled_from([0.2, 0.4, 0.6, 0.8, 1.0])))
 def test_facs_notation_round_trip(aus):
     levels = {0.2: "A", 0.4: "B", 0.6: "C", 0.8: "D", 1.0: "E"}
-    assert sy.parse_aus("+".join(f"{k}{levels[v]}" for k, v in aus.items())) == aus
+    assert anatomy.parse_aus("+".join(f"{k}{levels[v]}" for k, v in aus.items())) == aus
 
 
 def test_emfacs_prototypes():
-    units = {c: set(sy.parse_aus(v[0])) for c, v in sy.EMOTION_AUS.items()}
+    units = {c: set(anatomy.parse_aus(v[0])) for c, v in anatomy.EMOTION_AUS.items()}
     assert units["Happy"] == {6, 12} and units["Sad"] == {1, 4, 15} and units["Surprise"] == {1, 2, 5, 26}
     assert units["Fear"] == {1, 2, 4, 5, 7, 20, 26} and units["Angry"] == {4, 5, 7, 23} and units["Neutral"] == set()
     assert units["Disgust"] >= {9, 15, 16}
@@ -167,7 +168,7 @@ def test_video_truth_and_smoothness(tmp_path):
     assert np.abs(pictures[0] - pictures[-1]).mean() > max(steps), "but the film moves"
 
 
-@pytest.mark.parametrize("source", sorted(sy.SOURCES))
+@pytest.mark.parametrize("source", sorted(painting.SOURCES))
 def test_haar_cascade_finds_faces_of_all_skin_tones(source):
     haar = cv2.CascadeClassifier(cv2.data.haarcascades + "haarcascade_frontalface_default.xml")
     rates, tones = [], []

@@ -17,16 +17,33 @@ from torch import nn
 from torch.nn import functional as F
 
 from fer_nb import training
-from fer_nb.artifacts import CLASSES, ArtifactError, FerError, GateError, UsageError, seal_folder
+from fer_nb.artifacts import CLASSES, ArtifactError, FerError, GateError, UsageError
+from fer_nb.augment import Augment
 from fer_nb.calibration import confusion, macro_f1
+from fer_nb.callbacks import EMA, Mixup, TrainConfig, load_checkpoint, save_checkpoint, seed_everything
 from fer_nb.geometry import Geometry
-from fer_nb.images import Augment, FaceBatches, PackedFaces, eval_loader, normalise_unit, unit_batch
+from fer_nb.images import normalise_unit, unit_batch
 from fer_nb.integrity import VIEWS, check_alignment, load_softlabels
+from fer_nb.leaves import seal_folder
+from fer_nb.loading import FaceBatches, PackedFaces, eval_loader
 from fer_nb.teachers import (
-    ArcFaceHead, ArcFaceLoss, Teacher, add_margin, effective_number_weights, export_out_of_fold, export_softlabels, leave_out,
-    load_pretrained, log_prior, make_backbone, margin_at, pool_out_of_fold, start_as_identity, start_from_stage_a,
+    ArcFaceHead,
+    ArcFaceLoss,
+    Teacher,
+    add_margin,
+    effective_number_weights,
+    export_out_of_fold,
+    export_softlabels,
+    leave_out,
+    load_pretrained,
+    log_prior,
+    make_backbone,
+    margin_at,
+    pool_out_of_fold,
+    start_as_identity,
+    start_from_stage_a,
 )
-from fer_nb.training import EMA, Mixup, TrainConfig, load_checkpoint, predict, save_checkpoint, seed_everything
+from fer_nb.training import predict
 from tests.conftest import ROOT
 
 S, M = 30.0, 0.35

@@ -9,14 +9,17 @@ import pytest
 from sklearn.metrics import accuracy_score, f1_score
 
 from fer_nb import cli, framing
-from fer_nb.artifacts import CLASSES, Box, GateError, ThroughDetector, UsageError
+from fer_nb.artifacts import CLASSES, Box, GateError, UsageError
 from fer_nb.deploy import Predictor
 from fer_nb.detectors import Detection
 from fer_nb.framing import faces_through, measure_framing
 from fer_nb.geometry import DEFAULT_SIGHTS, Crop, Framing, Geometry, Sight, prepare_face, prepare_views
-from fer_nb.images import LazyFaces, load_cache, measure_cache, pack_cache
-from fer_nb.manifests import build_manifest, load_manifest, read_source
+from fer_nb.images import load_cache, measure_cache, pack_cache
+from fer_nb.loading import LazyFaces
+from fer_nb.manifests import build_manifest, load_manifest
 from fer_nb.pictures import faces_of
+from fer_nb.records import ThroughDetector
+from fer_nb.sources import read_source
 from fer_nb.through import compare
 from tests.conftest import model_paths
 
@@ -123,7 +126,8 @@ def test_the_nearest_measure_is_taken_and_said():
 # --- inference --------------------------------------------------------------------------------------------------------
 
 def test_what_was_measured_is_what_pictures_and_pipeline_cut(demo_model):
-    from fer_nb.realtime import Pipeline, PushedSource
+    from fer_nb.capture import PushedSource
+    from fer_nb.realtime import Pipeline
     image = np.random.default_rng(0).integers(0, 256, (200, 240, 3), np.uint8)
     face = Detection(Box(60, 50, 140, 150), landmarks=np.array([(80, 90), (115, 95), (95, 115), (80, 130), (110, 132)], float))
     sight = Sight(detector="known", seen=99, found=99, ratio=(1, 1.25, 1.5, 1.6, 1.7), dx=0.05, dy=-0.1, shape=DEFAULT_SIGHTS[0].shape)
@@ -153,8 +157,9 @@ def test_two_views_are_one_answer(demo_model):
 
 
 def test_a_run_takes_the_framing_of_its_cache(mixed, discs, tmp_path):
-    from fer_nb.images import PackedFaces
-    from fer_nb.training import FaceData, load_checkpoint, save_checkpoint
+    from fer_nb.callbacks import load_checkpoint, save_checkpoint
+    from fer_nb.loading import PackedFaces
+    from fer_nb.training import FaceData
     faces = PackedFaces(pack_cache(mixed, G, tmp_path/"cache", progress=False), mixed.df)
     meta = {"classes": list(CLASSES), "framing": FaceData(mixed.dataset_index_id, faces, faces, faces).framing}
     save_checkpoint(tmp_path/"best.pt", model={}, meta=meta)
@@ -226,8 +231,8 @@ def ferplus(real_data):
     "1,500 FERPlus validation pictures, by seed."
     rows = read_source(f"ferplus={real_data/'ferplus.zip'}")
     rows = rows[(rows.usage == "FER2013Valid") & (rows.excluded == "")].sample(1500, random_state=1337)
+    from fer_nb.archives import read_bytes
     from fer_nb.artifacts import sha256_bytes
-    from fer_nb.manifests import read_bytes
     return rows.assign(sha256=[sha256_bytes(read_bytes(p)) for p in rows.path])
 
 

@@ -12,9 +12,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from fer_nb import training
-from fer_nb.artifacts import GateError, TrainingHistory
-from fer_nb.images import FaceBatches, eval_loader
-from fer_nb.training import TrainConfig, choose_amp, load_checkpoint, resume_point, seed_everything, train
+from fer_nb.artifacts import GateError
+from fer_nb.callbacks import TrainConfig, choose_amp, load_checkpoint, seed_everything
+from fer_nb.loading import FaceBatches, eval_loader
+from fer_nb.records import TrainingHistory
+from fer_nb.training import resume_point, train
 from tests.conftest import ROOT
 
 RUN = """
@@ -46,8 +48,8 @@ train(make_student(), FaceBatches(data, 16, train=True, seed=7, augment=Augment(
 class Faces:
     "Embedded faces in memory, with what a loader needs of a dataset."
     def __init__(self, n):
-        from fer_nb.calibration import labels_of
         from fer_nb.geometry import Geometry
+        from fer_nb.run_report import labels_of
         from fer_nb.synthetic import render_faces
         images, table = render_faces(n, size=32, seed=3)
         self.images, self.labels, self.geometry = images, labels_of(table), Geometry(size=32)

@@ -16,11 +16,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fer_nb import widget
-from fer_nb.artifacts import CLASSES, FerError, GateError, SessionInfo, UsageError
+from fer_nb import page, widget
+from fer_nb.artifacts import CLASSES, FerError, GateError, UsageError
+from fer_nb.browser import Camera, LabelBar
+from fer_nb.capture import SyntheticSource
 from fer_nb.detectors import Haar
-from fer_nb.realtime import SyntheticSource
-from fer_nb.widget import Camera, LabelBar, Picture, Runner, WebcamCell, as_jpeg
+from fer_nb.evidence import SessionInfo
+from fer_nb.page import cell_notebook
+from fer_nb.runner import Picture, Runner, as_jpeg
+from fer_nb.widget import WebcamCell
 from tests.conftest import picture
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -248,10 +252,10 @@ def test_wishes_are_granted_between_frames_in_the_session_s_thread(demo_model, t
 
 
 def test_serving_is_refused_in_a_line(demo_model, tmp_path, monkeypatch):
-    with pytest.raises(UsageError, match="doesn't exist"): widget.serve_cell(demo_model, tmp_path/"none.mp4")
+    with pytest.raises(UsageError, match="doesn't exist"): page.serve_cell(demo_model, tmp_path/"none.mp4")
     monkeypatch.setattr(widget, "VOILA", ("--no-such-flag=1",))
     monkeypatch.setattr(widget.sys, "executable", shutil.which("false"))
-    with pytest.raises(GateError, match="Voilà has ended"): widget.serve_cell(demo_model, "synthetic", out=tmp_path, show=False)
+    with pytest.raises(GateError, match="Voilà has ended"): page.serve_cell(demo_model, "synthetic", out=tmp_path, show=False)
 
 
 # In a browser
@@ -472,7 +476,7 @@ def lab(tmp_path):
     news = tmp_path/".own"/"SETTINGS"/"@jupyterlab"/"apputils-extension"/"notification.jupyterlab-settings"
     news.parent.mkdir(parents=True)
     news.write_text(json.dumps({"fetchNews": "false", "checkForUpdates": False}))
-    port, token = widget.free_port(), "a-token-of-this-test"
+    port, token = page.free_port(), "a-token-of-this-test"
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--port={port}", "--ServerApp.port_retries=0",
                f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={tmp_path}", "--LabApp.expose_app_in_browser=True"]
     with open(tmp_path/"lab.log", "w") as log:
@@ -513,7 +517,7 @@ def start_camera(page, frames=10):
 def test_a_session_in_jupyterlab(chromium, lab, demo_model, tmp_path):
     shutil.copy(demo_model, tmp_path/"model.onnx")
     code = "from fer_nb.widget import WebcamCell\ncell = WebcamCell('model.onnx', detector='haar', out='demo')\ncell"
-    (tmp_path/"nb.ipynb").write_text(json.dumps(widget.cell_notebook(code)))
+    (tmp_path/"nb.ipynb").write_text(json.dumps(cell_notebook(code)))
     with opened(chromium) as page:
         open_notebook(page, lab, "nb.ipynb")
         assert "no picture is stored" in page.inner_text(".fer-privacy") and page.is_visible(".fer-picture .blank")

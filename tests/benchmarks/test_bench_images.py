@@ -10,8 +10,10 @@ import pandas as pd
 import pytest
 
 from fer_nb.artifacts import CLASSES, sha256_bytes
+from fer_nb.augment import Augment
 from fer_nb.geometry import Geometry
-from fer_nb.images import Augment, FaceBatches, PackedFaces, eval_loader, pack_cache, row_hash
+from fer_nb.images import pack_cache, row_hash
+from fer_nb.loading import FaceBatches, PackedFaces, eval_loader
 
 N = 2048
 GEOMETRY = Geometry(size=64)

@@ -19,8 +19,10 @@ import cv2
 import numpy as np
 import pytest
 
-from fer_nb import manifests
-from fer_nb.manifests import build_manifest, usable_cores, validate_manifest
+from fer_nb import archives
+from fer_nb.audit import validate_manifest
+from fer_nb.likeness import usable_cores
+from fer_nb.manifests import build_manifest
 
 CEILING, ROUNDS = 1.5, 5
 
@@ -49,7 +51,7 @@ def cpu_seconds():
 
 def spend(f):
     "Wall and CPU seconds of a call, CPU over all its processes."
-    manifests._archives.clear()  # nothing stays open from the round before
+    archives._archives.clear()  # nothing stays open from the round before
     gc.collect()
     wall, cpu = time.perf_counter(), cpu_seconds()
     f()

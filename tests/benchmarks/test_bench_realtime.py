@@ -8,10 +8,11 @@ import cv2
 import numpy as np
 import pytest
 
+from fer_nb.capture import VideoSource
 from fer_nb.deploy import Predictor
 from fer_nb.detectors import SSD, Haar, YuNet
 from fer_nb.geometry import prepare_face
-from fer_nb.realtime import VideoSource, open_pipeline
+from fer_nb.realtime import open_pipeline
 from fer_nb.synthetic import film_frame, plan_film
 from tests.conftest import model_paths
 from tests.test_detectors import frames_of
@@ -60,9 +61,9 @@ def test_detector_on_a_real_face(benchmark, film_path, name):
 def student_112(tmp_path_factory):
     "A MobileNetV3-Large of 112 px as an ONNX file; its weights are random, which costs the same."
     from fer_nb.deploy import ModelFacts
+    from fer_nb.distillation import make_student
     from fer_nb.exporting import save_checked, to_fp32
     from fer_nb.geometry import Geometry
-    from fer_nb.students import make_student
     facts = ModelFacts(Geometry(size=112), 1.0, "mobilenetv3_large_100", "0"*64, "none")
     return save_checked(to_fp32(make_student(), facts), tmp_path_factory.mktemp("student")/"model_fp32.onnx")
 

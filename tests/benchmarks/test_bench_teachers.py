@@ -19,10 +19,11 @@ from fastai.callback.core import Callback
 from torch import nn
 
 from fer_nb import training
-from fer_nb.images import make_loaders
+from fer_nb.callbacks import TrainConfig, fast_layout, make_optimizer, seed_everything
 from fer_nb.integrity import VIEWS
+from fer_nb.loading import make_loaders
 from fer_nb.teachers import ArcFaceLoss, Teacher, export_softlabels
-from fer_nb.training import TrainConfig, fast_layout, make_optimizer, seed_everything, train
+from fer_nb.training import train
 
 SIZE, BATCH, STEPS, ROUNDS = 48, 64, 12, 7
 CONFIG = TrainConfig(ROUNDS + 1, 3e-4, warmup_epochs=1, clip=5.0, seed=1)
