@@ -5,7 +5,7 @@
 PYTHON ?= python3
 BIN    := .venv/bin
 
-.PHONY: run test install notebooks sync lint pytest bench lab clean help
+.PHONY: run test install notebooks sync lint pytest bench results lab clean help
 
 run: install
 	$(BIN)/fer-nb run --profile embedded
@@ -40,6 +40,9 @@ pytest:
 bench: install
 	$(BIN)/python -m pytest -q tests/benchmarks
 
+results: install
+	$(BIN)/python -c 'from fer_nb.results import write_results; print(write_results("runs/reference", readme="README.md"))'
+
 lab: install
 	$(BIN)/jupyter lab nbs
 
@@ -48,6 +51,7 @@ clean:
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
-	@echo "make bench  measure the speeds that the README names"
+	@echo "make bench  measure speeds, such as those of runs/reference/RESULTS.md"
+	@echo "make results  make runs/reference/RESULTS.md and the README's table again from the artifacts"
 	@echo "make lab    open the notebooks in JupyterLab"
 	@echo "make clean  remove .venv and build leftovers (runs/ stays)"

@@ -25,14 +25,13 @@ import pypandoc
 from IPython.display import Image
 from tabulate import tabulate
 
-from . import ensembles
 from .arms import FREE, arm_labels, arm_of, kept_sources
 from fer_nb.artifacts import (
     CLASSES, ArtifactError, GateError, UsageError, atomic_path, convention_of, find_artifact, read_npz, write_bytes,
     write_csv, write_npz, write_text,
 )
 from .calibration import confusion, per_class, top_label
-from .evidence import OnnxParity
+from .evidence import EnsembleConfig, EnsembleMetrics, OnnxParity
 from .gates import gates
 from .integrity import own_test_rows, run_convention
 from fer_nb.records import (
@@ -97,7 +96,7 @@ class Run:
 
     @property
     def recipe(self) -> str:
-        "A teacher's settings, but for seed and paths; a student's arm stands for its own (`summary.check_arms`)."
+        "A teacher's settings, but for seed and paths; a student's arm stands for its own (`arms.check_arms`)."
         return "" if self.arm else str(sorted((k, v) for k, v in self.args.parameters.items() if k not in (*FREE, "init_sha256", "fold")))
 
     def test_logits(self):
@@ -173,21 +172,21 @@ def source_columns(t: pd.DataFrame) -> pd.DataFrame:
 # %% ../nbs/09b_report.ipynb #09b-report-018
 def find_ensembles(
     runs_dir,  # a profile's run folder
-) -> list[tuple[Path, ensembles.EnsembleMetrics]]:
+) -> list[tuple[Path, EnsembleMetrics]]:
     "Finished ensembles, with their folders."
     found = []
-    for path in sorted(Path(runs_dir).rglob(ensembles.EnsembleMetrics.filename)):
-        try: found.append((path.parent, ensembles.EnsembleMetrics.load(path)))
+    for path in sorted(Path(runs_dir).rglob(EnsembleMetrics.filename)):
+        try: found.append((path.parent, EnsembleMetrics.load(path)))
         except ArtifactError: continue
     return found
 
 # %% ../nbs/09b_report.ipynb #09b-report-019
-def one_judge(m: ensembles.EnsembleMetrics) -> bool:
+def one_judge(m: EnsembleMetrics) -> bool:
     "Whether labels of one convention judged an ensemble; older ones may have been judged by several at once."
     return bool(m.convention) or len({convention_of(s) for s in m.ensemble.by_source}) == 1
 
 # %% ../nbs/09b_report.ipynb #09b-report-020
-def members_by_own(m: ensembles.EnsembleMetrics, learned: str) -> str:
+def members_by_own(m: EnsembleMetrics, learned: str) -> str:
     "Members and ensemble on the rows with the labels that they learned, for an older ensemble that was judged by several conventions."
     own = [s for s in m.ensemble.by_source if convention_of(s) in learned.split("+")]
     rows = [(x.name, s, f"{x.by_source[s]['n']:,.0f}", *(f"{x.by_source[s][k]:.3f}" for k in ("accuracy", "macro_f1", "nll", "ece")))
@@ -205,7 +204,7 @@ def ensembles_markdown(
         learned = run_convention(folder)
         by_source = source_columns(own_sources(pd.read_csv(folder/"metrics_by_source.csv"), learned)).to_markdown(index=False)
         judged = m._repr_markdown_() if one_judge(m) else members_by_own(m, learned)
-        parts.append(f"### {m.name}\n\n{ensembles.EnsembleConfig.load(folder)._repr_markdown_()}\n\n{judged}\n\n{by_source}")
+        parts.append(f"### {m.name}\n\n{EnsembleConfig.load(folder)._repr_markdown_()}\n\n{judged}\n\n{by_source}")
     return "\n\n".join(parts) or "This run has no ensemble."
 
 # %% ../nbs/09b_report.ipynb #09b-report-023
