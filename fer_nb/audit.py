@@ -16,14 +16,15 @@ import pandas as pd
 from .archives import SPLITS
 from .artifacts import CLASSES, GateError, UsageError, convention_of
 from .likeness import HASH_BITS, MAX_HAMMING, MIN_CORRELATION, Likeness, find_groups, fingerprint
-from .manifests import POLICY, Manifest, Result, conflicting, load_manifest, validation
+from .manifests import POLICY, Manifest, conflicting, load_manifest, validation
+from .artifacts import Lines
 from fer_nb.records import (
     ConventionAgreement, LeakageReport, ManifestValidation, PartOverlap, PerfectScore, SourceDisagreement,
 )
 from .sources import FERPLUS_ORDER, to_class
 
 # %% ../nbs/00_manifests_audit.ipynb #00-audit-005
-class ValidationResult(Result):
+class ValidationResult(Lines):
     "What `validate_manifest` found."
     def __init__(self, report: ManifestValidation, seconds: float):
         self.report, self.seconds = report, seconds
@@ -219,7 +220,7 @@ def leakage_report(
                   "leaks": [[i] for i in leaks.id[:5]]})
 
 # %% ../nbs/00_manifests_audit.ipynb #00-audit-027
-class AuditResult(Result):
+class AuditResult(Lines):
     "What `audit_manifest` found."
     def __init__(self, report: LeakageReport, seconds: float, conventions: dict[str, str] | None = None):
         self.report, self.seconds, self.conventions = report, seconds, conventions or {}

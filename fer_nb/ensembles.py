@@ -7,7 +7,7 @@ __all__ = ['EXPORTED', 'EVALUATED', 'SEARCHED', 'Panel', 'panel', 'fused_softlab
            'start_over', 'check_out', 'chosen_members', 'gated_members', 'convention_here', 'search_ensemble',
            'Exported', 'rows_of', 'check_export', 'export_ensemble', 'SplitTargets', 'split_targets', 'model_metrics',
            'gains', 'gains_by_source', 'error_correlation', 'ensemble_metrics', 'evaluate_ensemble', 'require_replay',
-           'seal', 'gate_lines', 'config_lines', 'metrics_lines', 'member_logits', 'recount_ensemble', 'recount']
+           'seal', 'member_logits', 'recount_ensemble', 'recount']
 
 # %% ../nbs/04_ensembles.ipynb #04-ensembles-002
 from dataclasses import dataclass, fields, replace
@@ -17,16 +17,18 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .artifacts import FerError, GateError, UsageError, read_npz, sha256_bytes, sha256_file, write_csv, write_npz
+from fer_nb.artifacts import (
+    FerError, GateError, Lines, UsageError, read_npz, sha256_bytes, sha256_file, write_csv, write_npz,
+)
 from fer_nb.calibration import (
     accuracy, brier, ece, group_codes, macro_f1, nll, per_class, predictions, select_temperature,
 )
 from fer_nb.evidence import (
-    AlignmentReport, Benchmark, EnsembleConfig, EnsembleGate, EnsembleMember, EnsembleMetrics, Gain, ModelMetrics,
+    AlignmentReport, Benchmark, EnsembleConfig, EnsembleMember, EnsembleMetrics, Gain, ModelMetrics,
 )
 from .integrity import Softlabels, load_softlabels, require_alignment, run_convention, save_softlabels
 from .leaves import check_run_seal, check_seal, reseal, seal_folder, unseal
-from .manifests import Manifest, Result, label_sources
+from .manifests import Manifest, label_sources
 from fer_nb.members import (
     REPORT_VIEW, SPACES, Member, alignment_reports, benchmark_rows, check_members, check_preset, check_weights,
     fuse, load_member, log_probs, member_names, open_manifest, preset_members, relative, require_members,
@@ -221,7 +223,7 @@ def search_ensemble(
 
 # %% ../nbs/04_ensembles.ipynb #04-ensembles-022
 @dataclass(repr=False)
-class Exported(Result):
+class Exported(Lines):
     "Fused and split supervision on the disk."
     folder: Path
     config: EnsembleConfig
@@ -412,55 +414,6 @@ def seal(folder):
     missing = [n for n in needed if not (folder/n).is_file()]
     if missing: raise GateError(f"{folder} is unfinished: {missing[0]} is missing; search, export and evaluate it first")
     return seal_folder(folder, EnsembleConfig.load(folder).dataset_index_id)
-
-# %% ../nbs/04_ensembles.ipynb #04-ensembles-039
-def gate_lines(self: EnsembleGate) -> list:
-    "A gate for people."
-    keys = ("class_order_match", "index_id_match", "sample_count_match", "sample_content_match", "views_match", "convention_match",
-            "calibrated")
-    head = ("member", "labels by", *(k.removesuffix("_match").replace("_", " ") for k in keys), "verdict")
-    def verdict(c): return *("yes" if getattr(c, k) else "no" for k in keys), "pass" if c.passed else "refused"
-    rows = [(c.name, c.convention or "–", *verdict(c)) for c in self.members]
-    total = ", ".join(f"{n:,} {s}" for s, n in self.rows.items())
-    return [f"ensemble gate {'passes' if self.passed else 'is shut'}: {self.dataset_index_id}, {total} rows, views {', '.join(self.views)}",
-            (head, rows), *(f"{c.name}: {r}" for c in self.members for r in c.reasons)]
-
-# %% ../nbs/04_ensembles.ipynb #04-ensembles-040
-def config_lines(self: EnsembleConfig) -> list:
-    "A configuration for people."
-    b, c = self.benchmark, self.class_weights
-    how = f"preset {self.preset}" if self.preset else f"weights searched on {b.view}"
-    def weight(m): return f"{m.weights[0]:.3f}" if not self.class_aware else " ".join(f"{w:.2f}" for w in m.weights)
-    rows = [(m.name, m.arch, m.seed, weight(m), f"{m.temperature:.3f}", f"{b.member_macro_f1[m.name]:.4f}") for m in self.members]
-    whose = f"labels of {self.convention}, " if self.convention else ""
-    out = [f"{self.name}: {how}, {whose}{self.space} space, T = {self.temperature:.3f}; "
-           f"macro-F1 {b.macro_f1:.4f} on {b.n:,} benchmark rows "
-           f"(best member {b.best_member} {b.member_macro_f1[b.best_member]:.4f})",
-           (("member", "arch", "seed", "weight", "T", f"macro-F1 on {b.view}"), rows)]
-    if c:
-        out.append(f"one weight a class {'accepted' if c.accepted else 'not accepted'}: cross-validated macro-F1 {c.cv_macro_f1_class:.4f} "
-                     f"against {c.cv_macro_f1_scalar:.4f}, gain {c.cv_gain.show(signed=True)}")
-    return out
-
-# %% ../nbs/04_ensembles.ipynb #04-ensembles-041
-def metrics_lines(self: EnsembleMetrics) -> list:
-    "A report for people."
-    models = [*self.members, self.ensemble]
-    def raw(m, k): return f"{m.raw[k]:.4f} → {getattr(m, k).value:.4f}"
-    rows = [(m.name, m.accuracy.show(), m.macro_f1.show(), *(raw(m, k) for k in ("nll", "brier", "ece"))) for m in models]
-    def part(g): return g.source if g.convention in (None, g.source) else f"{g.source}, labels of {g.convention}"
-    def metric(g): return g.metric.replace("_", "-").replace("f1", "F1")
-    def row(g): return part(g), g.n, g.pictures, metric(g), g.over, g.chosen_on, g.gain.show(signed=True)
-    told = [tuple("–" if x is None else x for x in row(g)) for g in self.gains]  # older files have no n by source
-    judge = f" by the labels of {self.convention}" if self.convention else ""
-    return [f"{self.name} on {self.report_view}{judge}, n = {self.n:,}, {self.dataset_index_id}; "
-            f"95% intervals from {self.resamples:,} resamples",
-            (("model", "accuracy", "macro-F1", "NLL, raw → scaled", "Brier", "ECE"), rows),
-            (("on rows of", "n", "pictures", "gain in", "over member", "best on", "paired gain"), told)]
-
-
-for _model, _lines in ((EnsembleGate, gate_lines), (EnsembleConfig, config_lines), (EnsembleMetrics, metrics_lines)):
-    _model.lines, _model.__str__, _model.__repr__, _model._repr_markdown_ = _lines, Result.__str__, Result.__str__, Result._repr_markdown_
 
 # %% ../nbs/04_ensembles.ipynb #04-ensembles-043
 def member_logits(

@@ -6,14 +6,14 @@
 __all__ = ['BackboneGuard', 'AlignmentReport', 'DKDUnitTest', 'SmokeTest', 'MemberCheck', 'EnsembleGate', 'EnsembleMember',
            'Benchmark', 'ClassWeightReport', 'EnsembleConfig', 'ModelMetrics', 'Gain', 'EnsembleMetrics', 'ParityCheck',
            'ExportedFile', 'ExportReport', 'VariantParity', 'OnnxParity', 'PastValues', 'ClassValues', 'SessionInfo',
-           'Estimate', 'LockTimes', 'SessionClass', 'LabelScores', 'StageLatency', 'ScoreResults', 'StabiliserChoice']
+           'LockTimes', 'SessionClass', 'LabelScores', 'StageLatency', 'ScoreResults', 'StabiliserChoice']
 
 # %% ../nbs/00_artifacts_stages.ipynb #00-evidence-002
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from .artifacts import class_order_hash, Artifact
+from .artifacts import Artifact, Lines, class_order_hash
 from .records import Interval
 
 # %% ../nbs/00_artifacts_stages.ipynb #00-evidence-004
@@ -86,7 +86,7 @@ class MemberCheck(BaseModel):
     reasons: list[str] = []
 
 # %% ../nbs/00_artifacts_stages.ipynb #00-evidence-010
-class EnsembleGate(Artifact):
+class EnsembleGate(Lines, Artifact):
     "Whether every member may speak for these rows."
     filename: ClassVar[str] = "ensemble_alignment_gate.json"
     dataset_index_id: str
@@ -97,6 +97,18 @@ class EnsembleGate(Artifact):
     members: list[MemberCheck]
     passed: bool = Field(alias="pass")
     notes: list[str] = []
+
+    def lines(self) -> list:
+        "A gate for people."
+        keys = ("class_order_match", "index_id_match", "sample_count_match", "sample_content_match", "views_match", "convention_match",
+                "calibrated")
+        head = ("member", "labels by", *(k.removesuffix("_match").replace("_", " ") for k in keys), "verdict")
+        def verdict(c): return *("yes" if getattr(c, k) else "no" for k in keys), "pass" if c.passed else "refused"
+        rows = [(c.name, c.convention or "–", *verdict(c)) for c in self.members]
+        total = ", ".join(f"{n:,} {s}" for s, n in self.rows.items())
+        state = "passes" if self.passed else "is shut"
+        return [f"ensemble gate {state}: {self.dataset_index_id}, {total} rows, views {', '.join(self.views)}",
+                (head, rows), *(f"{c.name}: {r}" for c in self.members for r in c.reasons)]
 
 # %% ../nbs/00_artifacts_stages.ipynb #00-evidence-011
 class EnsembleMember(BaseModel):
@@ -136,7 +148,7 @@ class ClassWeightReport(BaseModel):
     macro_f1_class: float
 
 # %% ../nbs/00_artifacts_stages.ipynb #00-evidence-014
-class EnsembleConfig(Artifact):
+class EnsembleConfig(Lines, Artifact):
     "All that is needed to fuse the members again."
     filename: ClassVar[str] = "ensemble_config.json"
     name: str
@@ -158,6 +170,23 @@ class EnsembleConfig(Artifact):
     views: list[str]
     n: int  # rows of all splits
     seed: int
+
+    def lines(self) -> list:
+        "A configuration for people."
+        b, c = self.benchmark, self.class_weights
+        how = f"preset {self.preset}" if self.preset else f"weights searched on {b.view}"
+        def weight(m): return f"{m.weights[0]:.3f}" if not self.class_aware else " ".join(f"{w:.2f}" for w in m.weights)
+        rows = [(m.name, m.arch, m.seed, weight(m), f"{m.temperature:.3f}", f"{b.member_macro_f1[m.name]:.4f}") for m in self.members]
+        whose = f"labels of {self.convention}, " if self.convention else ""
+        out = [f"{self.name}: {how}, {whose}{self.space} space, T = {self.temperature:.3f}; "
+               f"macro-F1 {b.macro_f1:.4f} on {b.n:,} benchmark rows "
+               f"(best member {b.best_member} {b.member_macro_f1[b.best_member]:.4f})",
+               (("member", "arch", "seed", "weight", "T", f"macro-F1 on {b.view}"), rows)]
+        if c:
+            verdict = "accepted" if c.accepted else "not accepted"
+            out.append(f"one weight a class {verdict}: cross-validated macro-F1 {c.cv_macro_f1_class:.4f} "
+                       f"against {c.cv_macro_f1_scalar:.4f}, gain {c.cv_gain.show(signed=True)}")
+        return out
 
 # %% ../nbs/00_artifacts_stages.ipynb #00-evidence-015
 class ModelMetrics(BaseModel):
@@ -190,7 +219,7 @@ class Gain(BaseModel):
     gain: Interval
 
 # %% ../nbs/00_artifacts_stages.ipynb #00-evidence-017
-class EnsembleMetrics(Artifact):
+class EnsembleMetrics(Lines, Artifact):
     "The ensemble and its members on the same rows, which chose nothing."
     filename: ClassVar[str] = "ensemble_metrics.json"
     name: str
@@ -212,6 +241,21 @@ class EnsembleMetrics(Artifact):
         "The gain in a metric; over the benchmark's best member and on all rows unless another choice is asked for."
         wanted = metric, chosen_on or self.benchmark.view, source
         return next(g for g in self.gains if (g.metric, g.chosen_on, g.source) == wanted)
+
+    def lines(self) -> list:
+        "A report for people."
+        models = [*self.members, self.ensemble]
+        def raw(m, k): return f"{m.raw[k]:.4f} → {getattr(m, k).value:.4f}"
+        rows = [(m.name, m.accuracy.show(), m.macro_f1.show(), *(raw(m, k) for k in ("nll", "brier", "ece"))) for m in models]
+        def part(g): return g.source if g.convention in (None, g.source) else f"{g.source}, labels of {g.convention}"
+        def metric(g): return g.metric.replace("_", "-").replace("f1", "F1")
+        def row(g): return part(g), g.n, g.pictures, metric(g), g.over, g.chosen_on, g.gain.show(signed=True)
+        told = [tuple("–" if x is None else x for x in row(g)) for g in self.gains]  # older files have no n by source
+        judge = f" by the labels of {self.convention}" if self.convention else ""
+        return [f"{self.name} on {self.report_view}{judge}, n = {self.n:,}, {self.dataset_index_id}; "
+                f"95% intervals from {self.resamples:,} resamples",
+                (("model", "accuracy", "macro-F1", "NLL, raw → scaled", "Brier", "ECE"), rows),
+                (("on rows of", "n", "pictures", "gain in", "over member", "best on", "paired gain"), told)]
 
 # %% ../nbs/00_artifacts_stages.ipynb #00-evidence-023
 class ParityCheck(BaseModel):
@@ -323,18 +367,6 @@ class SessionInfo(Artifact):
     end_reason: str | None = None
     frames: int = 0
 
-# %% ../nbs/00_artifacts_stages.ipynb #00-evidence-032
-class Estimate(BaseModel):
-    "A value with its 95% interval, where there is one: few segments can't say."
-    value: float
-    low: float | None = None
-    high: float | None = None
-
-    def show(self, digits: int = 3, signed: bool = False) -> str:
-        "As text: value [low, high]."
-        f = f"{'+' if signed else ''}.{digits}f"
-        return f"{self.value:{f}}" + ("" if self.low is None else f" [{self.low:{f}}, {self.high:{f}}]")
-
 # %% ../nbs/00_artifacts_stages.ipynb #00-evidence-033
 class LockTimes(BaseModel):
     "How long the label took to settle on the truth, over the scored segments; one in which it never did is censored, not left out."
@@ -363,8 +395,8 @@ class SessionClass(BaseModel):
 # %% ../nbs/00_artifacts_stages.ipynb #00-evidence-035
 class LabelScores(BaseModel):
     "One kind of label, shown or raw, against the truth."
-    accuracy: Estimate | None = None  # null: no frame could be scored
-    macro_f1: Estimate | None = None  # over the classes that occur in the scored truth
+    accuracy: Interval | None = None  # null: no frame could be scored
+    macro_f1: Interval | None = None  # over the classes that occur in the scored truth
     jitter_per_min: float | None = None  # label changes a minute with a face; null: no such time
     time_to_lock: LockTimes
     unstable: float | None = None  # share of the scored frames; an error in accuracy and F1
@@ -400,8 +432,8 @@ class ScoreResults(Artifact):
     scored_segments: int
     shown: LabelScores
     raw: LabelScores
-    gain_accuracy: Estimate | None = None  # shown - raw on the same frames
-    gain_macro_f1: Estimate | None = None
+    gain_accuracy: Interval | None = None  # shown - raw on the same frames
+    gain_macro_f1: Interval | None = None
     truth_changes_per_min: float | None = None  # of the label of the truth, in the time that jitter counts
     unstable_frames: int  # of all frames
     no_face_frames: int

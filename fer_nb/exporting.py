@@ -30,8 +30,11 @@ from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, Q
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from torch import nn
 
-from .artifacts import ArtifactError, GateError, UsageError, atomic_path, sha256_file, write_bytes, write_npz
-from .calibration import BLUE, GREEN, GREY, ORANGE, macro_f1
+from fer_nb.artifacts import (
+    BLUE, GREEN, GREY, ORANGE, ArtifactError, GateError, Lines, UsageError, atomic_path, sha256_file, write_bytes,
+    write_npz,
+)
+from .calibration import macro_f1
 from fer_nb.deploy import (
     ModelFacts, Predictor, check_prepared, checkpoint_facts, open_onnx, open_session, prepared, probabilities,
     read_facts,
@@ -41,7 +44,7 @@ from .geometry import Framing, Geometry, check_geometry, normalise
 from .images import load_cache
 from .integrity import package_versions
 from .loading import PackedFaces
-from .manifests import Result, load_manifest
+from .manifests import load_manifest
 from .records import Interval
 from .resampling import paired_interval
 from .run_report import groups_of
@@ -436,7 +439,7 @@ def keep_answers(
                      test_logits=z, test_labels=faces.labels, test_groups=pd.factorize(groups_of(rows))[0].astype(np.int32))
 
 # %% ../nbs/09_onnx_export.ipynb #09-exporting-056
-class ExportResult(Result):
+class ExportResult(Lines):
     "What was exported, and how near it comes to the checkpoint."
     def __init__(self, report: ExportReport, parity: OnnxParity, out, notes=()):
         self.report, self.parity, self.out, self.notes = report, parity, Path(out), list(notes)

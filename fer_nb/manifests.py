@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'VIEWS', 'MANIFEST_FILE', 'MANIFEST_CSV', 'POLICY', 'majority_share', 'conflicting', 'conventions_in',
            'Manifest', 'label_sources', 'load_manifest', 'require_valid', 'draw_validation', 'exclude_copies',
-           'assign_splits', 'dataset_fingerprint', 'dataset_index', 'freeze_manifest', 'Result', 'BuildResult',
-           'check_rows', 'validation', 'build_manifest', 'collection_paused', 'with_conventions']
+           'assign_splits', 'dataset_fingerprint', 'dataset_index', 'freeze_manifest', 'BuildResult', 'check_rows',
+           'validation', 'build_manifest', 'collection_paused', 'with_conventions']
 
 # %% ../nbs/00_manifests.ipynb #00-manifests-002
 import gc
@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from fastcore.basics import patch
 
 from .archives import SPLITS
-from .artifacts import CLASSES, ArtifactError, UsageError, atomic_path, convention_of
+from .artifacts import CLASSES, ArtifactError, Lines, UsageError, atomic_path, convention_of
 from .leaves import check_seal, seal_folder, unseal
 from .likeness import HASH_BITS, MAX_HAMMING, Prints, find_groups, fingerprint
 from .records import ClassOrder, DatasetIndex, LeakageReport, ManifestValidation
@@ -323,29 +323,8 @@ def freeze_manifest(
     seal_folder(folder, index.dataset_index_id, [MANIFEST_FILE, MANIFEST_CSV, DatasetIndex.filename, ClassOrder.filename])
     return Manifest(df, index, folder)
 
-# %% ../nbs/00_manifests.ipynb #00-manifests-036
-def _table(head, rows) -> str:
-    "A markdown table."
-    lines = [head, ["---"]*len(head), *rows]
-    return "\n".join("| " + " | ".join(str(c) for c in line) + " |" for line in lines)
-
-# %% ../nbs/00_manifests.ipynb #00-manifests-037
-def _plain(head, rows) -> str:
-    "The same table for a terminal: columns aligned, numbers to the right."
-    cells = [[str(c) for c in line] for line in [head, *rows]]
-    wide = [max(map(len, column)) for column in zip(*cells)]
-    return "\n".join("  " + "  ".join(c.ljust(w) if k == 0 else c.rjust(w) for k, (c, w) in enumerate(zip(line, wide))) for line in cells)
-
-# %% ../nbs/00_manifests.ipynb #00-manifests-038
-class Result:
-    "Something to print: `lines()` holds text and (head, rows) tables."
-    def lines(self) -> list: raise NotImplementedError
-    def __str__(self): return "\n".join(x if isinstance(x, str) else _plain(*x) for x in self.lines())
-    def _repr_markdown_(self): return "\n\n".join(x if isinstance(x, str) else _table(*x) for x in self.lines())
-    __repr__ = __str__
-
 # %% ../nbs/00_manifests.ipynb #00-manifests-039
-class BuildResult(Result):
+class BuildResult(Lines):
     "A manifest fresh from `build_manifest`."
     def __init__(self, manifest: Manifest, seconds: float, validated: bool):
         self.manifest, self.seconds, self.validated = manifest, seconds, validated

@@ -27,7 +27,7 @@ from .detectors import Detection, Track, Tracker, open_detector
 from .evidence import SessionInfo
 from .geometry import prepare_views
 from .sessions import STAGES_TIMED, TRUTH, Face, FrameResult, SessionLog
-from .stabiliser import TUNABLE, Stabilizer
+from .stabiliser import TUNABLE, Stabiliser
 
 # %% ../nbs/06_realtime_demo.ipynb #06-realtime-005
 class Tally:
@@ -110,14 +110,14 @@ class Pipeline:
         source: Source,
         detector,  # what `open_detector` gives
         predictor,  # a deploy.Predictor
-        stabilizer: Stabilizer | None = None,  # default: METHODS' settings
+        stabilizer: Stabiliser | None = None,  # default: METHODS' settings
         log: SessionLog | None = None,  # None: nothing is written
         clips=None,  # a `Clips`, where pictures may be kept
         most_faces: int = 8,  # the largest so many of a frame
     ):
         self.source, self.detector, self.predictor, self.most_faces = source, detector, predictor, most_faces
         self.log, self.clips = log, clips
-        self.stabilizer = stabilizer or Stabilizer()
+        self.stabilizer = stabilizer or Stabiliser()
         self.tracker, self.whose = Tracker(keep=max(1.0, self.stabilizer.hold)), MainFace(self.stabilizer.hold)  # seconds
         self.hand: int | None = 0  # what is painted: a class 1 to 7, 0 for none; None: what was labelled stays
         self.acts: list = []  # to undo: (first frame, stretches, hand)
@@ -345,7 +345,7 @@ def session_info(
     source: Source,
     detector,
     predictor: Predictor,
-    stabilizer: Stabilizer,
+    stabilizer: Stabiliser,
     images_written: bool = False,
 ) -> SessionInfo:
     "What a session runs with."
@@ -379,7 +379,7 @@ def open_pipeline(
     "Everything from source to log, ready to step."
     if save_clips != consent or save_clips and out is None: raise UsageError(CONSENT)
     predictor = model if isinstance(model, Predictor) else Predictor(model)
-    stabilizer = Stabilizer(thresholds=own_thresholds(predictor), **settings)
+    stabilizer = Stabiliser(thresholds=own_thresholds(predictor), **settings)
     if isinstance(detector, str):
         detector, note = open_detector(detector, min_face=min_face)
         if note: say(note)

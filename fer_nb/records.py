@@ -280,15 +280,15 @@ class Calibration(Artifact):
 
 # %% ../nbs/00_artifacts_data.ipynb #00-records-028
 class Interval(BaseModel):
-    "A value with its bootstrap 95% interval."
+    "A value with its bootstrap 95% interval, where there is one: few segments of a session can't say."
     value: float
-    low: float
-    high: float
+    low: float | None = None
+    high: float | None = None
 
     def show(self, digits: int = 4, signed: bool = False) -> str:
         "As text: value [low, high]."
         f = f"{'+' if signed else ''}.{digits}f"
-        return f"{self.value:{f}} [{self.low:{f}}, {self.high:{f}}]"
+        return f"{self.value:{f}}" + ("" if self.low is None else f" [{self.low:{f}}, {self.high:{f}}]")
 
 # %% ../nbs/00_artifacts_data.ipynb #00-records-029
 class ClassMetrics(BaseModel):

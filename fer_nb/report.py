@@ -27,8 +27,8 @@ from tabulate import tabulate
 
 from .arms import FREE, arm_labels, arm_of, kept_sources
 from fer_nb.artifacts import (
-    CLASSES, ArtifactError, GateError, UsageError, atomic_path, convention_of, find_artifact, read_npz, write_bytes,
-    write_csv, write_npz, write_text,
+    BLUE, CLASSES, ORANGE, ArtifactError, GateError, UsageError, atomic_path, convention_of, find_artifact,
+    read_npz, write_bytes, write_csv, write_npz, write_text,
 )
 from .calibration import confusion, per_class, top_label
 from .evidence import EnsembleConfig, EnsembleMetrics, OnnxParity
@@ -296,8 +296,8 @@ def plot_curves(runs):
         right = ax.twinx()
         for r in members:
             h = pd.DataFrame(r.history.rows)
-            loss, = ax.plot(h["epoch"] + 1, h["train_loss"], "o-", ms=3, lw=1, color="#0072B2")
-            f1, = right.plot(h["epoch"] + 1, h["valid_macro_f1"], "s--", ms=3, lw=1, color="#D55E00")
+            loss, = ax.plot(h["epoch"] + 1, h["train_loss"], "o-", ms=3, lw=1, color=BLUE)
+            f1, = right.plot(h["epoch"] + 1, h["valid_macro_f1"], "s--", ms=3, lw=1, color=ORANGE)
             right.axvline(r.history.best_epoch + 1, color="grey", lw=0.8, ls=":")
         ax.set(xlabel="epoch", ylabel="loss, nats"); ax.xaxis.get_major_locator().set_params(integer=True)
         right.set(ylim=(0, 1), ylabel="macro-F1"); ax.set_title(title, fontsize=9)

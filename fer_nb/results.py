@@ -36,7 +36,7 @@ from .detectors import open_detector
 from .integrity import own_test_rows, run_convention
 from .pictures import faces_of
 from .anatomy import EMOTION_AUS, make_identity, parse_aus
-from .browser import Camera
+from .painting import Shot
 from .painting import paint_background, render_face
 
 # %% ../nbs/09c_results.ipynb #09c-005
@@ -592,7 +592,7 @@ def drawn_group(size: int = 200) -> np.ndarray:  # uint8 (h, w, 3) RGB
     height, step = round(1.66*size), round(1.45*size)
     scene = paint_background(height, step*len(GROUP), 0.0, np.random.default_rng(1337)).copy()
     for i, (number, name) in enumerate(GROUP):
-        camera = Camera(shift_y=-0.02)
+        camera = Shot(shift_y=-0.02)
         part = scene[:, i*step:(i + 1)*step]
         who, aus, rng = make_identity(1337, number), parse_aus(EMOTION_AUS[name][0]), np.random.default_rng(i)
         part[:] = render_face(who, aus, camera, size, rng=rng, background=part)

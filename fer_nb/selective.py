@@ -22,10 +22,9 @@ import pandas as pd
 import scipy
 from scipy.special import digamma
 
-from .artifacts import CLASSES, GateError, UsageError
+from .artifacts import BLUE, CLASSES, GREEN, GREY, ORANGE, GateError, UsageError
 from fer_nb.calibration import (
-    BLUE, GREEN, GREY, ORANGE, check, check_logits, class_names, fit_temperature, group_codes, mean_over_rows,
-    predictions, softmax,
+    check, check_logits, class_names, fit_temperature, group_codes, mean_over_rows, predictions, softmax,
 )
 from .records import ClassCoverage, CoveragePromise, SelectiveReport, SetCoverage
 from .reliability import confidence_groups

@@ -7,7 +7,7 @@ __all__ = ['STAGES_TIMED', 'PROBS', 'COLUMNS', 'TRUTH', 'EVENT_COLUMNS', 'LABELS
            'OURS', 'EARLIER', 'SUM_TOLERANCE', 'MIN_SEGMENT_MS', 'TRANSITION_MS', 'LOCK_HOLD_MS', 'PAUSE_MS', 'Stretch',
            'Timeline', 'Face', 'FrameResult', 'SessionLog', 'simulate_probs', 'runs_of', 'simulated_info',
            'apply_changes', 'simulate_session', 'require_columns', 'read_table', 'numbers', 'label_codes',
-           'LoadedSession', 'read_probs', 'check_main', 'read_rows', 'read_changes', 'read_latency', 'stabilizer_of',
+           'LoadedSession', 'read_probs', 'check_main', 'read_rows', 'read_changes', 'read_latency', 'stabiliser_of',
            'read_info', 'load_session', 'read_events', 'labels_at', 'truth_of']
 
 # %% ../nbs/06_demo_log.ipynb #06-sessions-002
@@ -31,8 +31,8 @@ from .calibration import softmax
 from .deploy import MAX_BIAS, write_class_values
 from .detectors import Detection
 from .evidence import SessionInfo
-from .manifests import Result
-from .stabiliser import NO_FACE, TUNABLE, UNSTABLE, Stabilizer
+from .artifacts import Lines
+from .stabiliser import NO_FACE, TUNABLE, UNSTABLE, Stabiliser
 
 # %% ../nbs/06_demo_log.ipynb #06-sessions-005
 @dataclass
@@ -318,7 +318,7 @@ def simulated_info(fps: float, settings: dict) -> SessionInfo:
                        temperature=1.0, settings=settings, packages={}, platform="", started=now)
 
 # %% ../nbs/06_demo_log.ipynb #06-sessions-029
-def apply_changes(stabilizer: Stabilizer, log: SessionLog, changes: dict, frame: int, update: int):
+def apply_changes(stabilizer: Stabiliser, log: SessionLog, changes: dict, frame: int, update: int):
     "Change settings before an update, and log it."
     for name, value in changes.items():
         if name == "reset": stabilizer.reset()
@@ -340,7 +340,7 @@ def simulate_session(
     close: bool = True,  # False: as a kill leaves it, but for what was not yet flushed
 ) -> Path:
     "A session with a simulated classifier, the real stabiliser and the real log, for examples and tests."
-    rng, stabilizer, last = np.random.default_rng(seed), Stabilizer(**settings or {}), None
+    rng, stabilizer, last = np.random.default_rng(seed), Stabiliser(**settings or {}), None
     time = np.round(np.arange(int(np.ceil(events["end_ms"].iloc[-1]*fps/1000 - 1e-9)))/fps, 6)
     label = np.array(events["label"])[np.searchsorted(events["start_ms"], time*1000 + 1e-6, side="right") - 1]
     truth = [CLASSES.index(x) if x else 6 for x in label]  # who isn't labelled has a face all the same
@@ -432,7 +432,7 @@ SUM_TOLERANCE = 0.005  # probabilities of a row may miss 1 by so much: logs roun
 
 # %% ../nbs/06_demo_log.ipynb #06-sessions-043
 @dataclass(repr=False, eq=False)
-class LoadedSession(Result):
+class LoadedSession(Lines):
     "What a session left behind."
     folder: Path
     faces: pd.DataFrame  # every row, as text
@@ -534,7 +534,7 @@ def read_changes(path: Path) -> tuple[pd.DataFrame, list[str]]:
     values = table["value"].astype(object)
     values[acts] = numbers(table[acts], "value", path)
     for line, name in table["name"][acts].items():
-        try: Stabilizer().set(**{name: values[line]})
+        try: Stabiliser().set(**{name: values[line]})
         except UsageError as e: raise ArtifactError(path, f"line {line}: {e}") from None
     return table.assign(value=values), notes
 
@@ -546,11 +546,11 @@ def read_latency(path: Path) -> tuple[pd.DataFrame | None, list[str]]:
     return pd.DataFrame({c: numbers(table, c, path) for c in table if c in ("frame_index", "wall_sec") or c.endswith("_ms")}), notes
 
 # %% ../nbs/06_demo_log.ipynb #06-sessions-052
-def stabilizer_of(
+def stabiliser_of(
     settings: dict,  # as session.json has them; what isn't there has its default, but for votes, which didn't age in earlier sessions
-) -> Stabilizer:
+) -> Stabiliser:
     "A fresh stabiliser with a session's settings."
-    s = Stabilizer(**{k: float(settings[k]) for k in ("fps", "hold") if k in settings}, vote_age=float(settings.get("vote_age", 0)))
+    s = Stabiliser(**{k: float(settings[k]) for k in ("fps", "hold") if k in settings}, vote_age=float(settings.get("vote_age", 0)))
     s.set(**{k: settings[k] for k in TUNABLE if k in settings})
     s.set(**{f"threshold_{c}": v for c, v in settings.get("thresholds", {}).items()})
     return s
@@ -559,7 +559,7 @@ def stabilizer_of(
 def read_info(folder: Path) -> SessionInfo:
     "session.json, with settings that a stabiliser can have."
     info = SessionInfo.load(folder)
-    try: stabilizer_of(info.settings)
+    try: stabiliser_of(info.settings)
     except (UsageError, TypeError, ValueError, AttributeError) as e:
         raise ArtifactError(folder/SessionInfo.filename, f"holds settings that no stabiliser can have: {e}", key="settings") from None
     return info

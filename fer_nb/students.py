@@ -23,7 +23,8 @@ from .images import load_cache
 from .integrity import backbone_guard, own_calibration, require_backbone, require_origin, run_convention
 from .leaves import check_seal, seal_folder
 from .loading import PackedFaces, eval_loader
-from .manifests import Manifest, Result, load_manifest
+from .manifests import Manifest, load_manifest
+from .artifacts import Lines
 from .records import Calibration, ReliabilityMetrics, SelectiveReport
 from .reliability import confusion_table, evaluate, metrics_table
 from .run_report import groups_of, judged_as, kept_groups, labels_of, reliability_artifact, source_table, votes_of
@@ -115,7 +116,7 @@ def judge_notes(learned: str, judge: str, manifest: Manifest, rows: pd.DataFrame
             f"({s.n:,} of {s.rows:,} rows), so this is no judgement of the model"]
 
 # %% ../nbs/05_students.ipynb #05-students-019
-class ViewReport(Result):
+class ViewReport(Lines):
     "One run on the rows of one view."
     def __init__(self, title: str, notes: list[str], metrics: ReliabilityMetrics, raw: dict, selective: SelectiveReport, by_source):
         self.title, self.notes, self.metrics, self.raw = title, notes, metrics, raw

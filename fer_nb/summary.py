@@ -20,12 +20,12 @@ import pandas as pd
 from scipy.special import stdtrit
 
 from .arms import DISTILLATION, StudentRun, arm_labels, folder_of, recipe, students_by_convention
-from .artifacts import CLASSES, UsageError, write_csv
+from .artifacts import CLASSES, Lines, UsageError, write_csv
 from .calibration import group_codes, per_class, predictions, prf
-from .manifests import Result
 from .records import Interval
-from .reliability import LABELS, METRICS
+from .reliability import METRICS
 from .resampling import mcnemar, percentile_interval, weight_chunks
+from .sessions import LABELS
 
 # %% ../nbs/05a_student_summary.ipynb #05a-summary-005
 class SeedInterval(NamedTuple):
@@ -234,7 +234,7 @@ def _two_intervals(row: pd.Series) -> tuple[str, str]:
 
 # %% ../nbs/05a_student_summary.ipynb #05a-summary-033
 @dataclass(repr=False, eq=False)
-class StudentSummary(Result):
+class StudentSummary(Lines):
     "Arms over seeds, and their differences."
     runs: list[StudentRun]
     per_seed: pd.DataFrame  # arm, source, metric, seed, n, value, raw
@@ -293,7 +293,7 @@ class StudentSummary(Result):
         return out + [f"Note: {r}." for r in self.remarks]
 
 # %% ../nbs/05a_student_summary.ipynb #05a-summary-034
-class Summaries(Result):
+class Summaries(Lines):
     "A summary for each convention: students that learned different labels are never ranked in one table."
     def __init__(self, parts: list[StudentSummary]): self.parts = parts
     def lines(self): return [line for part in self.parts for line in part.lines()]

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from .anatomy import AU_NAMES, Identity, format_aus, make_identity, sample_expression, stream
 from .artifacts import CLASSES, UsageError, atomic_path, class_order_hash, sha256_file, write_csv
-from .painting import SOURCES, Camera, paint_background, render_face, sample_camera
+from .painting import SOURCES, Shot, paint_background, render_face, sample_camera
 from .records import SyntheticDataset, SyntheticVideo
 
 # %% ../nbs/00a_synthetic_faces.ipynb #00a-synthetic-005
@@ -98,7 +98,7 @@ class Plan:
     intensity: float
     asymmetry: float
     aus: dict
-    camera: Camera
+    camera: Shot
 
 # %% ../nbs/00a_synthetic_faces.ipynb #00a-synthetic-016
 def plan_face(recipe: Recipe, index: int) -> Plan:
@@ -129,7 +129,7 @@ def plan_table(plans: list[Plan]) -> pd.DataFrame:
             | {"intensity": round(p.intensity, 4), "asymmetry": round(p.asymmetry, 4), "action_units": format_aus(p.aus)}
             | {k: round(v, 4) for k, v in asdict(p.camera).items()} for p in plans]
     columns = ["index", "label", "true_label", "source", "split", "identity", "intensity", "asymmetry", "action_units"]
-    return pd.DataFrame(rows, columns=columns + [f.name for f in fields(Camera)])
+    return pd.DataFrame(rows, columns=columns + [f.name for f in fields(Shot)])
 
 # %% ../nbs/00a_synthetic_faces.ipynb #00a-synthetic-019
 @delegates(Recipe)
@@ -238,7 +238,7 @@ def aus_at(
     return {u: min(1.0, v) for u, v in aus.items() if v > 1e-3}
 
 # %% ../nbs/00a_synthetic_faces.ipynb #00a-synthetic-033
-def sway(camera: Camera, ms: float, phases) -> Camera:
+def sway(camera: Shot, ms: float, phases) -> Shot:
     "The camera with the head a little elsewhere: slow sines, six seconds and less."
     waves = np.sin(2 * np.pi * (ms / 1000 * np.array([0.17, 0.23, 0.13, 0.19, 0.11]) + phases))
     yaw, pitch, roll, x, y = (waves * (11, 5, 5, 0.10, 0.05)).tolist()
@@ -249,7 +249,7 @@ def sway(camera: Camera, ms: float, phases) -> Camera:
 class Film:
     "A video before it is drawn: person, place, timeline."
     who: Identity
-    camera: Camera
+    camera: Shot
     background: np.ndarray  # uint8 (h, w, 3) RGB
     events: pd.DataFrame
     apexes: list

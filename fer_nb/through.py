@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .artifacts import ArtifactError, UsageError
+from .artifacts import ArtifactError, Lines, UsageError
 from .calibration import accuracy, confusion, prf
 from .deploy import Predictor
 from .framing import WIDTHS, Through, draw_sample, faces_through, row_box, row_crop, row_image
 from .geometry import prepare_face
-from .manifests import Result, load_manifest
+from .manifests import load_manifest
 from .records import ThroughDetector, ThroughRow, ThroughScores
 from .resampling import bootstrap_intervals, paired_interval
 from .run_report import labels_of
@@ -69,7 +69,7 @@ def compare(
                 through_all=_scores(with_missed(seen, found), y, **how))
 
 # %% ../nbs/05e_through.ipynb #05e-through-013
-class ThroughReport(Result):
+class ThroughReport(Lines):
     "A model's scores without and with detectors before it."
     def __init__(self, artifact: ThroughDetector, notes: list[str]): self.artifact, self.notes = artifact, notes
 

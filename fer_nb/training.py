@@ -21,7 +21,7 @@ from fastai.data.core import DataLoaders
 from fastai.learner import Learner, ValueMetric
 from torch import nn
 
-from .artifacts import CLASSES, GateError, read_npz, sha256_file
+from .artifacts import BLUE, CLASSES, GREEN, ORANGE, PINK, GateError, read_npz, sha256_file
 from .audit import audit_manifest, validate_manifest
 from .calibration import accuracy, macro_f1, nll
 from fer_nb.callbacks import (
@@ -256,10 +256,10 @@ def plot_history(
     h = pd.DataFrame(history.rows) if isinstance(history, TrainingHistory) else history
     best = h.iloc[best_epoch(h, by)]
     fig, (left, right) = plt.subplots(1, 2, figsize=(8, 2.8), dpi=90, layout="constrained")
-    left.plot(h["epoch"] + 1, h["train_loss"], "o-", ms=3, color="#0072B2", label="training loss")
-    left.plot(h["epoch"] + 1, h["valid_nll"], "s--", ms=3, color="#D55E00", label="validation NLL (T = 1)")
-    right.plot(h["epoch"] + 1, h["valid_accuracy"], "o-", ms=3, color="#009E73", label="accuracy")
-    right.plot(h["epoch"] + 1, h["valid_macro_f1"], "s--", ms=3, color="#CC79A7", label="macro-F1")
+    left.plot(h["epoch"] + 1, h["train_loss"], "o-", ms=3, color=BLUE, label="training loss")
+    left.plot(h["epoch"] + 1, h["valid_nll"], "s--", ms=3, color=ORANGE, label="validation NLL (T = 1)")
+    right.plot(h["epoch"] + 1, h["valid_accuracy"], "o-", ms=3, color=GREEN, label="accuracy")
+    right.plot(h["epoch"] + 1, h["valid_macro_f1"], "s--", ms=3, color=PINK, label="macro-F1")
     right.axvline(best["epoch"] + 1, color="grey", lw=0.8, ls=":", label=f"best epoch by {by.replace('_', ' ')}: {int(best['epoch']) + 1}")
     for ax, unit in ((left, "nats"), (right, "share")):
         draw_phases(ax, h)

@@ -18,15 +18,14 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from .artifacts import GateError, UsageError, write_csv
-from .calibration import ORANGE
-from .evidence import Estimate, LabelScores, StabiliserChoice
-from .manifests import Result
+from .artifacts import ORANGE, GateError, Lines, UsageError, write_csv
+from .evidence import LabelScores, StabiliserChoice
+from .records import Interval
 from fer_nb.scoring import (
-    Track, accuracy_f1, changes_per_minute, compared, count_labels, jitter, label_scores, lock_times, track_of,
+    LabelTrack, accuracy_f1, changes_per_minute, compared, count_labels, jitter, label_scores, lock_times, track_of,
     why_unscored, worded,
 )
-from .sessions import CODES, LABELS, REPLAYED, LoadedSession, load_session, stabilizer_of
+from .sessions import CODES, LABELS, REPLAYED, LoadedSession, load_session, stabiliser_of
 from .stabiliser import NO_FACE, TUNABLE, UNSTABLE
 
 # %% ../nbs/06a_session_tuning.ipynb #06a-tuning-005
@@ -36,7 +35,7 @@ def replay_labels(
     changes=(),  # (update, name, value): made before that update; "reset" forgets
 ) -> list[str]:
     "The labels that a stabiliser gives."
-    stabilizer, due, labels = stabilizer_of(settings), {}, []
+    stabilizer, due, labels = stabiliser_of(settings), {}, []
     for update, name, value in changes: due.setdefault(update, []).append((name, value))
     for update, time_sec, probs in rows:
         for name, value in due.get(update, ()):
@@ -64,19 +63,19 @@ def replayed_codes(
     return np.array([CODES[x] for x in labels])
 
 # %% ../nbs/06a_session_tuning.ipynb #06a-tuning-009
-def scores_of(track: Track, codes: np.ndarray) -> LabelScores:
+def scores_of(track: LabelTrack, codes: np.ndarray) -> LabelScores:
     "Other labels on a track, without intervals."
     a, f = accuracy_f1(count_labels(track, codes).sum(0)) if track.scored.any() else (None, None)
-    return label_scores(track, codes, tuple(None if x is None else Estimate(value=float(x)) for x in (a, f)))
+    return label_scores(track, codes, tuple(None if x is None else Interval(value=float(x)) for x in (a, f)))
 
 # %% ../nbs/06a_session_tuning.ipynb #06a-tuning-010
 @dataclass(repr=False, eq=False)
-class Replay(Result):
+class Replay(Lines):
     "A session's labels, computed again."
     session: LoadedSession
     table: pd.DataFrame  # frame_index, time_sec, true_label, raw_label, logged_label, replayed_label, in the order of processing
     overrides: dict
-    track: Track
+    track: LabelTrack
     codes: np.ndarray  # (N,) replayed, in the order of time
 
     @property
@@ -119,13 +118,13 @@ def replay(
 EMAS, DELTAS, WINDOWS = (0.0, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95), (0.0, 0.04, 0.08, 0.12, 0.16, 0.24), (1, 5, 9, 15, 21, 31)
 
 
-def half_of(track: Track) -> np.ndarray:  # (N,) bool, all False with fewer than two scored segments
+def half_of(track: LabelTrack) -> np.ndarray:  # (N,) bool, all False with fewer than two scored segments
     "The rows before the second half of the scored segments."
     s = track.scored_segments
     return np.arange(len(track.truth)) < (s[len(s)//2].first if len(s) > 1 else 0)
 
 # %% ../nbs/06a_session_tuning.ipynb #06a-tuning-021
-def setting_scores(track: Track, codes: np.ndarray) -> dict:
+def setting_scores(track: LabelTrack, codes: np.ndarray) -> dict:
     "Scores of one setting: on all scored segments, on the first half of them, and on the second."
     counts, first, face = count_labels(track, codes), half_of(track), track.raw != CODES[NO_FACE]
     middle, lock = len(counts)//2, lock_times(track, codes)
@@ -157,10 +156,10 @@ SETTINGS = ("ema", "delta", "window", "min_count")
 
 # %% ../nbs/06a_session_tuning.ipynb #06a-tuning-029
 @dataclass(repr=False, eq=False)
-class Tuning(Result):
+class Tuning(Lines):
     "What a search over a session found."
     session: LoadedSession
-    track: Track
+    track: LabelTrack
     table: pd.DataFrame  # a row a setting
     jitter_limit: float
     best: pd.Series | None  # None: no setting is calm enough
@@ -202,7 +201,7 @@ def told_settings(s) -> str: return f"EMA {s['ema']:g}, δ {s['delta']:g}, windo
 # %% ../nbs/06a_session_tuning.ipynb #06a-tuning-031
 def try_settings(
     session: LoadedSession,
-    track: Track,
+    track: LabelTrack,
     emas=EMAS,
     deltas=DELTAS,
     windows=WINDOWS,

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['scores', 'score_weights', 'simplex_grid', 'better', 'best_of', 'transfers', 'climb', 'WeightSearch', 'default_step',
-           'check_benchmark', 'search_weights', 'macro_f1_error', 'ClassWeightSearch', 'class_scores', 'climb_classes',
-           'search_class_weights']
+           'check_benchmark', 'search_weights', 'macro_f1_error', 'ClassWeightSearch', 'class_weighted_scores',
+           'climb_classes', 'search_class_weights']
 
 # %% ../nbs/04_ensemble_weights.ipynb #04-weights-002
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ import pandas as pd
 from .artifacts import UsageError
 from .calibration import class_names, macro_f1, prf
 from .evidence import ClassWeightReport
-from .manifests import Result
+from .artifacts import Lines
 from .members import fuse, mixture
 from .resampling import check_folds, paired_interval, stratified_folds, weight_chunks
 
@@ -111,7 +111,7 @@ def climb(
 
 # %% ../nbs/04_ensemble_weights.ipynb #04-weights-015
 @dataclass(repr=False)
-class WeightSearch(Result):
+class WeightSearch(Lines):
     "What a search tried, and what it chose."
     table: pd.DataFrame  # w_<member>, macro_f1, nll, phase: everything tried
     names: list[str]
@@ -191,7 +191,7 @@ def _tried(names, phase: str, weights, f1, loss) -> pd.DataFrame:
 
 # %% ../nbs/04_ensemble_weights.ipynb #04-weights-025
 @dataclass(repr=False)
-class ClassWeightSearch(Result):
+class ClassWeightSearch(Lines):
     "Class-aware weights, and whether they were worth it."
     weights: np.ndarray  # (M, K) to use: the scalar ones repeated where not accepted
     fitted: np.ndarray  # (M, K), accepted or not
@@ -207,7 +207,7 @@ class ClassWeightSearch(Result):
         return [head, (("fitted weight", *names), [(n, *(f"{x:.2f}" for x in w)) for n, w in zip(self.names, self.fitted)])]
 
 # %% ../nbs/04_ensemble_weights.ipynb #04-weights-027
-def class_scores(
+def class_weighted_scores(
     log_p,  # (M, N, K)
     y,  # (N,)
     weights,  # (P, M, K), equal in every class but one
@@ -231,7 +231,7 @@ def class_scores(
 def climb_classes(log_p, y, start: np.ndarray, space: str, steps: tuple[float, float] = (0.2, 0.05)) -> np.ndarray:
     "Class-aware weights (M, K) from scalar ones (M,): transfers one class at a time."
     k = log_p.shape[-1]
-    def move(c): return lambda w, s: ((t := transfers(w, s, c)), *(class_scores(log_p, y, t, c, space) if len(t) else ((), ())))
+    def move(c): return lambda w, s: ((t := transfers(w, s, c)), *(class_weighted_scores(log_p, y, t, c, space) if len(t) else ((), ())))
     w = np.repeat(start[:, None], k, 1)
     f1, loss = score_weights(log_p, y, w[None], space)
     return climb(w, (float(f1[0]), float(loss[0])), [move(c) for c in range(k)], *steps)[0]

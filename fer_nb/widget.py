@@ -27,7 +27,7 @@ from .detectors import open_detector
 from .realtime import open_pipeline, own_thresholds
 from .runner import Picture, Runner, as_jpeg
 from .sessions import FrameResult
-from .stabiliser import TUNABLE, Stabilizer
+from .stabiliser import TUNABLE, Stabiliser
 from .window import STEPS, Player, draw_faces
 
 # %% ../nbs/06b_webcam_cell.ipynb #06b-widget-007
@@ -167,7 +167,7 @@ class WebcamCell(widgets.VBox):
         self.camera = Camera(**size, mirror=mirror, button=False) if source == "browser" else None
         self._note("")
         self.unheard, self.patience = time.monotonic(), 60.0  # since when the page is silent, and for how long it may be: seconds
-        self._make_parts(Stabilizer(thresholds=own_thresholds(self.predictor), **settings).settings)
+        self._make_parts(Stabiliser(thresholds=own_thresholds(self.predictor), **settings).settings)
         super().__init__(self._layout())
         self.add_class("fer-cell")
         self._connect()

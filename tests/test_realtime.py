@@ -24,7 +24,7 @@ from fer_nb.evidence import SessionInfo
 from fer_nb.realtime import Pipeline, open_pipeline
 from fer_nb.scoring import score_session
 from fer_nb.sessions import PROBS, Timeline
-from fer_nb.stabiliser import NO_FACE, UNSTABLE, Stabilizer
+from fer_nb.stabiliser import NO_FACE, UNSTABLE, Stabiliser
 from fer_nb.tuning import replay
 from fer_nb.window import BAR, LINE, Player, bar_class_at, draw, run_demo
 from tests.conftest import model_paths
@@ -49,7 +49,7 @@ settings_ = st.fixed_dictionaries({"ema": st.floats(0, 0.99), "delta": st.floats
 def test_a_constant_input_locks_and_stays(settings, k, top):
     p = np.full(7, (1 - top)/6)
     p[k] = top
-    s = Stabilizer(**settings)
+    s = Stabiliser(**settings)
     labels = [s.update(p, i/30) for i in range(60)]
     first = min(settings["min_count"], settings["window"]) - 1
     assert labels == [UNSTABLE]*first + [CLASSES[k]]*(60 - first)
@@ -57,20 +57,20 @@ def test_a_constant_input_locks_and_stays(settings, k, top):
 
 @given(streams(), st.integers(1, 20))
 def test_delta_one_never_switches(stream, window):
-    s = Stabilizer(delta=1.0, window=window)
+    s = Stabiliser(delta=1.0, window=window)
     labels = {s.update(p, t) for p, t in zip(*stream, strict=True)} - {UNSTABLE}
     assert labels <= {CLASSES[stream[0][0].argmax()]}
 
 
 @given(streams(), st.floats(0, 0.99), st.floats(0, 1), st.integers(1, 40))
 def test_window_one_is_no_vote(stream, ema, delta, min_count):
-    s = Stabilizer(ema=ema, delta=delta, window=1, min_count=min_count)
+    s = Stabiliser(ema=ema, delta=delta, window=1, min_count=min_count)
     for p, t in zip(*stream, strict=True): assert s.update(p, t) == CLASSES[s.held]
 
 
 @given(streams())
 def test_with_everything_off_the_label_is_the_largest_probability(stream):
-    s = Stabilizer(ema=0, delta=0, window=1)
+    s = Stabiliser(ema=0, delta=0, window=1)
     assert [s.update(p, t) for p, t in zip(*stream, strict=True)] == [CLASSES[p.argmax()] for p in stream[0]]
 
 
@@ -104,7 +104,7 @@ ages = st.sampled_from([0, 1, 2.0, 10])
 
 @given(streams(), settings_, ages)
 def test_it_is_the_formula_of_the_plan(stream, settings, age):
-    s = Stabilizer(**settings, vote_age=age)
+    s = Stabiliser(**settings, vote_age=age)
     assert [s.update(p, t) for p, t in zip(*stream, strict=True)] == longhand(*stream, **settings, vote_age=age)
 
 
@@ -112,7 +112,7 @@ def test_it_is_the_formula_of_the_plan(stream, settings, age):
 def test_it_is_the_formula_with_stalls_too(stream, stalls, settings, age):
     probs, times = stream
     for at, seconds in stalls: times = times + seconds*(np.arange(len(times)) >= at)
-    s = Stabilizer(**settings, vote_age=age)
+    s = Stabiliser(**settings, vote_age=age)
     assert [s.update(p, t) for p, t in zip(probs, times, strict=True)] == longhand(probs, times, **settings, vote_age=age)
 
 
@@ -121,7 +121,7 @@ def sure(k): return np.where(np.arange(7) == k, 0.94, 0.01)
 
 def turn(times, when, **settings):
     "The labels of a face that is Happy before `when` and Sad from there on."
-    s = Stabilizer(**settings)
+    s = Stabiliser(**settings)
     return [s.update(sure(3 if t < when else 4), t) for t in times]
 
 
@@ -147,7 +147,7 @@ def test_a_camera_that_becomes_half_as_fast_does_not_blink():
 
 def test_frames_without_a_face_keep_the_pace():
     "A face that is gone for less than `hold` goes on where it was, however many frames saw that; so do its votes."
-    s, labels = Stabilizer(), []
+    s, labels = Stabiliser(), []
     for i in range(40): labels.append(s.update(None if 20 <= i < 30 else sure(3), i/30))
     assert labels[19:31] == ["Happy"] + [NO_FACE]*10 + ["Happy"]
     with pytest.raises(UsageError, match="time of a frame"): s.update(None, np.nan)
@@ -156,7 +156,7 @@ def test_frames_without_a_face_keep_the_pace():
 @given(streams(least=5), st.integers(1, 100))
 def test_changes_in_mid_stream_keep_what_was_seen(stream, window):
     "A window that is made shorter, then longer again, never holds more than it may."
-    s = Stabilizer()
+    s = Stabiliser()
     for i, (p, t) in enumerate(zip(*stream, strict=True)):
         s.set(window=window if i % 2 else 15)
         s.update(p, t)
@@ -164,12 +164,12 @@ def test_changes_in_mid_stream_keep_what_was_seen(stream, window):
 
 
 def test_what_it_refuses():
-    s = Stabilizer()
+    s = Stabiliser()
     for bad in ([0.5]*6, [np.nan]*7): pytest.raises(UsageError, s.update, bad, 0.0)
     with pytest.raises(UsageError, match="ema is 1.5: give a number from 0 to 0.99"): s.set(ema=1.5)
     with pytest.raises(UsageError, match="threshold_Sad is -1"): s.set(threshold_Sad=-1)
     with pytest.raises(UsageError, match="window is 'ten'"): s.set(window="ten")
-    assert s.settings == Stabilizer().settings
+    assert s.settings == Stabiliser().settings
 
 
 paints = st.lists(st.tuples(st.sampled_from(["paint", "clear", "split", "merge", "relabel"]), st.integers(0, 7), st.integers(0, 40),

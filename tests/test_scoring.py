@@ -36,7 +36,7 @@ from fer_nb.scoring import (
     when_locked,
 )
 from fer_nb.sessions import CODES, COLUMNS, LABELS, PROBS, SessionLog, load_session, simulate_session
-from fer_nb.stabiliser import NO_FACE, UNSTABLE, Stabilizer
+from fer_nb.stabiliser import NO_FACE, UNSTABLE, Stabiliser
 from fer_nb.synthetic import make_timeline, write_video
 from fer_nb.tuning import choose, replay, replay_labels, tune, tuning_grid, tuning_plot
 
@@ -496,7 +496,7 @@ def stall(folder, age: float):
     "Let a session's camera stall twice, for 0.9 s and for 3 s, and show what a stabiliser whose votes age so shows."
     t = pd.read_csv(folder/"per_frame.csv", dtype=str, keep_default_na=False)
     seconds = t["time_sec"].astype(float) + 0.9*(t.index >= 63) + 3*(t.index >= 122)
-    s = Stabilizer(vote_age=age)
+    s = Stabiliser(vote_age=age)
     shown = [s.update(p, x) for p, x in zip(t[PROBS].astype(float).to_numpy(), seconds.round(6))]
     t.assign(time_sec=seconds.map("{:.6f}".format), pred_label=shown).to_csv(folder/"per_frame.csv", index=False)
     return shown
@@ -592,7 +592,7 @@ def stand_ins(source, seed):
 
 
 def test_sessions_of_the_real_pipeline_replay_exactly(tmp_path):
-    source, stabilizer = Numbers(200), Stabilizer(window=5, min_count=3, ema=0.5)
+    source, stabilizer = Numbers(200), Stabiliser(window=5, min_count=3, ema=0.5)
     detector, predictor = stand_ins(source, 1)
     acts = {20: lambda p: p.set("ema", 0.8), 30: lambda p: p.label(4), 50: lambda p: p.seek(10), 75: lambda p: p.set("window", 9),
             90: lambda p: p.seek(150), 100: lambda p: p.label(2), 120: lambda p: p.seek(60), 130: lambda p: p.set("threshold_Happy", 0.5),
@@ -615,7 +615,7 @@ def test_a_synthetic_video_through_the_pipeline_scores_as_its_truth_says(tmp_pat
         true = next(e.label for e in events.itertuples() if e.start_ms <= (source.index - 1)*50 < e.end_ms)
         return rng.dirichlet(0.4 + 3*(np.array(CLASSES) == true), len(faces))
     detector, predictor = stand_ins(source, 0)
-    predictor.from_views, stabilizer = from_views, Stabilizer(window=5, min_count=3)
+    predictor.from_views, stabilizer = from_views, Stabiliser(window=5, min_count=3)
     detector.detect = lambda image: [] if 40 <= source.index < 50 else [Detection(Box.from_xywh((30, 20, 90, 90)))]
     log = SessionLog(tmp_path/"s", session_info(source, detector, predictor, stabilizer))
     with Pipeline(source, detector, predictor, stabilizer, log) as p:
