@@ -322,7 +322,7 @@ def _stages(model: nn.Module) -> list[nn.Module]:
 def depth_periods(
     model: nn.Module,
     periods: tuple[int, int, int] = (16, 4, 1),  # of stem, middle, and last blocks with the head; in optimiser steps
-    ends: tuple[float, float] = (0.25, 0.65),  # where stem and middle end, as shares of the stages
+    ends: tuple[float, float] = (0.3, 0.7),  # where stem and middle end, as shares of the stages
 ) -> dict[int, list[nn.Parameter]]:  # for `MultiFrequency`
     "Parameters by how often they move, slow at the stem and every step at the head."
     stages = _stages(model)
