@@ -301,7 +301,10 @@ class NegativeLoss(StudentLoss):
 
 # %% ../nbs/07_negl.ipynb #07-negl-043
 @patch
-def probabilities(self: NegativeLoss, logits: Tensor, index: Tensor) -> Tensor:  # (B, K)
+def probabilities(self: NegativeLoss,
+    logits: Tensor,  # (B, K)
+    index: Tensor,  # (B,) of the training rows
+) -> Tensor:  # (B, K) float32
     "The student's p, averaged over epochs where the config says so."
     p = logits.detach().float().softmax(-1)
     if self.seen is None: return p
@@ -313,7 +316,12 @@ def probabilities(self: NegativeLoss, logits: Tensor, index: Tensor) -> Tensor: 
 
 # %% ../nbs/07_negl.ipynb #07-negl-044
 @patch
-def choose(self: NegativeLoss, logits: Tensor, y: Tensor, index: Tensor, view: Tensor) -> tuple[Tensor, Tensor]:  # (B, n) labels, (B, n) weights
+def choose(self: NegativeLoss,
+    logits: Tensor,  # (B, K)
+    y: Tensor,  # (B,) int64
+    index: Tensor,  # (B,) of the training rows
+    view: Tensor,  # (B,)
+) -> tuple[Tensor, Tensor]:  # (B, n) labels, (B, n) weights
     "Complementary labels of the samples that are gated in, -1 elsewhere, and their weights."
     p, gate, labels = self.probabilities(logits, index), self.negl.uncertainty_gate, y.cpu().numpy()
     bar = torch.from_numpy(draw_complementary(labels, self.table, self.rng, self.negl.labels_per_sample)).to(y.device)
