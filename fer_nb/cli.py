@@ -337,8 +337,26 @@ class Parser(argparse.ArgumentParser):
 
 METAVARS = {"out": "DIR", "manifest": "DIR", "cache": "DIR", "softlabels": "DIR", "model": "FILE", "init_from": "PATH", "truth": "CSV",
             "convention": "NAME", "view": "VIEW", "source": "NAME", "data": "PATH", "arch": "NAME", "min_face": "PIXELS", "name": "NAME"}
+RANGES = {"seed": (0, 2**32 - 1), "epochs": (1, 100_000), "val_fraction": (0, 0.9), "sample": (0, 10**9), "max_hamming": (0, 64),
+          "resamples": (1, 10**7), "ties": (0, 100), "cores": (1, 4096), "batches": (1, 4096), "threads": (1, 4096), "runs": (1, 10**6),
+          "min_face": (1, 10_000), "seconds": (0, 10**6), "ema": (0, 0.99), "delta": (0, 1), "window": (1, 120), "min_count": (1, 120),
+          "jitter_limit": (0, 10_000)}  # least and most of a number
 MANY = {"*": {"action": "append"}, "+": {"nargs": "+"}, "!": {"required": True}, "?": {"default": None}}
 TYPES = {"int": int, "float": float}
+
+
+def _number(kind: type, name: str):
+    "A reader of numbers within their range."
+    low, high = RANGES[name]
+
+    def read(text):
+        try: value = kind(text)
+        except ValueError: value = None
+        if value is None or not low <= value <= high:  # nan is in no range
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"'{text}': give {what} from {low:,} to {high:,}")
+        return value
+    return read
 
 
 def flags(
@@ -358,7 +376,7 @@ def flags(
         if t.kind == "bool": how["action"] = "store_true"
         else:
             number = TYPES.get(t.kind.split(" | ")[0])
-            how |= {"type": number or str, "metavar": METAVARS.get(name, "N" if number is int else "X" if number else name.upper())}
+            how |= {"type": _number(number, name) if number else str, "metavar": METAVARS.get(name, "N" if number is int else "X" if number else name.upper())}
         for m in marks: how |= MANY[m]
         if "*" in marks: how["default"] = []
         how |= special.get(name, {})
@@ -411,8 +429,8 @@ def _framing_flags(c):
 
 def _bench_flags(c):
     flags(c, "latency.bench", ".models+ manifest<manifest_dir view out", models={"metavar": "MODEL", "type": str})
-    flags(c, "latency.measure_latency", "batches+? threads+? providers+? runs?", batches={"type": int, "metavar": "N"},
-          threads={"type": int, "metavar": "N"}, providers={"metavar": "NAME"})
+    flags(c, "latency.measure_latency", "batches+? threads+? providers+? runs?", batches={"type": _number(int, "batches"), "metavar": "N"},
+          threads={"type": _number(int, "threads"), "metavar": "N"}, providers={"metavar": "NAME"})
 
 
 def _predict_flags(c):
@@ -506,20 +524,32 @@ def parser():
     return p
 
 
+def _line(e: BaseException) -> tuple[str, int]:
+    "What a failure comes to in one line, and its exit code."
+    if isinstance(e, FerError): return str(e), e.exit_code
+    if isinstance(e, OSError):
+        where = " → ".join(str(f) for f in (e.filename, e.filename2) if f)
+        return f"{where}: {e.strerror or e}" if where else f"{type(e).__name__}: {e.strerror or e}", 1
+    if isinstance(e, MemoryError): return "the memory is not enough for this", 1
+    first = (str(e).splitlines() or [""])[0]
+    return f"a fault of fer-nb itself ({type(e).__name__}: {first}): with --debug the same command shows where", 1
+
+
 def main(argv=None):
     args = parser().parse_args(argv)
     warnings.filterwarnings("ignore", message=".*torch.jit", category=FutureWarning)  # inside fastai and timm
     try: return args.func(args) or 0
-    except FerError as e:
-        if args.debug: raise
-        print(f"fer-nb: {e}", file=sys.stderr)
-        return e.exit_code
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
         print("fer-nb: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
+    except Exception as e:
+        if args.debug: raise
+        line, code = _line(e)
+        print(f"fer-nb: {line}", file=sys.stderr)
+        return code
 
 
 if __name__ == "__main__":
