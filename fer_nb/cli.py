@@ -376,7 +376,8 @@ def flags(
         if t.kind == "bool": how["action"] = "store_true"
         else:
             number = TYPES.get(t.kind.split(" | ")[0])
-            how |= {"type": _number(number, name) if number else str, "metavar": METAVARS.get(name, "N" if number is int else "X" if number else name.upper())}
+            usual = "N" if number is int else "X" if number else name.upper()
+            how |= {"type": _number(number, name) if number else str, "metavar": METAVARS.get(name, usual)}
         for m in marks: how |= MANY[m]
         if "*" in marks: how["default"] = []
         how |= special.get(name, {})
