@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['negative_rows', 'negative_loss', 'uniform_table', 'guided_table', 'read_confusions', 'draw_complementary', 'doubt',
            'threshold_gate', 'quantile_gate', 'UncertaintyGate', 'TeacherGuidance', 'MinorityProtection', 'NegLConfig',
-           'negl_rules', 'protection', 'class_recall', 'NegativeLoss', 'Negatives', 'write_negl']
+           'negl_config', 'negl_rules', 'protection', 'class_recall', 'NegativeLoss', 'Negatives', 'guard_split',
+           'write_negl']
 
 # %% ../nbs/07_negl.ipynb #07-negl-002
 import math
@@ -18,15 +19,16 @@ import pandas as pd
 import torch
 from fastai.callback.core import Callback
 from fastcore.basics import patch
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from torch import Tensor
 from torch.nn import functional as F
 
 from .artifacts import CLASSES, Artifact, ArtifactError, UsageError, write_csv, write_text
 from .calibration import confusion
-from .distillation import StudentLoss
+from .distillation import StudentLoss, Supervision
 from .loading import PackedFaces, eval_loader
-from .training import predict
+from .teachers import leave_out
+from .training import FaceData, predict
 
 # %% ../nbs/07_negl.ipynb #07-negl-005
 def negative_rows(
@@ -213,6 +215,17 @@ class NegLConfig(Artifact):
         return guided_table(read_confusions(t.source_models), t.use_confusion_top_k, t.min_support) if t.source_models else uniform_table()
 
 # %% ../nbs/07_negl.ipynb #07-negl-034
+def negl_config(
+    changes: dict,  # to the defaults, by key
+) -> NegLConfig:
+    "The config of a run's parameters; what is wrong with them is told in one line."
+    try: return NegLConfig(**changes)
+    except ValidationError as e:
+        first = e.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UsageError(f"negl: {where}: {first['msg'].removeprefix('Value error, ')}, got {first['input']}") from None
+
+# %% ../nbs/07_negl.ipynb #07-negl-037
 def negl_rules(
     config: NegLConfig,
     table: np.ndarray | None = None,  # (7, 7); the config's own where None
@@ -247,7 +260,7 @@ How often each complementary label (columns) is drawn for each label (rows):
 {rows}
 """
 
-# %% ../nbs/07_negl.ipynb #07-negl-037
+# %% ../nbs/07_negl.ipynb #07-negl-040
 def protection(
     recall: np.ndarray,  # (K,) on the guard split; NaN: no face of it there
     rules: MinorityProtection,
@@ -255,13 +268,13 @@ def protection(
     "What each class's weights are multiplied by."
     return np.where(np.asarray(recall) < rules.min_recall_target, rules.reduce_ratio_factor, 1.0)
 
-# %% ../nbs/07_negl.ipynb #07-negl-038
+# %% ../nbs/07_negl.ipynb #07-negl-041
 def class_recall(counts: np.ndarray) -> np.ndarray:  # (K,), NaN where a class has no face
     "Recall of each class, from a confusion."
     n = np.asarray(counts).sum(1)
     return np.divide(np.diag(counts), n, out=np.full(len(n), np.nan), where=n > 0)
 
-# %% ../nbs/07_negl.ipynb #07-negl-041
+# %% ../nbs/07_negl.ipynb #07-negl-044
 class NegativeLoss(StudentLoss):
     "A student's loss with negative learning."
     def __init__(self,
@@ -299,7 +312,7 @@ class NegativeLoss(StudentLoss):
         rows = F.cross_entropy(adjusted, target, reduction="none", label_smoothing=self.smoothing)
         return parts | {"ce": (rows*self.kept).sum()/len(rows) + self.swapped}
 
-# %% ../nbs/07_negl.ipynb #07-negl-043
+# %% ../nbs/07_negl.ipynb #07-negl-046
 @patch
 def probabilities(self: NegativeLoss,
     logits: Tensor,  # (B, K)
@@ -314,7 +327,7 @@ def probabilities(self: NegativeLoss,
     self.seen[index] = p
     return p
 
-# %% ../nbs/07_negl.ipynb #07-negl-044
+# %% ../nbs/07_negl.ipynb #07-negl-047
 @patch
 def choose(self: NegativeLoss,
     logits: Tensor,  # (B, K)
@@ -339,7 +352,7 @@ def choose(self: NegativeLoss,
     np.add.at(self.applied, (np.broadcast_to(labels[:, None], at.shape)[at], bar.cpu().numpy()[at]), 1)
     return bar, torch.from_numpy(weight).to(p)
 
-# %% ../nbs/07_negl.ipynb #07-negl-051
+# %% ../nbs/07_negl.ipynb #07-negl-054
 class Negatives(Callback):
     "Draws, guards and logs negative learning."
     order = 46
@@ -379,7 +392,19 @@ class Negatives(Callback):
     @property
     def epoch_now(self) -> int: return self.learn.epoch_seed.first + self.epoch
 
-# %% ../nbs/07_negl.ipynb #07-negl-053
+# %% ../nbs/07_negl.ipynb #07-negl-056
+def guard_split(
+    data: FaceData,
+    soft: Supervision | None,  # of its training rows
+    config: NegLConfig,
+    seed: int,
+) -> tuple[FaceData, Supervision | None, PackedFaces]:  # what is trained on, its soft labels, the guard split
+    "Leave a guard split out of the training rows."
+    taught, guard = leave_out(data, 0, config.minority_protection.guard_folds, seed)
+    kept = torch.from_numpy(np.flatnonzero(data.train.rows["id"].isin(taught.train.rows["id"]).to_numpy()))
+    return taught, soft and Supervision(soft.logits[:, kept], soft.weights), guard
+
+# %% ../nbs/07_negl.ipynb #07-negl-057
 @patch
 def after_validate(self: Negatives):
     "Judge the guard split with the network that validation saw, and protect its weak classes."
@@ -390,7 +415,7 @@ def after_validate(self: Negatives):
     self.learn.observe.scores |= {f"guard_recall_{c}": None if math.isnan(r) else float(r) for c, r in zip(CLASSES, recall)}
     self.learn.observe.scores["negl_protected"] = int((self.loss_func.factor < 1).sum())
 
-# %% ../nbs/07_negl.ipynb #07-negl-056
+# %% ../nbs/07_negl.ipynb #07-negl-060
 def write_negl(
     run_dir,
     config: NegLConfig,
