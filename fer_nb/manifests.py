@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'VIEWS', 'MANIFEST_FILE', 'MANIFEST_CSV', 'POLICY', 'majority_share', 'conflicting', 'conventions_in',
-           'Manifest', 'label_sources', 'load_manifest', 'require_valid', 'draw_validation', 'exclude_copies',
-           'assign_splits', 'dataset_fingerprint', 'dataset_index', 'freeze_manifest', 'BuildResult', 'check_rows',
-           'validation', 'build_manifest', 'collection_paused', 'with_conventions']
+           'Manifest', 'label_sources', 'labels_of', 'votes_of', 'load_manifest', 'require_valid', 'draw_validation',
+           'exclude_copies', 'assign_splits', 'dataset_fingerprint', 'dataset_index', 'freeze_manifest', 'BuildResult',
+           'check_rows', 'validation', 'build_manifest', 'collection_paused', 'with_conventions']
 
 # %% ../nbs/00_manifests.ipynb #00-manifests-002
 import gc
@@ -161,6 +161,26 @@ def label_sources(
     "The sources that the labels of a view come from."
     share = rows["source"].value_counts(normalize=True)
     return sorted(share.index[share >= least])
+
+# %% ../nbs/00_manifests.ipynb #00-manifests-labels
+def labels_of(
+    rows: pd.DataFrame,  # of a manifest
+) -> np.ndarray:  # (N,) int64
+    "The class numbers of a manifest's rows."
+    y = pd.Index(CLASSES).get_indexer(rows["label"])
+    if (y < 0).any(): raise UsageError(f"label '{rows['label'].to_numpy()[y < 0][0]}' is none of {', '.join(CLASSES)}")
+    return y.astype(np.int64)
+
+# %% ../nbs/00_manifests.ipynb #00-manifests-votes
+def votes_of(
+    rows: pd.DataFrame,  # of a manifest
+) -> np.ndarray | None:  # (N, 7), NaN where a row has none; None where no row has any
+    "The votes behind the labels."
+    has = rows["votes"].notna().to_numpy()
+    if not has.any(): return None
+    votes = np.full((len(rows), len(CLASSES)), np.nan)
+    votes[has] = np.stack(rows["votes"][has].to_list())
+    return votes
 
 # %% ../nbs/00_manifests.ipynb #00-manifests-017
 def load_manifest(
