@@ -13,7 +13,6 @@ import time
 import numpy as np
 import pandas as pd
 
-from .archives import SPLITS
 from .artifacts import CLASSES, GateError, UsageError, convention_of
 from .likeness import HASH_BITS, MAX_HAMMING, MIN_CORRELATION, Likeness, find_groups, fingerprint
 from .manifests import POLICY, Manifest, conflicting, load_manifest, validation
@@ -21,7 +20,7 @@ from .artifacts import Lines
 from fer_nb.records import (
     ConventionAgreement, LeakageReport, ManifestValidation, PartOverlap, PerfectScore, SourceDisagreement,
 )
-from .sources import FERPLUS_ORDER, to_class
+from .sources import FERPLUS_ORDER, SPLITS, to_class
 
 # %% ../nbs/00_manifests_audit.ipynb #00-audit-005
 class ValidationResult(Lines):

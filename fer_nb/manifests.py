@@ -25,12 +25,11 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 from fastcore.basics import patch
 
-from .archives import SPLITS
 from .artifacts import CLASSES, ArtifactError, Lines, UsageError, atomic_path, convention_of
 from .leaves import check_seal, seal_folder, unseal
 from .likeness import HASH_BITS, MAX_HAMMING, Prints, find_groups, fingerprint
 from .records import ClassOrder, DatasetIndex, LeakageReport, ManifestValidation
-from .sources import parse_source, read_source
+from .sources import SPLITS, parse_source, read_source
 
 # %% ../nbs/00_manifests.ipynb #00-manifests-005
 COLUMNS = ("id", "path", "label", "split", "source", "convention", "usage", "sha256", "pixel_hash", "perceptual_hash", "group", "width",
