@@ -172,24 +172,22 @@ class EnsembleConfig(Lines, Artifact):
     n: int  # rows of all splits
     seed: int
 
-# %% ../nbs/00_artifacts_stages.ipynb #00-evidence-n06
-@patch
-def lines(self: EnsembleConfig) -> list:
-    "A configuration for people."
-    b, c = self.benchmark, self.class_weights
-    how = f"preset {self.preset}" if self.preset else f"weights searched on {b.view}"
-    def weight(m): return f"{m.weights[0]:.3f}" if not self.class_aware else " ".join(f"{w:.2f}" for w in m.weights)
-    rows = [(m.name, m.arch, m.seed, weight(m), f"{m.temperature:.3f}", f"{b.member_macro_f1[m.name]:.4f}") for m in self.members]
-    whose = f"labels of {self.convention}, " if self.convention else ""
-    out = [f"{self.name}: {how}, {whose}{self.space} space, T = {self.temperature:.3f}; "
-           f"macro-F1 {b.macro_f1:.4f} on {b.n:,} benchmark rows "
-           f"(best member {b.best_member} {b.member_macro_f1[b.best_member]:.4f})",
-           (("member", "arch", "seed", "weight", "T", f"macro-F1 on {b.view}"), rows)]
-    if c:
-        verdict = "accepted" if c.accepted else "not accepted"
-        out.append(f"one weight a class {verdict}: cross-validated macro-F1 {c.cv_macro_f1_class:.4f} "
-                   f"against {c.cv_macro_f1_scalar:.4f}, gain {c.cv_gain.show(signed=True)}")
-    return out
+    def lines(self) -> list:
+        "A configuration for people."
+        b, c = self.benchmark, self.class_weights
+        how = f"preset {self.preset}" if self.preset else f"weights searched on {b.view}"
+        def weight(m): return f"{m.weights[0]:.3f}" if not self.class_aware else " ".join(f"{w:.2f}" for w in m.weights)
+        rows = [(m.name, m.arch, m.seed, weight(m), f"{m.temperature:.3f}", f"{b.member_macro_f1[m.name]:.4f}") for m in self.members]
+        whose = f"labels of {self.convention}, " if self.convention else ""
+        out = [f"{self.name}: {how}, {whose}{self.space} space, T = {self.temperature:.3f}; "
+               f"macro-F1 {b.macro_f1:.4f} on {b.n:,} benchmark rows "
+               f"(best member {b.best_member} {b.member_macro_f1[b.best_member]:.4f})",
+               (("member", "arch", "seed", "weight", "T", f"macro-F1 on {b.view}"), rows)]
+        if c:
+            verdict = "accepted" if c.accepted else "not accepted"
+            out.append(f"one weight a class {verdict}: cross-validated macro-F1 {c.cv_macro_f1_class:.4f} "
+                       f"against {c.cv_macro_f1_scalar:.4f}, gain {c.cv_gain.show(signed=True)}")
+        return out
 
 # %% ../nbs/00_artifacts_stages.ipynb #00-evidence-015
 class ModelMetrics(BaseModel):

@@ -268,10 +268,10 @@ def ferplus_label(
     if ours.count(best) > 1: return "", "tied votes"
     return CLASSES[ours.index(best)], ""
 
-# %% ../nbs/00_data_sources.ipynb #00-sources-032
+# %% ../nbs/00_data_sources.ipynb #00-sources-part
 def _ferplus_part(usage: str) -> tuple[str, str]: return FERPLUS_PARTS.get(usage, (usage, "train"))
 
-
+# %% ../nbs/00_data_sources.ipynb #00-sources-032
 @cache
 def _ferplus_about(usage: str, votes: tuple) -> tuple:
     "label, split, usage, excluded, votes of a FERPlus row; few combinations of votes, so each is worked out once."
