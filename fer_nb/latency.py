@@ -26,10 +26,10 @@ from .exporting import file_precision, in_colour, in_points, open_variants, save
 from .geometry import Geometry, normalise
 from .likeness import usable_cores
 from .loading import LazyFaces
-from .manifests import load_manifest
+from .manifests import labels_of, load_manifest
 from .records import Interval
 from .resampling import paired_interval
-from .run_report import groups_of, labels_of
+from .run_report import groups_of
 
 # %% ../nbs/09_onnx_latency.ipynb #09-latency-004
 def interleaved(

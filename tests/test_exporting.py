@@ -34,9 +34,9 @@ from fer_nb.exporting import (
 )
 from fer_nb.geometry import Geometry
 from fer_nb.latency import answers, bench, compare_accuracy, interleaved, measure_latency, plain_export
-from fer_nb.manifests import load_manifest
+from fer_nb.manifests import labels_of, load_manifest
 from fer_nb.records import RunArgs
-from fer_nb.run_report import labels_of, report_run
+from fer_nb.run_report import report_run
 from fer_nb.shipping import ship, told_latency
 from fer_nb.teachers import Teacher
 from fer_nb.training import embedded_data
