@@ -20,12 +20,12 @@ import numpy as np
 from fastcore.basics import patch
 
 from .artifacts import CLASSES, FerError
-from .browser import Camera, LabelBar
+from .browser import Camera, LabelBar, Picture, as_jpeg
 from .capture import PushedSource, open_source
 from .deploy import MAX_BIAS, Predictor
 from .detectors import open_detector
 from .realtime import open_pipeline, own_thresholds
-from .runner import Picture, Runner, as_jpeg
+from .runner import Runner
 from .sessions import FrameResult
 from .stabiliser import TUNABLE, Stabiliser
 from .window import STEPS, Player, draw_faces
@@ -39,7 +39,15 @@ WORDED = {  # setting -> words with the unit, keys, step, what it does
 }
 
 # %% ../nbs/06b_webcam_cell.ipynb #06b-widget-008
-def number_slider(value, low, high, step, words: str, tip: str, width: str):
+def number_slider(
+    value,
+    low,  # its kind, int or float, is the slider's
+    high,
+    step,
+    words: str,  # before it
+    tip: str,  # over it
+    width: str,  # of the words, CSS
+):
     "A slider that speaks when it is let go."
     kind, form = (widgets.IntSlider, "d") if isinstance(low, int) else (widgets.FloatSlider, ".2f")
     return kind(value=value, min=low, max=high, step=step, description=words, tooltip=tip, continuous_update=False,

@@ -24,6 +24,8 @@ def test_export_leaves_no_diff(tmp_path):
     theirs = {p.name: p.read_text() for p in (tmp_path / "fer_nb").glob("*.py")}
     assert sorted(ours) == sorted(theirs)
     assert [n for n in ours if ours[n] != theirs[n]] == []
+    here, there = (sorted(p.name for p in (d / "fer_nb" / "static").iterdir()) for d in (ROOT, tmp_path))
+    assert here == there, "scripts and styles are not exported, and not to be lost"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fer_nb import capture, cli, deploy, realtime
+from fer_nb import capture, cli, deploy, window
 from fer_nb.artifacts import CLASSES, Box, FerError, GateError, UsageError
 from fer_nb.capture import CameraSource, SourceLost, SyntheticSource, open_source
 from fer_nb.detectors import Detection, Haar, YuNet
@@ -436,7 +436,8 @@ SLOW = """
 import sys, time
 sys.path.insert(0, {root!r})
 from fer_nb.detectors import Haar
-from fer_nb.realtime import SyntheticSource, open_pipeline
+from fer_nb.capture import SyntheticSource
+from fer_nb.realtime import open_pipeline
 p = open_pipeline(SyntheticSource(600, 30), {model!r}, Haar(60), {out!r}, say=print)
 p.label(3)
 while p.step(): print(p.last.index, time.time(), flush=True)
@@ -494,7 +495,7 @@ class Unplugged:
 
 
 def test_a_camera_that_vanishes(demo_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(realtime, "_capture", Unplugged)
+    monkeypatch.setattr(capture, "_capture", Unplugged)
     source = CameraSource(0, patience=0.1)
     said = []
     with pytest.raises(SourceLost, match="camera 0 gives no more pictures .after frame 5.: was it unplugged"):
@@ -523,7 +524,7 @@ class Screen:
     "OpenCV's windows without a screen: keys come from a list, and what is shown is kept."
     def __init__(self, keys, clicks=()): self.keys, self.clicks, self.views, self.mouse = list(keys), dict(clicks), [], None
     def install(self, monkeypatch):
-        monkeypatch.setattr(realtime, "window_problem", lambda: None)
+        monkeypatch.setattr(window, "window_problem", lambda: None)
         for name, f in {"namedWindow": lambda *a: None, "setMouseCallback": lambda title, f: setattr(self, "mouse", f),
                         "imshow": lambda title, view: self.views.append(view), "waitKey": self.wait,
                         "getWindowProperty": lambda *a: 1.0, "destroyAllWindows": lambda: None}.items():
@@ -709,7 +710,7 @@ class Stamped:
 @given(st.lists(st.one_of(st.floats(0, 1e4), st.just(float("nan"))), min_size=1, max_size=30), st.data())
 def test_time_runs_forwards_whatever_a_container_says(stamps, data):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(realtime, "_capture", type("Reader", (Stamped,), {"stamps": stamps}))
+        patch.setattr(capture, "_capture", type("Reader", (Stamped,), {"stamps": stamps}))
         source = capture.VideoSource("film.mp4")
         frames = [(f.index, f.time_sec) for f in iter(source.read, None)]
         times = [t for _, t in frames]
