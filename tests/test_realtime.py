@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from importlib import metadata
 from pathlib import Path
 
 import cv2
@@ -161,6 +162,11 @@ def test_changes_in_mid_stream_keep_what_was_seen(stream, window):
         s.set(window=window if i % 2 else 15)
         s.update(p, t)
         assert len(s.votes) <= s.window and abs(s.smoothed.sum() - 1) < 1e-9
+
+
+def test_the_old_spelling_stays_importable_for_one_version():
+    from fer_nb import realtime, stabiliser
+    assert stabiliser.Stabilizer is realtime.Stabilizer is Stabiliser and "0.1" in metadata.version("fer_nb")
 
 
 def test_what_it_refuses():
