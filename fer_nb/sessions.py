@@ -174,7 +174,7 @@ class SessionLog:
         self.manual, self.model, self.times = Timeline(), Timeline(), {}  # times: seconds, of every frame that is logged
         self.dirty, self.edited = True, False  # events.csv is behind; per_frame.csv's manual labels are
         self.values = {"threshold": dict(info.settings["thresholds"]), "bias": dict(info.bias)}
-        self.begin()
+        self._begin()
 
     def abandon(self):
         "Close the files as far as they can be."
@@ -185,19 +185,19 @@ class SessionLog:
 # %% ../nbs/06_demo_log.ipynb #06-sessions-e9
 @patch
 @_saved
-def begin(self: SessionLog):
+def _begin(self: SessionLog):
     "Make the folder and the files."
     self.folder.mkdir(parents=True, exist_ok=True)
     for name in COLUMNS: self.files[name] = open(self.folder/name, "w", newline="", encoding="utf-8")  # noqa: SIM115 close() does
     self.rows = {name: csv.writer(f, lineterminator="\n") for name, f in self.files.items()}
     for name, columns in COLUMNS.items(): self.rows[name].writerow(columns)
     self.info.save(self.folder)
-    for what in self.values: self.save_values(what)
+    for what in self.values: self._save_values(what)
     self.flush()
 
 # %% ../nbs/06_demo_log.ipynb #06-sessions-e10
 @patch
-def save_values(self: SessionLog, what: str):
+def _save_values(self: SessionLog, what: str):
     "Write thresholds.json or logit_bias.json; what stood there becomes its history."
     name, low, high = {"threshold": ("thresholds.json", 0, 1), "bias": ("logit_bias.json", -MAX_BIAS, MAX_BIAS)}[what]
     write_class_values(self.folder/name, self.values[what], low, high)
@@ -271,7 +271,7 @@ def change(self: SessionLog,
     what, _, label = name.partition("_")
     if label in CLASSES:
         self.values[what][label] = value
-        self.save_values(what)
+        self._save_values(what)
 
 # %% ../nbs/06_demo_log.ipynb #06-sessions-020
 def _bring_in_line(path: Path, manual: Timeline):

@@ -39,17 +39,32 @@ class Stabiliser:
         self.set()
         self.reset()
 
-# %% ../nbs/06_demo_label.ipynb #06-stabiliser-e1
-@patch
-def reset(self: Stabiliser):
-    "As if no face had been seen."
-    self.smoothed: np.ndarray | None = None  # (7,) probabilities after the EMA
-    self.held: int | None = None  # class after hysteresis
-    self.votes: deque = deque()  # the last `window` of those, each with its time
-    self.seen: float | None = None  # time of the last face, seconds
-    self.lost = False  # there was no face since
-    self.now: float | None = None  # time of the last frame, with a face or without
-    self.steps: deque = deque(maxlen=PACE)  # seconds between frames
+    def set(self, **changes):
+        "Change settings in mid-stream; what was smoothed and voted so far stays. `threshold_Happy=0.4` sets that class's threshold."
+        thresholds = {f"threshold_{c}": i for i, c in enumerate(CLASSES)}
+        for k, v in changes.items():
+            low, high = (0, 1) if k in thresholds else TUNABLE.get(k, (None, None))
+            if low is None: raise UsageError(f"the stabiliser has no '{k}': give one of {', '.join(TUNABLE)}, threshold_<Class>")
+            _in_range(k, v, low, high)
+            if k in thresholds: self.thresholds[thresholds[k]] = v
+            else: setattr(self, k, type(getattr(self, k))(v))
+        for k, (low, high) in TUNABLE.items(): _in_range(k, getattr(self, k), low, high)
+
+    @property
+    def settings(self) -> dict:
+        "What a replay needs to know."
+        thresholds = dict(zip(CLASSES, self.thresholds.tolist(), strict=True))
+        return {k: getattr(self, k) for k in (*TUNABLE, "fps", "hold", "vote_age")} | {"thresholds": thresholds}
+
+    def reset(self):
+        "As if no face had been seen."
+        self.smoothed: np.ndarray | None = None  # (7,) probabilities after the EMA
+        self.held: int | None = None  # class after hysteresis
+        self.votes: deque = deque()  # the last `window` of those, each with its time
+        self.seen: float | None = None  # time of the last face, seconds
+        self.lost = False  # there was no face since
+        self.now: float | None = None  # time of the last frame, with a face or without
+        self.steps: deque = deque(maxlen=PACE)  # seconds between frames
 
 # %% ../nbs/06_demo_label.ipynb #06-stabiliser-007
 def _in_range(name: str, value, low, high):
@@ -57,75 +72,49 @@ def _in_range(name: str, value, low, high):
     if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not low <= value <= high:
         raise UsageError(f"{name} is {value!r}: give a number from {low:g} to {high:g}")
 
-# %% ../nbs/06_demo_label.ipynb #06-stabiliser-e2
-@patch
-def set(self: Stabiliser, **changes):
-    "Change settings in mid-stream; what was smoothed and voted so far stays. `threshold_Happy=0.4` sets that class's threshold."
-    thresholds = {f"threshold_{c}": i for i, c in enumerate(CLASSES)}
-    for k, v in changes.items():
-        low, high = (0, 1) if k in thresholds else TUNABLE.get(k, (None, None))
-        if low is None: raise UsageError(f"the stabiliser has no '{k}': give one of {', '.join(TUNABLE)}, threshold_<Class>")
-        _in_range(k, v, low, high)
-        if k in thresholds: self.thresholds[thresholds[k]] = v
-        else: setattr(self, k, type(getattr(self, k))(v))
-    for k, (low, high) in TUNABLE.items(): _in_range(k, getattr(self, k), low, high)
-
-# %% ../nbs/06_demo_label.ipynb #06-stabiliser-e3
-@patch(as_prop=True)
-def settings(self: Stabiliser) -> dict:
-    "What a replay needs to know."
-    thresholds = dict(zip(CLASSES, self.thresholds.tolist(), strict=True))
-    return {k: getattr(self, k) for k in (*TUNABLE, "fps", "hold", "vote_age")} | {"thresholds": thresholds}
-
 # %% ../nbs/06_demo_label.ipynb #06-stabiliser-008
-@patch
-def _smooth(self: Stabiliser, p: np.ndarray, time_sec: float) -> np.ndarray:
+def _smooth(s: Stabiliser, p: np.ndarray, time_sec: float) -> np.ndarray:
     "The EMA, its weight of the past corrected for the time that has passed; frames of one moment count as one step."
-    if self.smoothed is None or self.ema == 0: return p
-    past = self.ema**(self.fps*((time_sec - self.seen) or 1/self.fps))
-    return past*self.smoothed + (1 - past)*p
+    if s.smoothed is None or s.ema == 0: return p
+    past = s.ema**(s.fps*((time_sec - s.seen) or 1/s.fps))
+    return past*s.smoothed + (1 - past)*p
 
 # %% ../nbs/06_demo_label.ipynb #06-stabiliser-009
-@patch
-def _hysteresis(self: Stabiliser) -> int | None:
+def _hysteresis(s: Stabiliser) -> int | None:
     "The class that holds: another one must lead by more than delta, and reach its threshold."
-    able = self.smoothed >= self.thresholds
+    able = s.smoothed >= s.thresholds
     if not able.any(): return None
-    top = int(np.where(able, self.smoothed, -1).argmax())
-    stays = self.held is not None and able[self.held] and not self.smoothed[top] - self.smoothed[self.held] > self.delta
-    return self.held if stays else top
+    top = int(np.where(able, s.smoothed, -1).argmax())
+    stays = s.held is not None and able[s.held] and not s.smoothed[top] - s.smoothed[s.held] > s.delta
+    return s.held if stays else top
 
 # %% ../nbs/06_demo_label.ipynb #06-stabiliser-010
-@patch
-def _vote(self: Stabiliser) -> str:
+def _vote(s: Stabiliser) -> str:
     "The label with enough of the last votes; of two that tie, the one that holds."
-    counts = Counter(v for _, v in self.votes if v is not None)
-    best = max(counts, key=lambda k: (counts[k], k == self.held), default=None)
-    return CLASSES[best] if best is not None and counts[best] >= min(self.min_count, self.window) else UNSTABLE
+    counts = Counter(v for _, v in s.votes if v is not None)
+    best = max(counts, key=lambda k: (counts[k], k == s.held), default=None)
+    return CLASSES[best] if best is not None and counts[best] >= min(s.min_count, s.window) else UNSTABLE
 
 # %% ../nbs/06_demo_label.ipynb #06-stabiliser-011
-@patch
-def _usual_step(self: Stabiliser) -> float | None:
+def _usual_step(s: Stabiliser) -> float | None:
     "Seconds between two frames as a rule; None: not known yet."
-    return sorted(self.steps)[(len(self.steps) - 1)//2] if self.steps else None
+    return sorted(s.steps)[(len(s.steps) - 1)//2] if s.steps else None
 
 # %% ../nbs/06_demo_label.ipynb #06-stabiliser-012
-@patch
-def _starts_afresh(self: Stabiliser, time_sec: float, usual: float | None) -> bool:
+def _starts_afresh(s: Stabiliser, time_sec: float, usual: float | None) -> bool:
     "Whether the face was unseen for too long, or time runs backwards."
-    if self.seen is None: return False
-    gap = time_sec - self.seen
-    stalled = self.vote_age > 0 and usual is not None and time_sec - self.now > max(self.hold, 3*usual)
-    return gap < 0 or (self.lost or stalled) and gap > self.hold
+    if s.seen is None: return False
+    gap = time_sec - s.seen
+    stalled = s.vote_age > 0 and usual is not None and time_sec - s.now > max(s.hold, 3*usual)
+    return gap < 0 or (s.lost or stalled) and gap > s.hold
 
 # %% ../nbs/06_demo_label.ipynb #06-stabiliser-013
-@patch
-def _age(self: Stabiliser, time_sec: float, usual: float | None):
+def _age(s: Stabiliser, time_sec: float, usual: float | None):
     "Drop the votes that are too old; with the last of them goes the class that holds."
-    if not self.vote_age or usual is None: return
-    limit = max(self.hold, self.vote_age*self.window*usual) + 1e-9
-    while self.votes and time_sec - self.votes[0][0] > limit: self.votes.popleft()
-    if not self.votes: self.held = None
+    if not s.vote_age or usual is None: return
+    limit = max(s.hold, s.vote_age*s.window*usual) + 1e-9
+    while s.votes and time_sec - s.votes[0][0] > limit: s.votes.popleft()
+    if not s.votes: s.held = None
 
 # %% ../nbs/06_demo_label.ipynb #06-stabiliser-014
 @patch
@@ -136,19 +125,19 @@ def update(
 ) -> str:  # one of the classes, "(unstable)" or "(no face)"
     "The stable label after one more frame."
     if not np.isfinite(time_sec): raise UsageError(f"expected the time of a frame in seconds, got {time_sec}")
-    usual, p = self._usual_step(), None if probs is None else np.asarray(probs, float)
+    usual, p = _usual_step(self), None if probs is None else np.asarray(probs, float)
     if p is not None and (p.shape != (len(CLASSES),) or not np.isfinite(p).all()):
         raise UsageError(f"expected {len(CLASSES)} probabilities, got {p.tolist()}")
-    if p is not None and self._starts_afresh(time_sec, usual): self.reset()
+    if p is not None and _starts_afresh(self, time_sec, usual): self.reset()
     if self.now is not None and time_sec > self.now: self.steps.append(time_sec - self.now)
     self.now, self.lost = time_sec, p is None
     if p is None: return NO_FACE
-    self._age(time_sec, usual)
-    self.smoothed, self.seen = self._smooth(p, time_sec), time_sec
-    self.held = self._hysteresis()
+    _age(self, time_sec, usual)
+    self.smoothed, self.seen = _smooth(self, p, time_sec), time_sec
+    self.held = _hysteresis(self)
     self.votes.append((time_sec, self.held))
     while len(self.votes) > self.window: self.votes.popleft()
-    return self._vote()
+    return _vote(self)
 
 # %% ../nbs/06_demo_label.ipynb #06-stabiliser-e17
 Stabilizer = Stabiliser  # the old name, until version 0.2

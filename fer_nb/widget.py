@@ -126,7 +126,7 @@ KEPT = "PICTURES ARE STORED in this session's folder (save_clips, with consent),
 HELP = ("Click anywhere in here, then type: <b>1</b>–<b>7</b> label, <b>0</b> none, <b>u</b> undo, <b>j</b> join, <b>k</b> cut, "
         "<b>r</b> relabel, <b>space</b> pause; <b>[ ]</b> EMA, <b>- =</b> δ, <b>v b</b> window, <b>n m</b> votes, "
         "<b>o</b> overlay, <b>c</b> CLAHE")
-ENDS = ("ended by hand", "the source came to its end", "the cell was run again", "the cell was closed", "the page was closed",
+ENDS = ("ended by hand", "the source came to its end", "the cell was run again", "another cell was started", "the cell was closed", "the page was closed",
         "the kernel was shut down")
 _latest: list = []  # a weak reference to the cell that is open
 
@@ -319,6 +319,14 @@ def _open(self: WebcamCell) -> Runner:
     if self._seekable(): self.seek.max = max(1, (source.frames or 1) - 1)  # grows where a video tells no length
     return Runner(Player(pipeline), self.camera, self._shown, self._say, self._ended, self._watched)
 
+# %% ../nbs/06b_webcam_cell.ipynb #06b-widget-f1
+@patch
+def _take_over(self: WebcamCell):
+    "Be the one that is open: what another cell runs comes to its end."
+    if _latest and _latest[-1]() is self: return
+    end_earlier("another cell was started")
+    _latest.append(weakref.ref(self))
+
 # %% ../nbs/06b_webcam_cell.ipynb #06b-widget-040
 @patch
 def start(self: WebcamCell, thread: bool = True):
@@ -326,6 +334,7 @@ def start(self: WebcamCell, thread: bool = True):
     words = ""
     if self.runner is not None and not self.runner.closed: self.runner.hold(False)
     else:
+        self._take_over()
         try: runner = self._open()
         except (FerError, OSError) as e:
             self._idle(str(e), "bad")

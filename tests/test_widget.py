@@ -172,6 +172,18 @@ def test_a_page_that_falls_silent_ends_the_session_unless_it_is_paused(demo_mode
     assert SessionInfo.load(cell.folder).end_reason == "the page was closed"
 
 
+def test_a_cell_that_starts_once_more_ends_the_other_one_s_session(demo_model, tmp_path):
+    first = cell_of(demo_model, tmp_path)
+    first.run(1)
+    second = cell_of(demo_model, tmp_path)
+    second.run(1)
+    first.run(1)  # its page is still there, and somebody presses New session
+    assert [c.runner.closed for c in (first, second)] == [False, True]
+    assert SessionInfo.load(second.folder).end_reason == "another cell was started"
+    widget.end_earlier()
+    assert first.runner.closed
+
+
 def test_pictures_go_as_messages_and_are_gone_at_the_end(demo_model, tmp_path):
     cell = cell_of(demo_model, tmp_path)
     sent = []
