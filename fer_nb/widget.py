@@ -126,8 +126,8 @@ KEPT = "PICTURES ARE STORED in this session's folder (save_clips, with consent),
 HELP = ("Click anywhere in here, then type: <b>1</b>–<b>7</b> label, <b>0</b> none, <b>u</b> undo, <b>j</b> join, <b>k</b> cut, "
         "<b>r</b> relabel, <b>space</b> pause; <b>[ ]</b> EMA, <b>- =</b> δ, <b>v b</b> window, <b>n m</b> votes, "
         "<b>o</b> overlay, <b>c</b> CLAHE")
-ENDS = ("ended by hand", "the source came to its end", "the cell was run again", "another cell was started", "the cell was closed", "the page was closed",
-        "the kernel was shut down")
+ENDS = ("ended by hand", "the source came to its end", "the cell was run again", "another cell was started", "the cell was closed",
+        "the page was closed", "the kernel was shut down")  # none of them is a fault
 _latest: list = []  # a weak reference to the cell that is open
 
 # %% ../nbs/06b_webcam_cell.ipynb #06b-widget-019
