@@ -25,7 +25,7 @@ setup(
     ],
     keywords=cfg["keywords"].split(),
     packages=find_packages(include=["fer_nb", "fer_nb.*"]),
-    package_data={"fer_nb": ["models/*"]},
+    package_data={"fer_nb": ["models/*", "static/*"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
     extras_require={"dev": cfg["dev_requirements"].split()},
