@@ -16,6 +16,7 @@ SHARED = ("nbs/*.ipynb", "workflow/Snakefile", "profiles/*.yaml")  # what `fer-n
 def bare(notebook: str) -> str:
     "A notebook without its outputs."
     nb = json.loads(notebook)
+    nb["metadata"].pop("widgets", None)
     for cell in nb["cells"]:
         if cell["cell_type"] == "code": cell |= {"outputs": [], "execution_count": None}
     return json.dumps(nb, ensure_ascii=False, indent=1) + "\n"

@@ -1,5 +1,6 @@
 """The command `fer-nb`: a thin cover over the notebooks' functions. Imports wait until a command needs them."""
 import argparse
+import importlib.util
 import json
 import os
 import sys
@@ -8,7 +9,12 @@ import warnings
 from importlib import metadata
 from pathlib import Path
 
-from fer_nb.artifacts import STAGES, FerError, UsageError
+from fer_nb.artifacts import STAGES, FerError, GateError, UsageError
+
+NEEDS = {"notebooks": ("matplotlib", "anywidget", "ipywidgets", "voila"),
+         "train": ("torch", "timm", "fastai", "pandas", "pyarrow", "scipy", "sklearn", "matplotlib", "onnx", "onnxscript",
+                   "onnxconverter_common", "threadpoolctl", "papermill", "nbformat", "ipykernel", "IPython", "snakemake", "yaml",
+                   "pypandoc", "PIL")}  # what each extra brings, as it is imported
 
 EPILOG = """examples:
   fer-nb run --profile embedded                                    the whole chain on faces that it draws itself
@@ -22,6 +28,18 @@ EPILOG = """examples:
   fer-nb gates runs/embedded                                       the go/no-go checklist, with the file behind each line
 
 exit codes: 0 done, 1 a gate stays shut or a run failed, 2 a wrong argument"""
+
+
+def require_extra(extra, what):
+    "Stop where a module of an extra is not installed, with the line that installs it."
+    def there(module):
+        try: return importlib.util.find_spec(module) is not None
+        except ImportError: return False
+    gone = [m for m in NEEDS[extra] if not there(m)]
+    if gone: raise GateError(missing(gone[0], extra, what))
+
+
+def missing(module, extra, what): return f"{what} needs {module}, which is not installed: pip install 'fer_nb[{extra}]'"
 
 
 def manifest_build(a):
@@ -182,8 +200,11 @@ def export(a):
 
 
 def bench(a):
-    from fer_nb.latency import bench
+    from fer_nb.timing import time_models
     given = {k: v for k in ("batches", "threads", "providers", "runs") if (v := getattr(a, k)) is not None}
+    if not a.manifest: return print(time_models(a.models, a.out, **given))
+    require_extra("train", "bench --manifest")
+    from fer_nb.latency import bench
     print(bench(a.models, a.out, a.manifest, a.view, **given))
 
 
@@ -212,6 +233,7 @@ def demo(a):
 
 
 def demo_in_browser(a):
+    require_extra("notebooks", "demo --browser")
     from fer_nb.page import serve_cell
     if a.headless or a.no_log or a.seconds: raise UsageError("--browser goes with neither --headless nor --no-log nor --seconds")
     serve_cell(a.model, a.source or "browser", a.detector, a.out or "runs/demo", min_face=a.min_face, save_clips=a.save_clips,
@@ -281,10 +303,10 @@ def parser():
     p.add_argument("--debug", action="store_true", help="show the traceback of an error")
     sub = p.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
 
-    def command(where, name, func, about):
+    def command(where, name, func, about, needs="train"):
         c = where.add_parser(name, help=about, description=about[0].upper() + about[1:] + ".")
         c.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
-        c.set_defaults(func=func)
+        c.set_defaults(func=func, needs=needs, called=c.prog.partition(" ")[2])
         return c
 
     def parameters(c):
@@ -403,7 +425,7 @@ def parser():
     c.add_argument("--cache", metavar="DIR", help="its packed images, of the model's size")
     c.add_argument("--precision", action="append", choices=("fp32", "fp16", "int8"), help="may be repeated (default: all that can be had)")
     c.add_argument("--out", metavar="DIR", help="where the files go (default: onnx, beside the checkpoint)")
-    c = command(sub, "bench", bench, "time exported models against each other, interleaved in one process")
+    c = command(sub, "bench", bench, "time exported models against each other, interleaved in one process", needs=None)
     c.add_argument("models", nargs="+", metavar="MODEL", help="exported .onnx files")
     c.add_argument("--batches", type=int, nargs="+", metavar="N", help="faces at once (default: 1 8)")
     c.add_argument("--threads", type=int, nargs="+", metavar="N", help="(default: 1 and all)")
@@ -413,7 +435,7 @@ def parser():
     c.add_argument("--view", default="test_all_sources", metavar="VIEW", help="about these of its faces (default: %(default)s)")
     c.add_argument("--out", metavar="DIR", help="where the tables go (default: beside the first model)")
 
-    c = command(sub, "predict", predict, "find the faces of pictures and say what they show; exits 1 when there is none in any")
+    c = command(sub, "predict", predict, "find the faces of pictures and say what they show; exits 1 when there is none in any", needs=None)
     c.add_argument("images", nargs="+", metavar="IMAGE")
     c.add_argument("--model", default="", metavar="FILE", help="an .onnx, or a run's best.pt (default: the student that comes along)")
     c.add_argument("--detector", default="auto", metavar="NAME", help="auto, yunet, dnn, haar (default: %(default)s)")
@@ -421,7 +443,7 @@ def parser():
     c.add_argument("--whole", action="store_true", help="the pictures are faces already: don't look for any")
     c.add_argument("--json", action="store_true", help="all probabilities, as JSON")
 
-    c = command(sub, "demo", demo, "label faces live, in a window or without one; numbers are logged, no pictures")
+    c = command(sub, "demo", demo, "label faces live, in a window or without one; numbers are logged, no pictures", needs=None)
     c.add_argument("--source", metavar="WHAT",
                    help="a camera's number, a video, a picture, a folder, synthetic:SECONDS (default: camera 0, or the browser's)")
     c.add_argument("--model", default="", metavar="FILE", help="an .onnx, or a run's best.pt (default: the student that comes along)")
@@ -438,7 +460,7 @@ def parser():
     c.add_argument("--consent", action="store_true", help="everybody in front of the camera has agreed to that")
 
     def session(name, func, about):
-        c = command(sub, name, func, about)
+        c = command(sub, name, func, about, needs=None)
         c.add_argument("session", metavar="SESSION", help="a demo's folder")
         c.add_argument("--truth", metavar="CSV", help="an events.csv to judge by, in place of the session's own labels")
         return c
@@ -451,7 +473,7 @@ def parser():
     c.add_argument("--jitter-limit", type=float, default=30, metavar="N", help="label changes a minute (default: %(default)s)")
     c.add_argument("--plot", metavar="FILE", help="draw the heat map, EMA against hysteresis, as .png, .svg or .pdf")
 
-    c = command(sub, "gates", gates, "print the go/no-go checklist of a run folder; exits 1 on any NO-GO")
+    c = command(sub, "gates", gates, "print the go/no-go checklist of a run folder; exits 1 on any NO-GO", needs=None)
     c.add_argument("run_dir", metavar="RUN_DIR", help="a run, or a folder of runs")
 
     c = command(sub, "notebook", notebook, "run one notebook with parameters, and refuse names that it does not have")
@@ -469,14 +491,29 @@ def parser():
     return p
 
 
+def import_problem(e, what):
+    "What to install, in one line; None where nothing that can be named is missing."
+    if "libGL" in str(e):
+        return "OpenCV with windows needs libGL.so.1: pip uninstall opencv-python, then pip install --force-reinstall opencv-python-headless"
+    module = (e.name or "").partition(".")[0]
+    return next((missing(module, extra, what) for extra, modules in NEEDS.items() if module in modules), None)
+
+
 def main(argv=None):
     args = parser().parse_args(argv)
     warnings.filterwarnings("ignore", message=".*torch.jit", category=FutureWarning)  # inside fastai and timm
-    try: return args.func(args) or 0
+    try:
+        if args.needs: require_extra(args.needs, args.called)
+        return args.func(args) or 0
     except FerError as e:
         if args.debug: raise
         print(f"fer-nb: {e}", file=sys.stderr)
         return e.exit_code
+    except ImportError as e:
+        line = import_problem(e, args.called)
+        if args.debug or not line: raise
+        print(f"fer-nb: {line}", file=sys.stderr)
+        return 1
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
