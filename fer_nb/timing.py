@@ -123,17 +123,18 @@ class Times(Lines):
         first, rows = {}, []
         for r in self.rows:
             base = first.setdefault((r["provider"], r["threads"], r["batch"]), r["p50_ms"])
-            numbers = [f"{v:.3g}" if v < 1000 else f"{v:,.0f}" for v in map(r.get, ("p50_ms", "p90_ms", "p99_ms", "mean_ms", "min_ms", "faces_per_s"))]
-            rows.append((*map(r.get, ("model", "precision", "size")), r["provider"].removesuffix("ExecutionProvider"), r["threads"], r["batch"],
+            times = map(r.get, ("p50_ms", "p90_ms", "p99_ms", "mean_ms", "min_ms", "faces_per_s"))
+            numbers = [f"{v:.3g}" if v < 1000 else f"{v:,.0f}" for v in times]
+            rows.append((r["model"], r["precision"], r["size"], r["provider"].removesuffix("ExecutionProvider"), r["threads"], r["batch"],
                          *numbers, f"{r['p50_ms']/base:.2f}"))
         head = ("model", "kind", "px", "provider", "threads", "batch", "p50 ms", "p90", "p99", "mean", "min", "faces/s", "of the first")
-        said = self.rows[0]
-        above = f"onnxruntime {said['onnxruntime']}, {said['cores']} cores under a load of {said['load']}, {said['runs']} runs each, interleaved"
-        return above, (head, rows), [*(f"left out: {why}" for why in self.left_out.values()), *[f"written to {self.path}"]*bool(self.path)]
+        how = "onnxruntime {onnxruntime}, {cores} cores under a load of {load}, {runs} runs each, interleaved".format(**self.rows[0])
+        below = [f"left out: {why}" for why in self.left_out.values()] + [f"written to {self.path}"]*bool(self.path)
+        return how, (head, rows), below
 
     def lines(self):
-        above, table, below = self.told()
-        return [above, table, *below]
+        how, table, below = self.told()
+        return [how, table, *below]
 
 # %% ../nbs/05c_timing.ipynb #05c-timing-020
 @patch
