@@ -436,7 +436,8 @@ SLOW = """
 import sys, time
 sys.path.insert(0, {root!r})
 from fer_nb.detectors import Haar
-from fer_nb.realtime import SyntheticSource, open_pipeline
+from fer_nb.capture import SyntheticSource
+from fer_nb.realtime import open_pipeline
 p = open_pipeline(SyntheticSource(600, 30), {model!r}, Haar(60), {out!r}, say=print)
 p.label(3)
 while p.step(): print(p.last.index, time.time(), flush=True)
