@@ -131,7 +131,7 @@ def megabytes(folder: Path) -> float: return sum(p.stat().st_size for p in folde
 @pytest.mark.skipif(os.environ.get("FER_NB_CLEAN_VENV") != "1", reason="downloads 150 MB: set FER_NB_CLEAN_VENV=1")
 def test_the_core_in_a_clean_environment(wheel, group, tmp_path):
     venv.create(tmp_path/"venv", with_pip=True)
-    python = next((tmp_path/"venv").glob("*/python*"))
+    python = next(p for p in (tmp_path/"venv").glob("*/python*") if p.is_file())
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
 
     def run(*args): return subprocess.run([python, *map(str, args)], capture_output=True, text=True, cwd=tmp_path, env=environment)
