@@ -29,9 +29,9 @@ from .integrity import Softlabels, load_softlabels, require_alignment, run_conve
 from .leaves import check_run_seal, check_seal, reseal, seal_folder, unseal
 from .manifests import Manifest, label_sources
 from fer_nb.members import (
-    REPORT_VIEW, SPACES, Member, _alignment_reports, benchmark_rows, check_members, _check_preset, check_weights,
-    fuse, _load_member, log_probs, member_names, _open_manifest, preset_members, _relative, require_members,
-    _taught_rows, _try_reading,
+    REPORT_VIEW, SPACES, Member, alignment_reports, benchmark_rows, check_members, check_preset, check_weights,
+    fuse, load_member, log_probs, member_names, open_manifest, preset_members, relative, require_members,
+    taught_rows, try_reading,
 )
 from .records import Calibration, RunArgs
 from .reliability import METRICS, evaluate
@@ -91,7 +91,7 @@ def open_members(
     out = []
     for m in config.members:
         where = Path(folder)/m.dir
-        try: member = _load_member(where)
+        try: member = load_member(where)
         except FerError as e: raise GateError(f"member {m.name} ({Path(m.dir).name}) cannot be read: {e}") from None
         if sha256_file(where/"softlabels"/"softlabels.npz") != m.softlabels_sha256 or member.temperature != m.temperature:
             raise GateError(f"member {m.name} ({Path(m.dir).name}) has other softlabels than when the ensemble was made: "
@@ -130,14 +130,14 @@ def _check_out(out, dirs) -> Path:
 # %% ../nbs/04_ensembles.ipynb #04-ensembles-015
 def _chosen_members(dirs, preset: str | None) -> tuple[list[Path], np.ndarray | None]:
     "The members to gate, and a preset's weights; unreadable members stay in, so that the gate names them."
-    if preset: _check_preset(preset)
+    if preset: check_preset(preset)
     dirs = [Path(d) for d in dirs]
     for d in dirs:
         if not d.is_dir(): raise UsageError(f"member '{d}' is no folder: give run folders of teachers")
     if len({d.resolve() for d in dirs}) < len(dirs): raise UsageError("a member is given twice: give each run once")
     if len(dirs) < 2: raise UsageError("an ensemble has members: give at least two run folders")
     if not preset: return dirs, None
-    args = [_try_reading([], RunArgs.load, d) for d in dirs]
+    args = [try_reading([], RunArgs.load, d) for d in dirs]
     if any(a is None for a in args): return dirs, None
     rows, weights = preset_members(preset, [str(a.parameters.get("arch")) for a in args])
     return [dirs[i] for i in rows], weights
@@ -156,7 +156,7 @@ def _benchmark(manifest, rows, view: str, found: WeightSearch, weights, log_p, y
 def _config_members(members: list[Member], weights: np.ndarray, out: Path) -> list[EnsembleMember]:
     "Members as the configuration keeps them."
     w = check_weights(weights, len(members))
-    return [EnsembleMember(name=m.name, arch=m.arch, seed=m.seed, dir=_relative(m.dir, out), weights=w[i].tolist(),
+    return [EnsembleMember(name=m.name, arch=m.arch, seed=m.seed, dir=relative(m.dir, out), weights=w[i].tolist(),
                            temperature=m.temperature, scale=m.softlabels.scale,
                            softlabels_sha256=sha256_file(m.dir/"softlabels"/"softlabels.npz"))
             for i, m in enumerate(members)]
@@ -165,7 +165,7 @@ def _config_members(members: list[Member], weights: np.ndarray, out: Path) -> li
 def _gated_members(dirs, manifest: Manifest, out) -> list[Member]:
     "Members that passed the gate."
     require_members(check_members(dirs, manifest, out))
-    members = [_load_member(d) for d in dirs]
+    members = [load_member(d) for d in dirs]
     for m, name in zip(members, member_names(dirs)): m.name = name
     return members
 
@@ -195,9 +195,9 @@ def search_ensemble(
     if space not in SPACES: raise UsageError(f"space '{space}': give one of {', '.join(SPACES)}")
     if not 0 <= ties < np.inf: raise UsageError(f"ties {ties}: give standard errors, 0 or more")
     dirs, fixed = _chosen_members(member_dirs, preset)
-    out, manifest = _check_out(out, member_dirs), _open_manifest(manifest_dir)
+    out, manifest = _check_out(out, member_dirs), open_manifest(manifest_dir)
     unseal(out/"softlabels"); _start_over(out, (*EVALUATED, *EXPORTED, *SEARCHED))
-    convention, (view, source, named) = _taught_rows(dirs, manifest)
+    convention, (view, source, named) = taught_rows(dirs, manifest)
     rows = benchmark_rows(manifest, benchmark, label_sources(manifest.view(view, source=source, convention=named)))
     members = _gated_members(dirs, manifest, out)
     p, y = panel(members), labels_of(rows)
@@ -245,7 +245,7 @@ def _check_export(folder, manifest: Manifest, config: EnsembleConfig) -> Alignme
     "Compare exported softlabels with the manifest, every split; one report of all."
     rows = manifest.splits(*rows_of(config))
     notes: list[str] = []
-    reports = _alignment_reports(Path(folder)/"softlabels", rows, manifest.dataset_index_id, notes, config.convention or "")
+    reports = alignment_reports(Path(folder)/"softlabels", rows, manifest.dataset_index_id, notes, config.convention or "")
     if not reports: raise GateError(f"{folder}: its softlabels cannot be compared: {'; '.join(notes)}")
     def every(key): return all(getattr(r, key) for r in reports)
     keys = ("class_order_match", "convention_match", "sample_count_match", "sample_content_match", "hash_manifest_match")
@@ -258,7 +258,7 @@ def export_ensemble(
     manifest_dir,  # a frozen manifest's folder, or a Manifest
 ) -> Exported:
     "Write split_targets.npz and softlabels/ of every split and view, and check them against the manifest."
-    folder, manifest = Path(folder), _open_manifest(manifest_dir)
+    folder, manifest = Path(folder), open_manifest(manifest_dir)
     config = EnsembleConfig.load(folder)
     unseal(folder/"softlabels"); _start_over(folder, (*EVALUATED, *EXPORTED))
     require_members(check_members([folder/m.dir for m in config.members], manifest, folder, *rows_of(config)))
@@ -375,7 +375,7 @@ def evaluate_ensemble(
     resamples: int = 1000,  # of the bootstrap
 ) -> EnsembleMetrics:
     "Report the ensemble and its members on the test rows, and seal the folder."
-    folder, manifest = Path(folder), _open_manifest(manifest_dir)
+    folder, manifest = Path(folder), open_manifest(manifest_dir)
     config = EnsembleConfig.load(folder)
     _start_over(folder, EVALUATED)
     members, soft = open_members(folder, config), load_softlabels(folder/"softlabels")
@@ -455,7 +455,7 @@ def recount(
     manifest_dir,  # their manifest
 ) -> pd.DataFrame:  # folder, what was done
     "Count everything below a folder again; what lacks ids or is of another dataset stays as it is."
-    root, manifest, said = Path(folder), _open_manifest(manifest_dir), []
+    root, manifest, said = Path(folder), open_manifest(manifest_dir), []
     for path in sorted(root.rglob("selective.json")):
         run = path.parent
         if not (run/"evaluation.npz").is_file() or "test_ids" not in read_npz(run/"evaluation.npz"): why = "left: its rows have no ids"

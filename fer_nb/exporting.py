@@ -36,7 +36,7 @@ from fer_nb.artifacts import (
 )
 from .calibration import macro_f1
 from fer_nb.deploy import (
-    ModelFacts, Predictor, check_prepared, _checkpoint_facts, open_onnx, prepared, probabilities, read_facts,
+    ModelFacts, Predictor, check_prepared, checkpoint_facts, open_onnx, prepared, probabilities, read_facts,
 )
 from .evidence import ExportReport, ExportedFile, OnnxParity, ParityCheck, VariantParity
 from .geometry import Framing, Geometry, check_geometry, normalise
@@ -208,7 +208,7 @@ def open_run(
     "The network of a finished run, and what must be known of it."
     path = Path(checkpoint)/"best.pt" if Path(checkpoint).is_dir() else Path(checkpoint)
     model, meta = load_model(path)
-    return model, _checkpoint_facts(path, meta)
+    return model, checkpoint_facts(path, meta)
 
 # %% ../nbs/09_onnx_export.ipynb #09-exporting-030
 def _choose(precisions, calibration_faces) -> list[str]:

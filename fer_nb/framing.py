@@ -22,7 +22,7 @@ from .archives import decode, read_bytes
 from .artifacts import ArtifactError, Box, UsageError, sha256_bytes
 from .detectors import Detection, iou, named_folders, open_detector
 from fer_nb.geometry import (
-    DEFAULT_SIGHTS, LEAST_FOUND, QUANTILES, Crop, Framing, Geometry, Sight, eye_angle, _fit_shape, prepare_views,
+    DEFAULT_SIGHTS, LEAST_FOUND, QUANTILES, Crop, Framing, Geometry, Sight, eye_angle, fit_shape, prepare_views,
     square_crop, squares,
 )
 from .likeness import face_box
@@ -130,7 +130,7 @@ def _mean_shape(
     "Where landmarks stand in the pictures, as the medians say; None where one detection has none."
     if any(d.landmarks is None for d in seen): return None
     medians = np.median([(d.landmarks - PLACE.corners[:2])/FACE for d in seen], 0)
-    tight = np.quantile([FACE/_fit_shape(medians, d.landmarks).side for d in seen], QUANTILES[1])
+    tight = np.quantile([FACE/fit_shape(medians, d.landmarks).side for d in seen], QUANTILES[1])
     return tuple(tuple(p) for p in (0.5 + (medians - 0.5)/tight).round(4).tolist())
 
 # %% ../nbs/01c_framing.ipynb #01c-framing-020

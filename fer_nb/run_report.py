@@ -26,7 +26,7 @@ from fer_nb.records import (
 from .reliability import METRICS, confusion_table, evaluate, flat_row
 from .resampling import one_a_picture
 from fer_nb.selective import (
-    SetRule, _check_ids, _check_seven, cross_fitted_logits, refuse_same_rows, selective_report, set_rule, _sets_report,
+    SetRule, check_ids, check_seven, cross_fitted_logits, refuse_same_rows, selective_report, set_rule, sets_report,
 )
 
 # %% ../nbs/02_calibration_whole_run.ipynb #02-run_report-005
@@ -74,8 +74,8 @@ def calibrate(
     seed: int = 1337,
 ) -> tuple[Calibration, ReliabilityMetrics]:
     "Choose T on validation and report on test; returns both artifacts, unsaved."
-    z, y = _check_seven(val_logits, val_labels, "validation")
-    _check_ids(val_ids, y, "val_ids")
+    z, y = check_seven(val_logits, val_labels, "validation")
+    check_ids(val_ids, y, "val_ids")
     if (test_logits is None) != (test_labels is None): raise UsageError("give test_logits and test_labels together, or neither")
     selection = select_temperature(z, y, grid)
     t = selection.temperature
@@ -84,8 +84,8 @@ def calibrate(
         fitted = cross_fitted_logits(z, y, folds, seed, val_groups)
         record = evaluate(fitted, y, votes=votes, resamples=resamples, seed=seed, groups=val_groups)
     else:
-        raw, ty = _check_seven(test_logits, test_labels, "test")
-        _check_ids(test_ids, ty, "test_ids")
+        raw, ty = check_seven(test_logits, test_labels, "test")
+        check_ids(test_ids, ty, "test_ids")
         refuse_same_rows((z, y, val_ids), (raw, ty, test_ids))
         split, record = test_name, evaluate(raw, ty, t, votes=votes, resamples=resamples, seed=seed, groups=test_groups)
     return (_calibration_artifact(z, y, selection, model_name, dataset_index_id, val_name, seed),
@@ -337,7 +337,7 @@ def recount_run(
     metrics = reliability_artifact(record, logits[own], labels[own], split=old.split, **named)
     rule = _recounted_rule(folder, z, manifest_rows, calibration.sources, learned)
     apart = judged_as(rows, learned, calibration.sources)
-    sets = _sets_report(rule, logits, labels, conventions=apart, sources=rows["source"], groups=groups, test_name=old.split, **named, **how)
+    sets = sets_report(rule, logits, labels, conventions=apart, sources=rows["source"], groups=groups, test_name=old.split, **named, **how)
     for a in (metrics.model_copy(update={"convention": learned or None}), sets): a.model_copy(update={"recomputed": note}).save(folder)
     write_csv(folder/"confusion.csv", confusion_table(metrics.confusion), index=True)
     write_csv(folder/"metrics_by_source.csv", table)

@@ -23,7 +23,7 @@ from scipy.special import digamma
 
 from .artifacts import BLUE, CLASSES, GREEN, GREY, ORANGE, GateError, UsageError
 from fer_nb.calibration import (
-    check, _check_logits, class_names, fit_temperature, group_codes, _mean_over_rows, predictions, softmax,
+    check, check_logits, class_names, fit_temperature, group_codes, mean_over_rows, predictions, softmax,
 )
 from .records import ClassCoverage, CoveragePromise, SelectiveReport, SetCoverage
 from .reliability import confidence_groups
@@ -137,7 +137,7 @@ def prediction_sets(
     temperature=1.0,  # the one that the threshold was chosen at
 ) -> np.ndarray:  # (N, K) bool
     "The classes of each row at or above the threshold, and always the predicted one."
-    z, q = _check_logits(logits), np.asarray(threshold, dtype=np.float64)
+    z, q = check_logits(logits), np.asarray(threshold, dtype=np.float64)
     if q.shape not in ((), z.shape[1:]) or not ((q >= 0) & (q <= 1)).all():
         raise UsageError(f"threshold {threshold}: give a probability, from 0 to 1, or {z.shape[1]} of them")
     sets = softmax(z, temperature) >= q
@@ -148,7 +148,7 @@ def prediction_sets(
 def set_coverage(logits, labels, temperature=1.0, weights=None, threshold=0.0):
     "Share of the rows whose prediction set holds the label."
     z, y = check(logits, labels)
-    return _mean_over_rows(prediction_sets(z, threshold, temperature)[np.arange(len(y)), y].astype(float), weights)
+    return mean_over_rows(prediction_sets(z, threshold, temperature)[np.arange(len(y)), y].astype(float), weights)
 
 # %% ../nbs/02_calibration_selective.ipynb #02-selective-037
 def conformal_thresholds(
