@@ -14,7 +14,7 @@ import pandas as pd
 
 from .artifacts import BLUE, GREY, ORANGE, UsageError
 from fer_nb.calibration import (
-    BINS, accuracy, bin_index, _binned_gap, brier, check, class_names, classwise_ece, ece, ece_equal_mass,
+    BINS, accuracy, bin_index, binned_gap, brier, check, class_names, classwise_ece, ece, ece_equal_mass,
     group_codes, macro_f1, nll, null_ece, soft_ece, soft_nll, softmax, top_label,
 )
 from .records import Interval
@@ -157,7 +157,7 @@ def _draw_class(ax, p: np.ndarray, truth: np.ndarray, name: str):
         ax.plot(rows.confidence, rows.accuracy, "o", ms=4, color=BLUE, alpha=alpha)
     ax.plot([0, 1], [0, 1], "--", color=GREY, lw=1)
     ax.set(xlim=(0, 1), ylim=(0, 1), xticks=[0, 0.5, 1], yticks=[0, 0.5, 1])
-    ax.set_title(f"{name}: ECE {_binned_gap(p - truth, bin_index(p)):.4f}, {int(truth.sum()):,} true", fontsize=8)
+    ax.set_title(f"{name}: ECE {binned_gap(p - truth, bin_index(p)):.4f}, {int(truth.sum()):,} true", fontsize=8)
 
 # %% ../nbs/02_calibration_reliability.ipynb #02-reliability-023
 def classwise_diagram(
