@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SCHEMA', 'MAX_BIAS', 'OPENERS', 'BATCH', 'SHIPPED', 'ModelFacts', 'read_facts', 'provider_name', 'node_counts',
            'assert_provider', 'open_session', 'class_values', 'probabilities', 'read_class_values',
-           'write_class_values', 'open_onnx', 'open_checkpoint', 'prepared', 'check_prepared', 'Favours', 'Predictor']
+           'write_class_values', 'open_onnx', 'checkpoint_facts', 'open_checkpoint', 'prepared', 'check_prepared',
+           'Favours', 'Predictor']
 
 # %% ../nbs/05b_predictor.ipynb #05b-deploy-002
 import copy
@@ -268,7 +269,7 @@ def open_onnx(path, provider: str, threads: int):  # (facts, function from float
     return facts, lambda x: session.run(["logits"], {"faces": x})[0]
 
 # %% ../nbs/05b_predictor.ipynb #05b-deploy-043
-def _checkpoint_facts(
+def checkpoint_facts(
     path,  # a run's best.pt
     meta: dict,  # of the checkpoint
 ) -> ModelFacts:
@@ -294,7 +295,7 @@ def open_checkpoint(path, provider: str, threads: int):  # (facts, function from
 
     from fer_nb.students import load_model
     model, meta = load_model(path)
-    facts = _checkpoint_facts(path, meta)
+    facts = checkpoint_facts(path, meta)
 
     def run(x):
         before = torch.get_num_threads()

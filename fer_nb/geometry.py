@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KERNELS', 'PLAIN', 'QUANTILES', 'LEAST_FOUND', 'DEFAULT_SIGHTS', 'Portable', 'Geometry', 'check_geometry', 'Crop',
-           'Square', 'eye_angle', 'squares', 'cut', 'square_crop', 'resize', 'prepare_pixels', 'prepare_face',
-           'prepare_views', 'normalise', 'Sight', 'Framing', 'read_framing']
+           'Square', 'eye_angle', 'fit_shape', 'squares', 'cut', 'square_crop', 'resize', 'prepare_pixels',
+           'prepare_face', 'prepare_views', 'normalise', 'Sight', 'Framing', 'read_framing']
 
 # %% ../nbs/01a_geometry.ipynb #01a-geometry-002
 import json
@@ -115,7 +115,7 @@ def eye_angle(
     return float(np.degrees(np.arctan2(y1 - y0, x1 - x0))) if (x0, y0) != (x1, y1) else 0.0
 
 # %% ../nbs/01a_geometry.ipynb #01a-geometry-019
-def _fit_shape(
+def fit_shape(
     shape,  # (N, 2) where points belong, in shares of a square's side
     points,  # (N, 2) where they are, pixels
 ) -> Square:
@@ -137,7 +137,7 @@ def squares(
     centre = np.array(box.centre) + box.side*np.array([cos*crop.dx - sin*crop.dy, sin*crop.dx + cos*crop.dy])
     by_box = Square(centre, box.side*crop.ratio, angle)
     fits = crop.shape is not None and landmarks is not None and len(landmarks) == len(crop.shape)
-    if fits: return [by_box, _fit_shape(crop.shape, landmarks)]
+    if fits: return [by_box, fit_shape(crop.shape, landmarks)]
     return [by_box] if crop.wide is None else [by_box, by_box._replace(side=box.side*crop.wide)]
 
 # %% ../nbs/01a_geometry.ipynb #01a-geometry-021

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['COVERAGES', 'CHANCE', 'RiskCoverage', 'risk_coverage', 'aurc', 'excess_aurc', 'accuracy_at_coverage',
            'risk_coverage_plot', 'conformal_rank', 'conformal_threshold', 'prediction_sets', 'set_coverage',
-           'conformal_thresholds', 'coverage_chance', 'refuse_same_rows', 'cross_fitted_logits', 'SetRule', 'set_rule',
-           'set_coverages', 'selective_report', 'set_size_plot']
+           'conformal_thresholds', 'coverage_chance', 'refuse_same_rows', 'check_ids', 'cross_fitted_logits',
+           'check_seven', 'SetRule', 'set_rule', 'set_coverages', 'sets_report', 'selective_report', 'set_size_plot']
 
 # %% ../nbs/02_calibration_selective.ipynb #02-selective-002
 from fractions import Fraction
@@ -197,7 +197,7 @@ def refuse_same_rows(
                         "calibrate on validation and report on test, never on the same rows")
 
 # %% ../nbs/02_calibration_selective.ipynb #02-selective-044
-def _check_ids(ids, labels: np.ndarray, name: str):
+def check_ids(ids, labels: np.ndarray, name: str):
     "One id for each row, none twice."
     if ids is None: return
     if len(ids) != len(labels): raise UsageError(f"{len(ids)} {name} for {len(labels)} rows: give one id for each row")
@@ -220,7 +220,7 @@ def cross_fitted_logits(
     return out
 
 # %% ../nbs/02_calibration_selective.ipynb #02-selective-047
-def _check_seven(logits, labels, name: str) -> tuple[np.ndarray, np.ndarray]:
+def check_seven(logits, labels, name: str) -> tuple[np.ndarray, np.ndarray]:
     "Checked logits and labels of the canonical seven classes."
     z, y = check(logits, labels)
     if z.shape[1] != len(CLASSES): raise UsageError(f"{name} logits have {z.shape[1]} columns: give {len(CLASSES)}, in the order {CLASSES}")
@@ -264,7 +264,7 @@ def set_rule(
     groups=None,  # (N,) the picture of each row: its first row alone chooses
 ) -> SetRule:
     "Choose the thresholds of prediction sets."
-    z, y = _check_seven(logits, labels, "validation")
+    z, y = check_seven(logits, labels, "validation")
     first = one_a_picture(group_codes(groups, len(y)), len(y))
     z, y = z[first], y[first]
     each = conformal_thresholds(z, y, temperature, miss) if class_conditional else None
@@ -309,7 +309,7 @@ def set_coverages(
                        coverage=coverage, mean_size=float(sets.sum(1).mean()), by_class=by_class, promise=promise)
 
 # %% ../nbs/02_calibration_selective.ipynb #02-selective-056
-def _sets_report(
+def sets_report(
     rule: SetRule,
     test_logits,  # (M, 7), rows that chose nothing
     test_labels,  # (M,)
@@ -324,7 +324,7 @@ def _sets_report(
     seed: int = 1337,
 ) -> SelectiveReport:
     "Risk and coverage on the test rows of the rule's convention, or of the most frequent one where it has none; the others beside it."
-    z, y = _check_seven(test_logits, test_labels, "test")
+    z, y = check_seven(test_logits, test_labels, "test")
     named = np.full(len(y), rule.convention) if conventions is None else np.asarray(conventions)
     held = [str(c) for c in pd.Series(named).value_counts().index]
     held.sort(key=lambda c: c != rule.convention)
@@ -355,15 +355,15 @@ def selective_report(
     miss: float = 0.1,  # share of sets that may miss the true class
     class_conditional: bool = False,  # promise it to each class
     convention: str = "",  # of the validation rows' labels
-    **reported,  # of `_sets_report`: model_name, dataset_index_id, conventions, sources, groups, test_name, resamples, seed
+    **reported,  # of `sets_report`: model_name, dataset_index_id, conventions, sources, groups, test_name, resamples, seed
 ) -> SelectiveReport:
     "Risk and coverage on test, and prediction sets calibrated on validation; unsaved."
-    (z, y), (tz, ty) = _check_seven(val_logits, val_labels, "validation"), _check_seven(test_logits, test_labels, "test")
+    (z, y), (tz, ty) = check_seven(val_logits, val_labels, "validation"), check_seven(test_logits, test_labels, "test")
     if np.ndim(temperature):
         raise UsageError("selective_report takes one temperature: apply seven with apply_temperature, then T = 1")
-    _check_ids(val_ids, y, "val_ids"); _check_ids(test_ids, ty, "test_ids")
+    check_ids(val_ids, y, "val_ids"); check_ids(test_ids, ty, "test_ids")
     refuse_same_rows((z, y, val_ids), (tz, ty, test_ids))
-    return _sets_report(set_rule(z, y, temperature, miss, class_conditional, convention, val_groups), tz, ty, **reported)
+    return sets_report(set_rule(z, y, temperature, miss, class_conditional, convention, val_groups), tz, ty, **reported)
 
 # %% ../nbs/02_calibration_selective.ipynb #02-selective-062
 def set_size_plot(
