@@ -351,7 +351,6 @@ def fit_temperature(
         raise GateError(f"the best temperature lies {side}, outside the bounds {tuple(bounds)}: "
                         "check the scale of the logits, or give wider bounds")
     from scipy.optimize import brentq  # only those who fit a temperature need SciPy
-    from scipy.optimize import brentq  # only those who fit a temperature need SciPy
     log_t = brentq(slope, low, high, xtol=1e-13, rtol=1e-14)
     gradient, t = slope(log_t), float(np.exp(log_t))
     if not abs(gradient) <= tolerance: raise GateError(f"|dNLL/dlogT| is {abs(gradient):.2g} at T = {t:.4g}, not 0: no minimum found")
@@ -447,7 +446,6 @@ def temperature_plot(
     ax=None,  # matplotlib axes; a new figure where None
 ):  # the figure
     "NLL and ECE against the temperature, with the selected one marked."
-    import matplotlib.pyplot as plt
     import matplotlib.pyplot as plt
     fig, ax = plt.subplots(figsize=(4.6, 3), dpi=90, layout="constrained") if ax is None else (ax.figure, ax)
     ax.plot(table["T"], table.NLL, "o-", ms=3, color=BLUE, label="NLL (left, nats)")
