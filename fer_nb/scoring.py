@@ -422,8 +422,6 @@ def timeline_plot(
     "Truth, raw and shown label over time, with the frames that are scored."
     import matplotlib.pyplot as plt  # who only scores needn't have it
     from matplotlib.patches import Patch
-    import matplotlib.pyplot as plt  # who only scores needn't have it
-    from matplotlib.patches import Patch
     track, seconds = score.track, score.track.time_us/1e6
     edges = np.r_[seconds, seconds[-1] + (np.median(np.diff(seconds)) if len(seconds) > 1 else 0.04)]
     fig, ax = plt.subplots(figsize=(8.5, 2.5), dpi=85, layout="constrained")
@@ -447,7 +445,6 @@ def latency_plot(
     score: SessionScore,
 ):  # the figure
     "Each stage's latency: a bar to p50, marks at p90 and p99."
-    import matplotlib.pyplot as plt
     import matplotlib.pyplot as plt
     stages = score.results.latency_ms
     if not stages: raise UsageError(f"{score.results.session} has no latency.csv: nothing to draw")
