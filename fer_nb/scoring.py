@@ -16,10 +16,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from matplotlib.patches import Patch
 
 from .artifacts import BLUE, CLASS_COLOURS, CLASSES, ORANGE, Lines, UsageError, write_csv
 from .calibration import prf
@@ -422,6 +420,8 @@ def timeline_plot(
     stop: float | None = None,
 ):  # the figure
     "Truth, raw and shown label over time, with the frames that are scored."
+    import matplotlib.pyplot as plt  # who only scores needn't have it
+    from matplotlib.patches import Patch
     track, seconds = score.track, score.track.time_us/1e6
     edges = np.r_[seconds, seconds[-1] + (np.median(np.diff(seconds)) if len(seconds) > 1 else 0.04)]
     fig, ax = plt.subplots(figsize=(8.5, 2.5), dpi=85, layout="constrained")
@@ -445,6 +445,7 @@ def latency_plot(
     score: SessionScore,
 ):  # the figure
     "Each stage's latency: a bar to p50, marks at p90 and p99."
+    import matplotlib.pyplot as plt
     stages = score.results.latency_ms
     if not stages: raise UsageError(f"{score.results.session} has no latency.csv: nothing to draw")
     fig, ax = plt.subplots(figsize=(6.5, 0.7 + 0.3*len(stages)), dpi=85, layout="constrained")

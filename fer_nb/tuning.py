@@ -12,7 +12,6 @@ from datetime import UTC, datetime
 from itertools import product
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from fastcore.basics import patch
@@ -270,6 +269,7 @@ def tuning_plot(
     found: Tuning,
 ):  # the figure
     "Macro-F1 over EMA and hysteresis at the best window within the jitter limit."
+    import matplotlib.pyplot as plt
     f1, text = tuning_grid(found)
     fig, ax = plt.subplots(figsize=(1.6 + 0.75*f1.shape[1], 1.3 + 0.48*f1.shape[0]), dpi=85, layout="constrained")
     ax.set_facecolor("0.92")
