@@ -13,11 +13,8 @@ __all__ = ['BINS', 'PLAN_GRID', 'TIE', 'check_logits', 'check', 'log_softmax', '
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from scipy import special
-from scipy.optimize import brentq
 
 from .artifacts import BLUE, CLASSES, GREY, ORANGE, GateError, UsageError
 
@@ -63,7 +60,9 @@ def _apply_temperature(
 # %% ../nbs/02_calibration.ipynb #02-calibration-010
 def log_softmax(logits, temperature=1.0) -> np.ndarray:
     "Log-probabilities (N, K) at a temperature, float64, finite for any finite logits."
-    return special.log_softmax(_apply_temperature(logits, temperature), axis=1)
+    z = _apply_temperature(logits, temperature)
+    z = z - z.max(1, keepdims=True)
+    return z - np.log(np.exp(z).sum(1, keepdims=True))
 
 # %% ../nbs/02_calibration.ipynb #02-calibration-011
 def softmax(logits, temperature=1.0) -> np.ndarray:
@@ -351,6 +350,7 @@ def fit_temperature(
         side = f"below {bounds[0]}" if slope(low) >= 0 else f"above {bounds[1]}"
         raise GateError(f"the best temperature lies {side}, outside the bounds {tuple(bounds)}: "
                         "check the scale of the logits, or give wider bounds")
+    from scipy.optimize import brentq  # only those who fit a temperature need SciPy
     log_t = brentq(slope, low, high, xtol=1e-13, rtol=1e-14)
     gradient, t = slope(log_t), float(np.exp(log_t))
     if not abs(gradient) <= tolerance: raise GateError(f"|dNLL/dlogT| is {abs(gradient):.2g} at T = {t:.4g}, not 0: no minimum found")
@@ -446,6 +446,7 @@ def temperature_plot(
     ax=None,  # matplotlib axes; a new figure where None
 ):  # the figure
     "NLL and ECE against the temperature, with the selected one marked."
+    import matplotlib.pyplot as plt
     fig, ax = plt.subplots(figsize=(4.6, 3), dpi=90, layout="constrained") if ax is None else (ax.figure, ax)
     ax.plot(table["T"], table.NLL, "o-", ms=3, color=BLUE, label="NLL (left, nats)")
     ax.axvline(selected, color=GREY, ls=":")

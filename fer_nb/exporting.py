@@ -6,8 +6,8 @@
 __all__ = ['OPSET', 'PRECISIONS', 'LOGIT_LIMIT', 'OUTPUTS', 'LIMITS', 'describe', 'to_fp32', 'require_trained_on', 'reframe',
            'to_fp16', 'no_chatter', 'to_int8', 'save_checked', 'model_file', 'logit_limit', 'embedded_faces',
            'torch_logits', 'quick_parity', 'open_run', 'export_model', 'in_points', 'compare_logits', 'check_parity',
-           'require_parity', 'parity_plot', 'file_precision', 'open_variants', 'in_colour', 'packed_view', 'every_face',
-           'packed_faces', 'answers_file', 'keep_answers', 'ExportResult', 'export_checkpoint']
+           'require_parity', 'parity_plot', 'in_colour', 'packed_view', 'every_face', 'packed_faces', 'answers_file',
+           'keep_answers', 'ExportResult', 'export_checkpoint']
 
 # %% ../nbs/09_onnx_export.ipynb #09-exporting-002
 import copy
@@ -36,8 +36,7 @@ from fer_nb.artifacts import (
 )
 from .calibration import macro_f1
 from fer_nb.deploy import (
-    ModelFacts, Predictor, check_prepared, checkpoint_facts, open_onnx, open_session, prepared, probabilities,
-    read_facts,
+    ModelFacts, Predictor, check_prepared, checkpoint_facts, open_onnx, prepared, probabilities, read_facts,
 )
 from .evidence import ExportReport, ExportedFile, OnnxParity, ParityCheck, VariantParity
 from .geometry import Framing, Geometry, check_geometry, normalise
@@ -50,6 +49,7 @@ from .resampling import paired_interval
 from .run_report import groups_of
 from .students import load_model
 from .synthetic import render_faces
+from .timing import file_precision
 
 # %% ../nbs/09_onnx_export.ipynb #09-exporting-006
 OPSET = 18
@@ -361,29 +361,6 @@ def parity_plot(
     axes[0, 0].set_ylabel("ONNX")
     fig.suptitle(f"Probabilities of {min(most, len(truth)):,} faces × 7 classes", fontsize=10)
     return fig
-
-# %% ../nbs/09_onnx_export.ipynb #09-exporting-046
-def file_precision(path) -> str:  # fp32 | fp16 | int8
-    "What the arithmetic of an ONNX file is done in."
-    graph = onnx.load(path).graph
-    if any(n.op_type == "QuantizeLinear" for n in graph.node): return "int8"
-    return "fp16" if any(i.data_type == onnx.TensorProto.FLOAT16 for i in graph.initializer) else "fp32"
-
-# %% ../nbs/09_onnx_export.ipynb #09-exporting-047
-def open_variants(
-    models: dict,  # name -> path
-    provider: str,
-    threads: int,
-) -> tuple[dict, dict[str, str]]:  # name -> (session, geometry); name -> why it can't run
-    "Open each model with a provider, or note why not."
-    opened, refused = {}, {}
-    for name, path in models.items():
-        try: session = open_session(path, provider, threads)
-        except GateError as e:
-            if provider == "CPUExecutionProvider": raise
-            refused[name] = str(e).removeprefix(f"{path}: ")
-        else: opened[name] = session, read_facts(session.get_modelmeta().custom_metadata_map, path).geometry
-    return opened, refused
 
 # %% ../nbs/09_onnx_export.ipynb #09-exporting-049
 def in_colour(faces: np.ndarray) -> np.ndarray:  # uint8 (N, S, S) or (N, S, S, 3) to (N, S, S, 3)

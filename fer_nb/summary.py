@@ -24,7 +24,7 @@ from .calibration import group_codes, per_class, predictions, prf
 from .records import Interval
 from .reliability import METRICS
 from .resampling import mcnemar, percentile_interval, weight_chunks
-from .sessions import LABELS
+from .reliability import METRIC_NAMES
 
 # %% ../nbs/05a_student_summary.ipynb #05a-summary-005
 class SeedInterval(NamedTuple):
@@ -268,7 +268,7 @@ class StudentSummary(Lines):
         def scaled(a, s, k): return f"{raw[a, s, k]:.3f} → {self.get(a, s, k).mean:.3f}"
         rows = [(s, a, len(r), f"{int(r[0].at(s).sum()):,}", *(self.get(a, s, k).show() for k in ("accuracy", "macro_f1")),
                  *(scaled(a, s, k) for k in SCALED)) for s in self.sources for a, r in self.arms.items()]
-        return ("source", "arm", "seeds", "n", "accuracy", "macro-F1", *(f"{LABELS[k]}, T = 1 → T" for k in SCALED)), rows
+        return ("source", "arm", "seeds", "n", "accuracy", "macro-F1", *(f"{METRIC_NAMES[k]}, T = 1 → T" for k in SCALED)), rows
 
     def differences(self) -> tuple:
         "Head and rows: every pair of arms on every source."

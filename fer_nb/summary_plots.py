@@ -18,7 +18,7 @@ from .calibration import ece, null_ece, top_label
 from .records import ThroughDetector
 from .reliability import draw_bars, reliability_table
 from .selective import risk_coverage_plot
-from .sessions import LABELS
+from .reliability import METRIC_NAMES
 from .summary import StudentSummary
 
 # %% ../nbs/05a_student_summary_plots.ipynb #05a-summary_plots-005
@@ -63,7 +63,7 @@ def stage_plot(
         for ax, source in zip(row, summary.sources):
             _draw_arms(ax, summary, source, metric)
             ax.set_title(_rows_title(summary, source), fontsize=9)
-        row[0].set_ylabel(LABELS.get(metric, metric))
+        row[0].set_ylabel(METRIC_NAMES.get(metric, metric))
         row[0].set_ylim(0, min(1.02, row[0].get_ylim()[1]))
     fig.suptitle(fill("Mean over seeds, 95% t interval (line), each seed (dot)", int(12*fig.get_figwidth())), fontsize=10)
     plt.close(fig)
