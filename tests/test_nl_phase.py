@@ -8,11 +8,12 @@ import pytest
 
 from fer_nb.arms import simulate_student
 from fer_nb.artifacts import CLASSES, GateError, UsageError
+from fer_nb.evidence import SmokeTest
 from fer_nb.negl import NegLConfig
 from fer_nb.phase import (
     ARMS, NLSmoke, PhaseGate, arm_parameters, judge_part, judge_smoke, nl_smoke, phase_gate, require_phase, require_smoke,
 )
-from fer_nb.records import RunArgs, SmokeTest, TrainingHistory
+from fer_nb.records import RunArgs, TrainingHistory
 from fer_nb.training import embedded_data
 from tests.conftest import ROOT
 
