@@ -6,7 +6,7 @@
 __all__ = ['BEST_BY', 'AMP_DTYPES', 'OPTIMISERS', 'best_epoch', 'later', 'TrainConfig', 'best_device', 'seed_everything',
            'EpochSeed', 'lr_factor', 'StepOrder', 'fast_layout', 'amp_choices', 'step_seconds', 'choose_amp',
            'make_optimizer', 'Observe', 'History', 'KeepValidation', 'save_checkpoint', 'load_checkpoint', 'Checkpoint',
-           'load_matching', 'load_whole', 'EMA', 'Mixup', 'trim_memory', 'TrimMemory']
+           'load_matching', 'load_whole', 'EMA', 'Mixup', 'TrimMemory']
 
 # %% ../nbs/02b_callbacks.ipynb #02b-callbacks-002
 import copy
@@ -430,7 +430,7 @@ class Mixup(Callback):
     def after_batch(self): self.loss_func.mixed = None
 
 # %% ../nbs/02b_callbacks.ipynb #02b-callbacks-059
-def trim_memory():
+def _trim_memory():
     "Give freed memory back to the system (glibc only; nothing elsewhere)."
     if sys.platform.startswith("linux"):
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
@@ -440,4 +440,4 @@ def trim_memory():
 class TrimMemory(Callback):
     "Give freed memory back after every epoch."
     order = 60
-    def after_epoch(self): trim_memory()
+    def after_epoch(self): _trim_memory()

@@ -1,6 +1,7 @@
 """The command `fer-nb`: a thin cover over the notebooks' functions. Imports wait until a command needs them."""
 import argparse
 import ast
+import importlib.util
 import io
 import json
 import os
@@ -14,7 +15,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
-from fer_nb.artifacts import STAGES, FerError, UsageError
+from fer_nb.artifacts import STAGES, FerError, GateError, UsageError
+
+NEEDS = {"notebooks": ("matplotlib", "anywidget", "ipywidgets", "voila"),
+         "train": ("torch", "timm", "fastai", "pandas", "pyarrow", "scipy", "sklearn", "matplotlib", "onnx", "onnxscript",
+                   "onnxconverter_common", "threadpoolctl", "papermill", "nbformat", "ipykernel", "IPython", "snakemake", "yaml",
+                   "pypandoc", "PIL")}  # what each extra of settings.ini brings, by the names that are imported
+CORE = {"bench", "predict", "demo", "score", "replay", "tune", "gates"}  # commands that need no extra
 
 EPILOG = """examples:
   fer-nb run --profile embedded                                    the whole chain on faces that it draws itself
@@ -28,6 +35,18 @@ EPILOG = """examples:
   fer-nb gates runs/embedded                                       the go/no-go checklist, with the file behind each line
 
 exit codes: 0 done, 1 a gate stays shut or a run failed, 2 a wrong argument"""
+
+
+def missing(module, extra, what): return f"{what} needs {module}, which is not installed: pip install 'fer_nb[{extra}]'"
+
+
+def require_extra(extra, what):
+    "Stop where a module of an extra is not installed, with the line that installs it."
+    def there(module):
+        try: return importlib.util.find_spec(module) is not None
+        except ImportError: return False
+    gone = next((m for m in NEEDS[extra] if not there(m)), None)
+    if gone: raise GateError(missing(gone, extra, what))
 
 
 def manifest_build(a):
@@ -186,8 +205,11 @@ def export(a):
 
 
 def bench(a):
-    from fer_nb.latency import bench
+    from fer_nb.timing import time_models
     given = {k: v for k in ("batches", "threads", "providers", "runs") if (v := getattr(a, k)) is not None}
+    if not a.manifest: return print(time_models(a.models, a.out, **given))
+    require_extra("train", "bench --manifest")
+    from fer_nb.latency import bench
     print(bench(a.models, a.out, a.manifest, a.view, **given))
 
 
@@ -215,6 +237,7 @@ def demo(a):
 
 
 def demo_in_browser(a):
+    require_extra("notebooks", "demo --browser")
     from fer_nb.page import serve_cell
     if a.headless or a.no_log or a.seconds: raise UsageError("--browser goes with neither --headless nor --no-log nor --seconds")
     serve_cell(a.model, a.source or "browser", a.detector, a.out or "runs/demo", min_face=a.min_face, save_clips=a.save_clips,
@@ -508,6 +531,14 @@ COMMANDS = {  # name -> (what is called, whose docstring is its help, its flags)
 }
 
 
+def _checked(fill, name):
+    "Flags that are made only where the command can run."
+    def checked(c):
+        require_extra("train", name)
+        fill(c)
+    return checked
+
+
 def parser():
     p = Parser(prog="fer-nb", description="Facial expression recognition that people can trust: from images to evidence.", epilog=EPILOG,
                formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -521,13 +552,21 @@ def parser():
         c = places.get(group, sub).add_parser(action, help=about[0].lower() + about[1:].rstrip("."), description=about)
         c.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
         c.set_defaults(func=func)
-        c.fill = fill
+        c.fill = fill if name in CORE else _checked(fill, name)
     return p
+
+
+def _import_line(e: ImportError) -> str:
+    "What to install; empty where nothing that can be named is missing."
+    if "libGL" in str(e): return "OpenCV with windows needs libGL.so.1: pip install opencv-python-headless in place of opencv-python"
+    module = (e.name or "").partition(".")[0]
+    return next((missing(module, extra, "this") for extra, modules in NEEDS.items() if module in modules), "")
 
 
 def _line(e: BaseException) -> tuple[str, int]:
     "What a failure comes to in one line, and its exit code."
     if isinstance(e, FerError): return str(e), e.exit_code
+    if isinstance(e, ImportError) and (line := _import_line(e)): return line, 1
     if isinstance(e, OSError):
         where = " → ".join(str(f) for f in (e.filename, e.filename2) if f)
         return f"{where}: {e.strerror or e}" if where else f"{type(e).__name__}: {e.strerror or e}", 1
@@ -537,9 +576,11 @@ def _line(e: BaseException) -> tuple[str, int]:
 
 
 def main(argv=None):
-    args = parser().parse_args(argv)
     warnings.filterwarnings("ignore", message=".*torch.jit", category=FutureWarning)  # inside fastai and timm
-    try: return args.func(args) or 0
+    debug = "--debug" in (sys.argv if argv is None else argv)
+    try:
+        args = parser().parse_args(argv)
+        return args.func(args) or 0
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -547,7 +588,7 @@ def main(argv=None):
         print("fer-nb: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
     except Exception as e:
-        if args.debug: raise
+        if debug: raise
         line, code = _line(e)
         print(f"fer-nb: {line}", file=sys.stderr)
         return code

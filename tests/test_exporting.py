@@ -25,7 +25,6 @@ from fer_nb.exporting import (
     compare_logits,
     export_checkpoint,
     export_model,
-    file_precision,
     open_run,
     packed_faces,
     require_parity,
@@ -33,12 +32,13 @@ from fer_nb.exporting import (
     torch_logits,
 )
 from fer_nb.geometry import Geometry
-from fer_nb.latency import answers, bench, compare_accuracy, interleaved, measure_latency, plain_export
+from fer_nb.latency import answers, bench, compare_accuracy, measure_latency, plain_export
 from fer_nb.manifests import labels_of, load_manifest
 from fer_nb.records import RunArgs
 from fer_nb.run_report import report_run
 from fer_nb.shipping import ship, told_latency
 from fer_nb.teachers import Teacher
+from fer_nb.timing import file_precision, interleaved
 from fer_nb.training import embedded_data
 from tests.test_deploy import GEOMETRY, calibration, faces, one_line, run_dir  # noqa: F401
 
