@@ -241,10 +241,12 @@ def prepare_pixels(
     crop = (crop or Crop(1 + geometry.margin))._replace(shape=None, wide=None)
     return _finish(_square_crops(image, crop, box, landmarks, geometry.size)[0], geometry)
 
+# %% ../nbs/01a_geometry.ipynb #01a-geometry-036a
+def _rgb(face: np.ndarray) -> np.ndarray:
+    "A prepared face with three channels."
+    return face if face.ndim == 3 else cv2.cvtColor(face, cv2.COLOR_GRAY2RGB)
+
 # %% ../nbs/01a_geometry.ipynb #01a-geometry-036
-def _rgb(face: np.ndarray) -> np.ndarray: return face if face.ndim == 3 else cv2.cvtColor(face, cv2.COLOR_GRAY2RGB)
-
-
 def prepare_face(
     image_bgr: np.ndarray,  # (H, W, 3) as OpenCV reads it, or (H, W) grey, uint8
     geometry: Geometry,
