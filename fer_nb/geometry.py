@@ -325,6 +325,12 @@ DEFAULT_SIGHTS = (  # of 2,000 training pictures of FER2013 with FERPlus, `hq_tr
           zoom=(0.8624, 1.3722), shift=(0.1028, 0.0806)),
 )
 
+# %% ../nbs/01a_geometry.ipynb #01a-geometry-055
+def _nearest(sights, detector: str, width: int) -> Sight | None:
+    "The sight of a detector at the nearest width."
+    own = [s for s in sights if s.detector == detector]
+    return min(own, key=lambda s: abs(math.log(max(s.width, 1)/max(width, 1))), default=None)
+
 # %% ../nbs/01a_geometry.ipynb #01a-geometry-054
 class Framing(_Portable):
     "How faces are cut so that a network sees them as it learned them; travels in caches, checkpoints and ONNX metadata."
@@ -347,12 +353,6 @@ class Framing(_Portable):
         near = own or _nearest(DEFAULT_SIGHTS, detector, width) or _nearest(DEFAULT_SIGHTS, "yunet", width)
         whose = "this model's" if own else "the default, from FER2013's pictures,"
         return near.crop, f"How to cut the boxes of {wanted.name} was not measured for this model: {whose} for {near.name} is used."
-
-# %% ../nbs/01a_geometry.ipynb #01a-geometry-055
-def _nearest(sights, detector: str, width: int) -> Sight | None:
-    "The sight of a detector at the nearest width."
-    own = [s for s in sights if s.detector == detector]
-    return min(own, key=lambda s: abs(math.log(max(s.width, 1)/max(width, 1))), default=None)
 
 # %% ../nbs/01a_geometry.ipynb #01a-geometry-056
 def read_framing(
