@@ -73,7 +73,8 @@ def ece_plot(metrics: EnsembleMetrics):
                   label="95% of calibrated models are below" if i == 0 else None)
     ax.set_xticks(at, [f"{m.name.replace('_', chr(10))}\nT = {m.temperature:.2f}" for m in models], fontsize=8)
     ax.set(ylabel="ECE, 15 bins", title=f"Calibration before and after, {metrics.report_view}, n = {metrics.n:,}")
-    ax.margins(y=0.1); ax.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=3)
+    ax.margins(y=0.1)
+    fig.legend(*ax.get_legend_handles_labels(), fontsize=8, frameon=False, loc="outside lower center", ncols=3)
     plt.close(fig)
     return fig
 
