@@ -27,7 +27,7 @@ from fer_nb.evidence import (
 )
 from .integrity import Softlabels, load_softlabels, require_alignment, run_convention, save_softlabels
 from .leaves import check_run_seal, check_seal, reseal, seal_folder, unseal
-from .manifests import Manifest, label_sources
+from .manifests import Manifest, label_sources, labels_of
 from fer_nb.members import (
     REPORT_VIEW, SPACES, Member, alignment_reports, benchmark_rows, check_members, check_preset, check_weights,
     fuse, load_member, log_probs, member_names, open_manifest, preset_members, relative, require_members,
@@ -36,7 +36,7 @@ from fer_nb.members import (
 from .records import Calibration, RunArgs
 from .reliability import METRICS, evaluate
 from .resampling import paired_interval
-from .run_report import groups_of, labels_of, own_rows, recount_run, report_run, rows_by_id
+from .run_report import groups_of, own_rows, recount_run, report_run, rows_by_id
 from .weights import WeightSearch, score_weights, search_class_weights, search_weights
 
 # %% ../nbs/04_ensembles.ipynb #04-ensembles-005

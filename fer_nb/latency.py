@@ -22,10 +22,10 @@ from .distillation import make_student
 from .exporting import in_colour, in_points, save_checked, to_fp32
 from .geometry import Geometry
 from .loading import LazyFaces
-from .manifests import load_manifest
+from .manifests import labels_of, load_manifest
 from .records import Interval
 from .resampling import paired_interval
-from .run_report import groups_of, labels_of
+from .run_report import groups_of
 from .timing import Times, measure_times, named_models
 
 # %% ../nbs/09_onnx_latency.ipynb #09-latency-006

@@ -21,7 +21,7 @@ from .artifacts import UsageError
 from .augment import Augment, augment_faces, batch_generator, draw_augment
 from .geometry import Framing, Geometry, check_geometry
 from .images import ImageCache, cache_positions, normalise_unit, prepare_row, stack_faces, unit_batch
-from .run_report import labels_of
+from .manifests import labels_of
 
 # %% ../nbs/02a_images_loading.ipynb #02a-loading-005
 class _View:

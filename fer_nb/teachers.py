@@ -32,8 +32,8 @@ from fer_nb.integrity import (
 )
 from .leaves import check_seal, unseal
 from .loading import PackedFaces, eval_loader
+from .manifests import labels_of, votes_of
 from .reliability import confusion_table
-from .run_report import labels_of, votes_of
 from .training import FaceData, predict
 
 # %% ../nbs/03_teachers.ipynb #03-teachers-006

@@ -20,11 +20,11 @@ from fer_nb.calibration import macro_f1, nll, softmax
 from fer_nb.evidence import EnsembleConfig, EnsembleGate, EnsembleMetrics
 from fer_nb.integrity import VIEWS, Softlabels, check_alignment, load_softlabels, save_softlabels
 from fer_nb.leaves import check_seal, seal_folder
-from fer_nb.manifests import COLUMNS, dataset_index, freeze_manifest, load_manifest
+from fer_nb.manifests import COLUMNS, dataset_index, freeze_manifest, labels_of, load_manifest
 from fer_nb.members import SPACES, benchmark_rows, check_members, fuse, log_probs, member_names, require_members
 from fer_nb.records import Calibration, ClassOrder, ManifestValidation, RunArgs
 from fer_nb.resampling import paired_interval
-from fer_nb.run_report import calibrate, labels_of, report_run
+from fer_nb.run_report import calibrate, report_run
 
 ARCHS = ("RN18", "B3", "CNXT", "VIT")
 PARTS = {"train": 70, "val": 210, "test": 210}

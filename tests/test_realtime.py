@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fer_nb import capture, cli, deploy, realtime
+from fer_nb import capture, cli, deploy, window
 from fer_nb.artifacts import CLASSES, Box, FerError, GateError, UsageError
 from fer_nb.capture import CameraSource, SourceLost, SyntheticSource, open_source
 from fer_nb.detectors import Detection, Haar, YuNet
@@ -161,6 +161,11 @@ def test_changes_in_mid_stream_keep_what_was_seen(stream, window):
         s.set(window=window if i % 2 else 15)
         s.update(p, t)
         assert len(s.votes) <= s.window and abs(s.smoothed.sum() - 1) < 1e-9
+
+
+def test_the_old_spelling_stays_importable_for_one_version():
+    from fer_nb import realtime, stabiliser
+    assert stabiliser.Stabilizer is realtime.Stabilizer is Stabiliser
 
 
 def test_what_it_refuses():
@@ -495,7 +500,7 @@ class Unplugged:
 
 
 def test_a_camera_that_vanishes(demo_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(realtime, "_capture", Unplugged)
+    monkeypatch.setattr(capture, "_capture", Unplugged)
     source = CameraSource(0, patience=0.1)
     said = []
     with pytest.raises(SourceLost, match="camera 0 gives no more pictures .after frame 5.: was it unplugged"):
@@ -524,7 +529,7 @@ class Screen:
     "OpenCV's windows without a screen: keys come from a list, and what is shown is kept."
     def __init__(self, keys, clicks=()): self.keys, self.clicks, self.views, self.mouse = list(keys), dict(clicks), [], None
     def install(self, monkeypatch):
-        monkeypatch.setattr(realtime, "window_problem", lambda: None)
+        monkeypatch.setattr(window, "window_problem", lambda: None)
         for name, f in {"namedWindow": lambda *a: None, "setMouseCallback": lambda title, f: setattr(self, "mouse", f),
                         "imshow": lambda title, view: self.views.append(view), "waitKey": self.wait,
                         "getWindowProperty": lambda *a: 1.0, "destroyAllWindows": lambda: None}.items():
@@ -710,7 +715,7 @@ class Stamped:
 @given(st.lists(st.one_of(st.floats(0, 1e4), st.just(float("nan"))), min_size=1, max_size=30), st.data())
 def test_time_runs_forwards_whatever_a_container_says(stamps, data):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(realtime, "_capture", type("Reader", (Stamped,), {"stamps": stamps}))
+        patch.setattr(capture, "_capture", type("Reader", (Stamped,), {"stamps": stamps}))
         source = capture.VideoSource("film.mp4")
         frames = [(f.index, f.time_sec) for f in iter(source.read, None)]
         times = [t for _, t in frames]

@@ -24,9 +24,8 @@ from fer_nb.images import pack_cache
 from fer_nb.integrity import VIEWS, Softlabels, load_softlabels, save_softlabels
 from fer_nb.leaves import seal_folder
 from fer_nb.loading import FaceBatches, eval_loader
-from fer_nb.manifests import load_manifest
+from fer_nb.manifests import labels_of, load_manifest
 from fer_nb.records import SelectiveReport
-from fer_nb.run_report import labels_of
 from fer_nb.students import start_from
 from fer_nb.training import predict
 

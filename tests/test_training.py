@@ -51,7 +51,7 @@ class Faces:
     "Embedded faces in memory, with what a loader needs of a dataset."
     def __init__(self, n):
         from fer_nb.geometry import Geometry
-        from fer_nb.run_report import labels_of
+        from fer_nb.manifests import labels_of
         from fer_nb.synthetic import render_faces
         images, table = render_faces(n, size=32, seed=3)
         self.images, self.labels, self.geometry = images, labels_of(table), Geometry(size=32)
