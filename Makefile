@@ -14,14 +14,15 @@ test: install sync lint notebooks pytest
 
 install: .venv/.installed
 
-# On Linux the package asks for opencv-python-headless, which runs on bare servers; where libGL.so.1 is there, the build with windows takes its place.
+# opencv-python needs libGL.so.1, which bare servers lack: there the headless build of the same version takes its place.
 .venv/.installed: settings.ini setup.py
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[all,dev]'
-	@if [ "$$(uname)" = Linux ] && $(BIN)/python -c 'import ctypes; ctypes.CDLL("libGL.so.1")' 2>/dev/null; then \
-	  version=$$($(BIN)/python -c 'from importlib.metadata import version; print(version("opencv-python-headless"))'); \
-	  $(BIN)/python -m pip uninstall --quiet --yes opencv-python-headless && \
-	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --force-reinstall --no-deps "opencv-python==$$version"; fi
+	@$(BIN)/python -c 'import cv2' 2>/dev/null || { \
+	  version=$$($(BIN)/python -c 'from importlib.metadata import version; print(version("opencv-python"))'); \
+	  echo "libGL.so.1 is missing: opencv-python-headless $$version takes the place of opencv-python (no windows; all else works)"; \
+	  $(BIN)/python -m pip uninstall --quiet --yes opencv-python && \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check "opencv-python-headless==$$version"; }
 	@touch $@
 
 sync:
