@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['EXPORTED', 'EVALUATED', 'SEARCHED', 'Panel', 'panel', 'config_weights', 'open_members', 'replay', 'search_ensemble',
-           'Exported', 'rows_of', 'export_ensemble', 'SplitTargets', 'split_targets', 'gains', 'gains_by_source',
-           'error_correlation', 'ensemble_metrics', 'evaluate_ensemble', 'seal', 'member_logits', 'recount_ensemble',
-           'recount']
+           'Exported', 'export_ensemble', 'SplitTargets', 'split_targets', 'gains', 'gains_by_source',
+           'error_correlation', 'evaluate_ensemble', 'seal', 'member_logits', 'recount_ensemble', 'recount']
 
 # %% ../nbs/04_ensembles.ipynb #04-ensembles-002
 from dataclasses import dataclass, fields, replace
@@ -236,14 +235,14 @@ class Exported(Lines):
                 f"split targets of {len(self.config.members)} members: {', '.join(m.name for m in self.config.members)}"]
 
 # %% ../nbs/04_ensembles.ipynb #04-ensembles-023
-def rows_of(config: EnsembleConfig) -> tuple[str, str | None, str | None]:
+def _rows_of(config: EnsembleConfig) -> tuple[str, str | None, str | None]:
     "View, source and convention of the rows that the members were trained on."
     return config.train_view, config.train_source, config.train_convention
 
 # %% ../nbs/04_ensembles.ipynb #04-ensembles-024
 def _check_export(folder, manifest: Manifest, config: EnsembleConfig) -> AlignmentReport:
     "Compare exported softlabels with the manifest, every split; one report of all."
-    rows = manifest.splits(*rows_of(config))
+    rows = manifest.splits(*_rows_of(config))
     notes: list[str] = []
     reports = alignment_reports(Path(folder)/"softlabels", rows, manifest.dataset_index_id, notes, config.convention or "")
     if not reports: raise GateError(f"{folder}: its softlabels cannot be compared: {'; '.join(notes)}")
@@ -261,7 +260,7 @@ def export_ensemble(
     folder, manifest = Path(folder), open_manifest(manifest_dir)
     config = EnsembleConfig.load(folder)
     unseal(folder/"softlabels"); _start_over(folder, (*EVALUATED, *EXPORTED))
-    require_members(check_members([folder/m.dir for m in config.members], manifest, folder, *rows_of(config)))
+    require_members(check_members([folder/m.dir for m in config.members], manifest, folder, *_rows_of(config)))
     p = panel(open_members(folder, config))
     fused = _fused_softlabels(p, config_weights(config), config.space, config.temperature)
     write_npz(folder/"split_targets.npz", **{k: np.array(v) for k, v in vars(p).items()}, weights=[m.weights for m in config.members])
@@ -350,7 +349,7 @@ def error_correlation(
     return np.where(np.eye(len(phi), dtype=bool), 1.0, np.nan_to_num(phi))
 
 # %% ../nbs/04_ensembles.ipynb #04-ensembles-034
-def ensemble_metrics(
+def _ensemble_metrics(
     config: EnsembleConfig,
     fused,  # (N, 7) of the ensemble
     members: dict,  # name -> (N, 7), as the member gave them
@@ -381,7 +380,7 @@ def evaluate_ensemble(
     members, soft = open_members(folder, config), load_softlabels(folder/"softlabels")
     _require_replay(config, members, soft)
     require_alignment(_check_export(folder, manifest, config))
-    rows, sources = manifest.splits(*rows_of(config)), config.benchmark.sources
+    rows, sources = manifest.splits(*_rows_of(config)), config.benchmark.sources
     benchmark_rows(manifest, config.benchmark.view, sources)
     val, test = rows["val"], rows["test"]
     judge = _convention_here(config.convention or run_convention(folder, manifest.conventions), manifest)
@@ -393,7 +392,7 @@ def evaluate_ensemble(
         raise GateError(f"{folder}: the benchmark now gives T = {calibration.selected_temperature:g}, "
                         f"the export has {soft.temperature:g}: search again")
     z = {m.name: m.softlabels.logits[m.softlabels.rows(test["id"]), 0] for m in members}
-    metrics = ensemble_metrics(config, identity[soft.rows(test["id"])], z, test, judge, resamples)
+    metrics = _ensemble_metrics(config, identity[soft.rows(test["id"])], z, test, judge, resamples)
     metrics.save(folder)
     seal(folder)
     return metrics
@@ -443,7 +442,7 @@ def recount_ensemble(
     rows = rows_by_id(manifest.df, z["test_ids"], z["test_labels"])
     judge = _convention_here(config.convention or run_convention(folder, manifest.conventions), manifest)
     logits, old = member_logits(folder, config, z["test_ids"]), EnsembleMetrics.load(folder)
-    metrics = ensemble_metrics(config, z["test_logits"].astype(np.float64), logits, rows, judge, old.resamples)
+    metrics = _ensemble_metrics(config, z["test_logits"].astype(np.float64), logits, rows, judge, old.resamples)
     note = f"{datetime.now(UTC):%Y-%m-%d}: by convention and picture" + ", from logits in half precision"*small
     metrics.model_copy(update={"recomputed": note}).save(folder)
     reseal(folder, [EnsembleMetrics.filename])

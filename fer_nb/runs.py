@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['PROFILE_DEFAULTS', 'STUDENT_STARTS', 'PROFILE_KEYS', 'MARKS', 'CHATTER', 'project_root', 'runs_folder',
-           'notebook_path', 'notebook_parameters', 'check_parameters', 'run_notebook', 'check_conventions',
-           'complete_profile', 'load_profile', 'source_of', 'unseal_broken', 'require_conventions', 'chain_config',
-           'run_profile']
+           'notebook_path', 'notebook_parameters', 'check_parameters', 'run_notebook', 'complete_profile',
+           'load_profile', 'source_of', 'chain_config', 'run_profile']
 
 # %% ../nbs/09a_runs.ipynb #09a-runs-002
 import ast
@@ -113,7 +112,7 @@ def _named(entries) -> dict[str, dict]:
     return {k: v or {} for k, v in entries.items()} if isinstance(entries, dict) else {k: {} for k in entries or ()}
 
 # %% ../nbs/09a_runs.ipynb #09a-runs-019
-def check_conventions(names, path) -> list[str]:
+def _check_conventions(names, path) -> list[str]:
     "The conventions that a profile trains; each is part of a folder's name."
     if names is None or isinstance(names, list) and not names: return []
     odd = [c for c in names if not isinstance(c, str) or not re.fullmatch(r"[A-Za-z0-9_.-]+", c)] if isinstance(names, list) else [names]
@@ -135,7 +134,7 @@ def complete_profile(
     if type(n := p["threads"]) is not int or n < 0: raise UsageError(f"{path}: threads is {n!r}: give a whole number, 0 for all")
     if p["student_start"] not in STUDENT_STARTS:
         raise UsageError(f"{path}: student_start is {p['student_start']!r}: give one of {', '.join(STUDENT_STARTS)}")
-    p["conventions"] = check_conventions(p["conventions"], path)
+    p["conventions"] = _check_conventions(p["conventions"], path)
     if p["stage_b"] and "img_size" not in p["stage_b"]: raise UsageError(f"{path}: stage_b has no img_size: give its side in pixels")
     for name, e in p["ensembles"].items():
         e["members"] = list(e.get("members") or p["teachers"])
@@ -184,7 +183,7 @@ def source_of(
     raise UsageError(f"'{data}' is none of the datasets that can be recognised ({', '.join(MARKS)}): give it as KIND=PATH")
 
 # %% ../nbs/09a_runs.ipynb #09a-runs-028
-def unseal_broken(
+def _unseal_broken(
     out,  # a profile's run folder
 ) -> list[str]:  # what was found, in words
     "Take the seal off every folder whose files are not those that were sealed."
@@ -197,7 +196,7 @@ def unseal_broken(
     return broken
 
 # %% ../nbs/09a_runs.ipynb #09a-runs-029
-def require_conventions(
+def _require_conventions(
     profile: dict,  # as `load_profile` gives it
     kinds: list[str],  # of the sources; none: the embedded faces
 ):
@@ -221,8 +220,8 @@ def chain_config(
     kinds = [s.split("=", 1)[0] for s in sources]
     missing = [k for k in profile["sources"] if k not in kinds]
     if missing: raise UsageError(f"this profile needs {' and '.join(profile['sources'])}: give --data PATH for {missing[0]}")
-    profile = {**profile, "conventions": check_conventions(list(conventions), "--convention") or profile["conventions"]}
-    require_conventions(profile, kinds)
+    profile = {**profile, "conventions": _check_conventions(list(conventions), "--convention") or profile["conventions"]}
+    _require_conventions(profile, kinds)
     return {**profile, "sources": [f"{k}={Path(p).resolve().as_posix()}" for k, p in (s.split("=", 1) for s in sources)]}
 
 # %% ../nbs/09a_runs.ipynb #09a-runs-032
@@ -261,7 +260,7 @@ def run_profile(
     config = chain_config(load_profile(name), data, conventions)
     root = project_root()
     folder = (Path(out) if out else runs_folder(root)/Path(name).stem).resolve()
-    for line in unseal_broken(folder): print(f"will run again: {line}")
+    for line in _unseal_broken(folder): print(f"will run again: {line}")
     write_text(folder/"profile.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
     snakemake = [sys.executable, "-m", "snakemake", "--snakefile", str(root/"workflow"/"Snakefile"), "--directory", str(folder),
                  "--configfile", str(folder/"profile.yaml"), "--cores", str(cores or os.cpu_count() or 1)]

@@ -603,7 +603,9 @@ def test_the_command_without_a_window(demo_model, tmp_path, capsys, monkeypatch)
     out = capsys.readouterr().out
     assert "40 frames in" in out and "p99" in out and "No picture is stored" in out
     assert SessionInfo.load(tmp_path/"s").settings["ema"] == 0.5
-    for bad, says in ((["--source", "nowhere.mp4"], "nowhere.mp4 doesn't exist"), (["--ema", "2"], "ema is 2"),
+    with pytest.raises(SystemExit, match="2"): cli.main([*args, "--headless", "--out", str(tmp_path/"t"), "--ema", "2"])
+    assert "--ema: '2': give a number from 0 to 0.99" in capsys.readouterr().err and not (tmp_path/"t").exists()
+    for bad, says in ((["--source", "nowhere.mp4"], "nowhere.mp4 doesn't exist"),
                       (["--detector", "best"], "there is no detector 'best'"), (["--save-clips"], "--save-clips and --consent together")):
         assert cli.main([*args, "--headless", "--out", str(tmp_path/"t"), *bad]) == 2
         assert says in capsys.readouterr().err and not (tmp_path/"t").exists()
