@@ -417,8 +417,9 @@ def shipped_section(reference, root) -> str:
     best = pd.read_csv(run.folder/"history.csv")["valid_macro_f1"].max()
     rows = [["`student.onnx` (int8)", f"{s['n']:,}", *(shown(s[k]) for k in ("accuracy", "macro_f1", "nll", "ece"))]]
     n = OnnxParity.load(Path(root)/"onnx").n
+    shipped = _link(run, reference, f"{_arm_name(run)}, seed {run.args['seed']}")
     return _section("The student that ships",
-                   f"{_link(run, reference, _arm_name(run) + ', seed ' + str(run.args['seed']))}, the one with the best validation macro-F1 "
+                   f"{shipped}, the one with the best validation macro-F1 "
                    f"({best:.3f}) when it was chosen. [Its card](../../fer_nb/models/MODEL_CARD.md) tells by class what to expect.",
                    md_table(["file", f"rows of {said(run.convention)}", "accuracy", "macro-F1", "NLL", "ECE"], rows),
                    f"The exported files against their checkpoint, on the same {n:,} faces of both sources:",
