@@ -110,7 +110,7 @@ def test_the_students_notebook_runs_with_both(prepared, tmp_path):
     manifest, cache = map(str, prepared)
     negl = {"replace_ce": True, "uncertainty_gate": {"by": "label", "average": 0.5}}
     parameters = dict(manifest_dir=manifest, cache_dir=cache, out=str(tmp_path/"run"), epochs=2, accumulate=2, optimizer="deep_momentum",
-                      optimizer_args={"hidden": 64, "layers": 2, "ramp": 4}, negl=negl)
+                      optimizer_args={"ramp": 4}, negl=negl)
     nb = papermill.execute_notebook(str(ROOT/"nbs"/"05_students.ipynb"), str(tmp_path/"run.ipynb"), parameters, kernel_name="python3",
                                     cwd=str(ROOT/"nbs"), progress_bar=False)
     run = tmp_path/"run"
@@ -119,5 +119,5 @@ def test_the_students_notebook_runs_with_both(prepared, tmp_path):
     rows = TrainingHistory.load(run).rows
     assert rows[-1]["memory_gamma"] == 0.3 and all(abs(r["train_negl_applied"]/0.2 - 1) <= 0.2 for r in rows)
     assert set(pd.read_csv(run/"negl_applied.csv")["label"]) <= set(CLASSES)
-    assert RunArgs.load(run).parameters["optimizer_args"] == {"hidden": 64, "layers": 2, "ramp": 4}
+    assert RunArgs.load(run).parameters["optimizer_args"] == {"ramp": 4}
     assert "R²" in json.dumps(nb["cells"], ensure_ascii=False)
