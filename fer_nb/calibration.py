@@ -12,12 +12,13 @@ __all__ = ['BINS', 'PLAN_GRID', 'TIE', 'check_logits', 'check', 'apply_temperatu
 
 # %% ../nbs/02_calibration.ipynb #02-calibration-002
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 
 from .artifacts import BLUE, CLASSES, GREY, ORANGE, GateError, UsageError
+
+if TYPE_CHECKING: import pandas as pd
 
 # %% ../nbs/02_calibration.ipynb #02-calibration-005
 def check_logits(
@@ -148,8 +149,9 @@ def per_class(
     logits,  # (N, K)
     labels,  # (N,)
     temperature=1.0,  # only matters where it is one a class
-) -> pd.DataFrame:  # index class; precision, recall, f1, support, predicted
+) -> "pd.DataFrame":  # index class; precision, recall, f1, support, predicted
     "Precision, recall, F1, support by class."
+    import pandas as pd
     counts = confusion(logits, labels, temperature)
     table = pd.DataFrame(prf(counts)._asdict(), index=pd.Index(class_names(len(counts)), name="class"))
     return table.assign(support=counts.sum(1), predicted=counts.sum(0))
@@ -270,6 +272,7 @@ def group_codes(
     n: int,  # rows
 ) -> np.ndarray | None:  # (N,) numbers from 0, in the order of appearance
     "Pictures as numbers; `UsageError` where a row has none."
+    import pandas as pd
     if groups is None: return None
     names = np.asarray(groups)
     if names.shape != (n,): raise UsageError(f"groups have shape {names.shape}: give ({n},), the picture of each row")
@@ -363,7 +366,7 @@ TIE = 1e-6  # NLL (nats), ECE and macro-F1 closer than this are equal
 
 
 def best_row(
-    table: pd.DataFrame,  # columns T, NLL, ECE, macro_f1
+    table: "pd.DataFrame",  # columns T, NLL, ECE, macro_f1
     tie: float = TIE,
 ) -> int:  # index label of the chosen row
     "The plan's lexicographic rule: min NLL -> min ECE -> max macro-F1, then the lower NLL, then the lower T."
@@ -402,7 +405,7 @@ class TemperatureSelection:
     "The chosen temperature, and every temperature that stood for choice."
     temperature: float
     fit: TemperatureFit  # T*
-    table: pd.DataFrame  # T, NLL, ECE, macro_f1, ascending in T
+    table: "pd.DataFrame"  # T, NLL, ECE, macro_f1, ascending in T
     requested_grid: list[float]
     grid_grown: bool
     at_grid_bound: bool
@@ -414,8 +417,9 @@ def _same_predictions(logits: np.ndarray, temperature: float) -> bool:
     return bool((log_p[np.arange(len(log_p)), predictions(logits)] == log_p.max(1)).all())
 
 # %% ../nbs/02_calibration.ipynb #02-calibration-084
-def _score_grid(logits: np.ndarray, labels: np.ndarray, grid: list[float]) -> pd.DataFrame:
+def _score_grid(logits: np.ndarray, labels: np.ndarray, grid: list[float]) -> "pd.DataFrame":
     "NLL, ECE and macro-F1 at each T; `GateError` if a temperature changed predictions or macro-F1."
+    import pandas as pd
     rows = [(t, nll(logits, labels, t), ece(logits, labels, t), macro_f1(logits, labels, t)) for t in grid]
     table = pd.DataFrame(rows, columns=["T", "NLL", "ECE", "macro_f1"])
     if table.macro_f1.nunique() != 1 or not all(_same_predictions(logits, t) for t in grid):
@@ -441,7 +445,7 @@ def select_temperature(
 
 # %% ../nbs/02_calibration.ipynb #02-calibration-093
 def temperature_plot(
-    table: pd.DataFrame,  # T, NLL, ECE
+    table: "pd.DataFrame",  # T, NLL, ECE
     selected: float,
     title: str = "",
     ax=None,  # matplotlib axes; a new figure where None
