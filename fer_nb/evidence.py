@@ -11,7 +11,6 @@ __all__ = ['BackboneGuard', 'AlignmentReport', 'DKDUnitTest', 'SmokeTest', 'Memb
 # %% ../nbs/00_artifacts_stages.ipynb #00-evidence-002
 from typing import Any, ClassVar
 
-from fastcore.basics import patch
 from pydantic import BaseModel, ConfigDict, Field
 
 from .artifacts import Artifact, Lines, class_order_hash
@@ -238,29 +237,25 @@ class EnsembleMetrics(Lines, Artifact):
     seed: int
     recomputed: str = ""  # what was computed again after the run, and from what
 
-# %% ../nbs/00_artifacts_stages.ipynb #00-evidence-n10
-@patch
-def gain(self: EnsembleMetrics, metric: str = "accuracy", chosen_on: str | None = None, source: str = "all") -> Gain:
-    "The gain in a metric; over the benchmark's best member and on all rows unless another choice is asked for."
-    wanted = metric, chosen_on or self.benchmark.view, source
-    return next(g for g in self.gains if (g.metric, g.chosen_on, g.source) == wanted)
+    def gain(self, metric: str = "accuracy", chosen_on: str | None = None, source: str = "all") -> Gain:
+        "The gain in a metric; over the benchmark's best member and on all rows unless another choice is asked for."
+        wanted = metric, chosen_on or self.benchmark.view, source
+        return next(g for g in self.gains if (g.metric, g.chosen_on, g.source) == wanted)
 
-# %% ../nbs/00_artifacts_stages.ipynb #00-evidence-n11
-@patch
-def lines(self: EnsembleMetrics) -> list:
-    "A report for people."
-    models = [*self.members, self.ensemble]
-    def raw(m, k): return f"{m.raw[k]:.4f} → {getattr(m, k).value:.4f}"
-    rows = [(m.name, m.accuracy.show(), m.macro_f1.show(), *(raw(m, k) for k in ("nll", "brier", "ece"))) for m in models]
-    def part(g): return g.source if g.convention in (None, g.source) else f"{g.source}, labels of {g.convention}"
-    def metric(g): return g.metric.replace("_", "-").replace("f1", "F1")
-    def row(g): return part(g), g.n, g.pictures, metric(g), g.over, g.chosen_on, g.gain.show(signed=True)
-    told = [tuple("–" if x is None else x for x in row(g)) for g in self.gains]  # older files have no n by source
-    judge = f" by the labels of {self.convention}" if self.convention else ""
-    return [f"{self.name} on {self.report_view}{judge}, n = {self.n:,}, {self.dataset_index_id}; "
-            f"95% intervals from {self.resamples:,} resamples",
-            (("model", "accuracy", "macro-F1", "NLL, raw → scaled", "Brier", "ECE"), rows),
-            (("on rows of", "n", "pictures", "gain in", "over member", "best on", "paired gain"), told)]
+    def lines(self) -> list:
+        "A report for people."
+        models = [*self.members, self.ensemble]
+        def raw(m, k): return f"{m.raw[k]:.4f} → {getattr(m, k).value:.4f}"
+        rows = [(m.name, m.accuracy.show(), m.macro_f1.show(), *(raw(m, k) for k in ("nll", "brier", "ece"))) for m in models]
+        def part(g): return g.source if g.convention in (None, g.source) else f"{g.source}, labels of {g.convention}"
+        def metric(g): return g.metric.replace("_", "-").replace("f1", "F1")
+        def row(g): return part(g), g.n, g.pictures, metric(g), g.over, g.chosen_on, g.gain.show(signed=True)
+        told = [tuple("–" if x is None else x for x in row(g)) for g in self.gains]  # older files have no n by source
+        judge = f" by the labels of {self.convention}" if self.convention else ""
+        return [f"{self.name} on {self.report_view}{judge}, n = {self.n:,}, {self.dataset_index_id}; "
+                f"95% intervals from {self.resamples:,} resamples",
+                (("model", "accuracy", "macro-F1", "NLL, raw → scaled", "Brier", "ECE"), rows),
+                (("on rows of", "n", "pictures", "gain in", "over member", "best on", "paired gain"), told)]
 
 # %% ../nbs/00_artifacts_stages.ipynb #00-evidence-023
 class ParityCheck(BaseModel):

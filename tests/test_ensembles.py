@@ -384,7 +384,7 @@ def test_class_scores_are_those_of_whole_weights(space):
     for c in range(7):
         tried = weights.transfers(w, 0.1, c)
         assert ((tried != w).any((0, 1)) == (np.arange(7) == c)).all()
-        for quick, slow in zip(weights.class_scores(p, y, tried, c, space), weights.score_weights(p, y, tried, space)):
+        for quick, slow in zip(weights.class_weighted_scores(p, y, tried, c, space), weights.score_weights(p, y, tried, space)):
             np.testing.assert_allclose(quick, slow, atol=1e-10)
 
 

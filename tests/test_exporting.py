@@ -14,7 +14,7 @@ import torch
 from onnx import TensorProto, numpy_helper
 from sklearn.metrics import f1_score, precision_recall_fscore_support
 
-from fer_nb import artifacts, exporting, latency
+from fer_nb import artifacts, exporting, timing
 from fer_nb.artifacts import CLASSES, ArtifactError, FerError, GateError, UsageError, sha256_file
 from fer_nb.calibration import softmax
 from fer_nb.callbacks import save_checkpoint
@@ -289,7 +289,7 @@ def test_latency_table(exported):
 def test_providers_that_compute_nothing_are_left_out(exported):
     t = measure_latency({"a": exported / "model_fp32.onnx"}, (1,), (1,), runs=2, warmup=0, progress=False)
     assert "CPUExecutionProvider" in set(t["provider"]) and "AzureExecutionProvider" not in set(t["provider"])
-    if "AzureExecutionProvider" in latency.ort.get_available_providers():
+    if "AzureExecutionProvider" in timing.ort.get_available_providers():
         assert "computes 0 of" in t.attrs["left_out"]["AzureExecutionProvider"]
         with pytest.raises(GateError, match="computes 0 of"):
             measure_latency({"a": exported / "model_fp32.onnx"}, providers=["AzureExecutionProvider"], runs=2)
