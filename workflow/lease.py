@@ -45,7 +45,7 @@ def expand(plan: list[dict], words: dict) -> list[dict]:
         over = entry.get("for", {})
         for values in itertools.product(*over.values()):
             own = {**words, **dict(zip(over, values))}
-            runs.append({k: fill(entry.get(k, usual), own) for k, usual in (("name", ""), ("notebook", ""), ("needs", []), ("parameters", {}))})
+            runs.append({k: fill(v, own) for k, v in {"needs": [], "parameters": {}, **entry}.items() if k != "for"})
     names = [r["name"] for r in runs]
     for r in runs:
         if names.count(r["name"]) > 1: raise SystemExit(f"the plan names {r['name']} twice: give each run a name of its own")
