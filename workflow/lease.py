@@ -3,9 +3,10 @@
     python workflow/lease.py PLAN.yaml --out RUNS --set epochs=40 --side-by-side 16 --until 540
 
 A plan is a list of runs: a name (its folder below RUNS), the notebook, its parameters, the runs that it `needs`, and `for` with lists
-that it is repeated over. `{word}` in a text is filled in from `--set` and `for`, `{out}` is RUNS. A run starts when all that it needs
-is done, and in the plan's order. What is unfinished when the time is up is stopped; its last checkpoint stays, and the same call goes
-on from there. `lease.json` in RUNS says when each run began, how long it took and how it ended.
+that it is repeated over (an entry that is a mapping sets several words at once). `{word}` in a text is filled in from `--set` and
+`for`, `{out}` is RUNS. A run starts when all that it needs is done, and in the plan's order. What is unfinished when the time is up is
+stopped; its last checkpoint stays, and the same call goes on from there. `lease.json` in RUNS says when each run began, how long it
+took and how it ended.
 """
 
 import argparse
@@ -44,7 +45,8 @@ def expand(plan: list[dict], words: dict) -> list[dict]:
     for entry in plan:
         over = entry.get("for", {})
         for values in itertools.product(*over.values()):
-            own = {**words, **dict(zip(over, values))}
+            own = dict(words)
+            for word, value in zip(over, values): own |= value if isinstance(value, dict) else {word: value}
             runs.append({k: fill(v, own) for k, v in {"needs": [], "parameters": {}, **entry}.items() if k != "for"})
     names = [r["name"] for r in runs]
     for r in runs:
