@@ -240,6 +240,7 @@ def distil(self: StudentLoss, logits, y, t):
 def parts(self: StudentLoss, logits, y, index, t):
     "All terms, if the labels were y and the targets those of the rows `index`."
     adjusted = logits if self.prior is None else logits + self.prior.to(logits)
+    if self.targets is not None: self.targets = self.targets.to(logits.device)
     ce = F.cross_entropy(adjusted, y if self.targets is None else self.targets[index], label_smoothing=self.smoothing)
     return {"ce": ce} if t is None else {"ce": ce, **self.distil(logits, y, t)}
 

@@ -49,10 +49,10 @@ def package_versions(
 def _git_state(
     folder=".",  # any folder of the checkout
 ) -> tuple[str | None, bool | None]:  # commit, and whether tracked files differ from it
-    "The commit that the code stands at, or (None, None) outside a checkout."
+    "The commit that the code stands at; of a copy without its history, the commit that FER_NB_COMMIT names, or none."
     def git(*args): return subprocess.run(["git", "-C", str(folder), *args], capture_output=True, text=True, check=True).stdout.strip()
     try: return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
-    except (OSError, subprocess.CalledProcessError): return None, None
+    except (OSError, subprocess.CalledProcessError): return os.environ.get("FER_NB_COMMIT"), None
 
 # %% ../nbs/01_integrity_checks.ipynb #01-integrity-007
 def environment(
