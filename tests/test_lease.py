@@ -28,7 +28,8 @@ def test_a_plan_is_repeated_over_its_lists_and_filled_in(lease):
     runs = lease.expand(plan, {"cache": "C", "out": "R"})
     assert [r["name"] for r in runs] == ["s1_CE", "s1_KD", "s2_CE", "s2_KD"]
     assert runs[2]["parameters"] == {"seed": 2, "lr": 0.1, "augment": {"rotate": 15}, "cache_dir": "C/img80"}
-    pairs = [{"name": "{c}", "for": {"whose": [{"c": "x", "t": "votes"}, {"c": "y", "t": "labels"}]}, "notebook": "n", "parameters": {"t": "{t}"}}]
+    whose = [{"c": "x", "t": "votes"}, {"c": "y", "t": "labels"}]
+    pairs = [{"name": "{c}", "for": {"whose": whose}, "notebook": "n", "parameters": {"t": "{t}"}}]
     assert [(r["name"], r["parameters"]["t"]) for r in lease.expand(pairs, {})] == [("x", "votes"), ("y", "labels")]
     with pytest.raises(SystemExit, match="needs b, which is no run"): lease.expand([{"name": "a", "notebook": "n", "needs": ["b"]}], {})
     with pytest.raises(SystemExit, match="names a twice"): lease.expand([{"name": "a", "notebook": "n"}]*2, {})
