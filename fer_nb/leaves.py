@@ -36,6 +36,7 @@ MANIFEST_LEAVES = (
     Leaf("class_order.json", "freeze", "the seven classes in order"),
     Leaf("manifest_validation.json", "validate", "every picture read again"),
     Leaf("leakage_report.json", "audit", "copies across splits, labels that disagree"),
+    Leaf("row_groups.npz", "keep", "which rows show one picture, for copies without the manifest", "small copy"),
     SEAL)
 CACHE_LEAVES = (
     Leaf("images.npy", "pack", "prepared faces, uint8", kept=False),
@@ -74,6 +75,9 @@ def _inside(folder: str, leaves): return tuple(x._replace(file=f"{folder}/{x.fil
 
 
 LEAVES = {
+    "faces": (Leaf("synthetic.json", "draw", "how the faces were drawn"), Leaf("labels.csv", "draw", "a row a drawn face")),
+    "video": (Leaf("video.avi", "draw", "a drawn face in motion", kept=False), Leaf("events.csv", "draw", "what it shows, and when"),
+              Leaf("frames.csv", "draw", "the same, frame by frame"), Leaf("synthetic_video.json", "draw", "how it was drawn")),
     "manifest": MANIFEST_LEAVES,
     "cache": CACHE_LEAVES,
     "softlabels": SOFTLABEL_LEAVES,
@@ -115,14 +119,16 @@ LEAVES = {
                 Leaf("logit_bias.json", "open", "what is added to each class's logit"),
                 Leaf("truth.csv", "open", "what was drawn", "drawn"),
                 Leaf("score_results.json", "score", "fair scores of the session", "scored"),
-                Leaf("per_class_correctness.csv", "score", "the same by class", "scored")),
+                Leaf("per_class_correctness.csv", "score", "the same by class", "scored"),
+                Leaf("tuning_results.csv", "tune", "every setting of the stabiliser that was tried", "tuned"),
+                Leaf("stabiliser.json", "tune", "the setting that was chosen", "tuned")),
     "sessions": (Leaf("demo_results_summary.csv", "score", "a row a scored session"),),
     "report": (Leaf("report.html", "render", "the page for people"), Leaf("go_no_go.csv", "render", "the gates' checklist")),
 }
 
 # %% ../nbs/00_artifacts_table.ipynb #00-leaves-t6
 def leaves_of(
-    kind: str,  # manifest, cache, teacher, student, ensemble, softlabels, students, export, session, sessions or report
+    kind: str,  # faces, video, manifest, cache, teacher, student, ensemble, softlabels, students, export, session …
     *holds: str,  # the conditions that hold for this folder
     steps=None,  # only what these steps write
     within: bool = True,  # also what folders within it hold
@@ -153,6 +159,7 @@ def leaves_table() -> "pd.DataFrame":  # folder, file, written by, only where, k
 
 # %% ../nbs/00_artifacts_table.ipynb #00-leaves-t15
 FOLDERS = {
+    "faces": "`synthetic/faces/`", "video": "`synthetic/video/`",
     "manifest": "`manifests/`", "cache": "`cache/imgN/`", "teacher": "`teachers/NAME_…/`", "ensemble": "`ensembles/NAME/`",
     "softlabels": "`softlabels/` of a teacher or ensemble", "student": "`students/BACKBONE_…/`", "students": "`students/`",
     "export": "`onnx/`", "session": "`demo/SESSION/`", "sessions": "`demo/`", "report": "`report/`"}

@@ -60,7 +60,8 @@ def test_leaves_every_artifact_and_all_lines_go(chain):
     run, _ = chain
     teacher, ensemble = run / "teachers" / "RN18_seed1337_stageB_img64", run / "ensembles" / "pair"
     held = {"teacher": (teacher, "since they are kept"), "ensemble": (ensemble,), "student": (students(run, "CE"), "since they are kept")}
-    held |= {"manifest": (run/"manifests",), "cache": (run/"cache"/"img48",), "students": (run/"students",), "export": (run/"onnx",),
+    held |= {"faces": (run/"synthetic"/"faces",), "video": (run/"synthetic"/"video",), "manifest": (run/"manifests",),
+             "cache": (run/"cache"/"img48",), "students": (run/"students",), "export": (run/"onnx",),
              "session": (run/"demo"/"first", "scored"), "sessions": (run/"demo",), "report": (run/"report",)}
     for kind, (folder, *holds) in held.items():
         assert [f for f in leaves_of(kind, *holds) if not (folder / f).is_file()] == [], kind
