@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from .artifacts import BLUE, GREEN, GREY, ORANGE, Lines, UsageError, write_csv
+from .artifacts import BLUE, GREEN, GREY, ORANGE, PINK, Lines, UsageError, write_csv
 from .calibration import accuracy, macro_f1
 from .deploy import ModelFacts, Predictor
 from .distillation import make_student
@@ -46,7 +46,7 @@ def measure_latency(
     return table
 
 # %% ../nbs/09_onnx_latency.ipynb #09-latency-009
-PRECISION_COLOURS = {"fp32": BLUE, "fp16": GREEN, "int8": ORANGE}
+PRECISION_COLOURS = {"fp32": BLUE, "fp16": GREEN, "w16": PINK, "int8": ORANGE}
 
 # %% ../nbs/09_onnx_latency.ipynb #09-latency-010
 def latency_plot(table: pd.DataFrame) -> plt.Figure:

@@ -78,7 +78,7 @@ def ended_by_sigterm():
 
 # %% ../nbs/06b_webcam_page.ipynb #06b-page-012
 def serve_cell(
-    model="",  # an .onnx, or a run's best.pt; empty: the student that comes with the package
+    model="",  # an .onnx, a run's best.pt, or ferplus or fer2013, the students that come with the package; empty: ferplus
     source="browser",  # as for WebcamCell
     detector: str = "auto",
     out="runs/demo",

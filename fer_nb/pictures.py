@@ -90,7 +90,7 @@ class PicturePredictions:
 # %% ../nbs/05d_pictures.ipynb #05d-pictures-010
 def predict_pictures(
     paths,  # pictures
-    model="",  # an .onnx, or a run's best.pt; empty: the student that comes with the package
+    model="",  # an .onnx, a run's best.pt, or ferplus or fer2013, the students that come with the package; empty: ferplus
     detector: str = "auto",  # auto, yunet, dnn, haar
     min_face: float = 48,  # pixels; smaller faces are left out
     width: int = 640,  # pixels that YuNet sees, along the longer side

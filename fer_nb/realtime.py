@@ -290,7 +290,7 @@ class Clips:
 # %% ../nbs/06_realtime_demo.ipynb #06-realtime-037
 def open_pipeline(
     source="0",  # as for `open_source`, or a Source
-    model="",  # an .onnx, or a run's best.pt; or a Predictor
+    model="",  # an .onnx, a run's best.pt, or ferplus or fer2013, the students that come with the package; or a Predictor
     detector="auto",  # auto, yunet, dnn, haar; or a detector
     out=None,  # the session's folder; None: nothing is written
     min_face: float = 96,  # pixels of the frame; smaller faces are left out

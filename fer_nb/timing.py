@@ -69,14 +69,15 @@ GRAPH, NODE, INITIALIZER, OP_TYPE, DATA_TYPE, FLOAT16 = 7, 1, 5, 4, 2, 10  # num
 
 def file_precision(
     path,  # an ONNX file
-) -> str:  # fp32 | fp16 | int8
+) -> str:  # fp32 | fp16 | int8, or w16: float32, its weights stored in half precision
     "What the arithmetic of an ONNX file is done in."
     graph = next(part for number, part in _fields(memoryview(Path(path).read_bytes())) if number == GRAPH)
-    half = False
+    half = casts = 0
     for number, part in _fields(graph):
         if number == NODE and (OP_TYPE, b"QuantizeLinear") in _fields(part): return "int8"
-        half |= number == INITIALIZER and (DATA_TYPE, FLOAT16) in _fields(part)
-    return "fp16" if half else "fp32"
+        casts += number == NODE and (OP_TYPE, b"Cast") in _fields(part)
+        half += number == INITIALIZER and (DATA_TYPE, FLOAT16) in _fields(part)
+    return "fp32" if not half else "w16" if casts >= half else "fp16"  # w16 has a cast for each stored weight
 
 # %% ../nbs/05c_timing.ipynb #05c-timing-014
 def open_variants(
