@@ -111,7 +111,7 @@ def fill_folded(
     "Put folded weights into a network; its norms become additions."
     met = met_layers(model, size)
     shapes = [tuple(c.weight.shape) for c, _ in met]
-    if shapes != [w.shape for w, _ in layers]: raise UsageError(f"the file's {len(layers)} convolutions are not those of {STUDENT_BACKBONE}")
+    if shapes != [w.shape for w, _ in layers]: raise UsageError(f"these {len(layers)} convolutions are not those of {STUDENT_BACKBONE}")
     for (conv, norm), (weight, bias) in zip(met, layers):
         conv.weight.copy_(torch.from_numpy(weight))
         if norm is None and conv.bias is not None: conv.bias.copy_(torch.from_numpy(bias))
