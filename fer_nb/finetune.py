@@ -150,7 +150,7 @@ def finetune_student(
     own,  # training faces: a view
     check_on,  # validation faces: they choose the epoch
     run_dir,  # checkpoints and history go here
-    config: FinetuneConfig = FinetuneConfig(),  # noqa: B008 (frozen)
+    config: FinetuneConfig = FinetuneConfig(),
     replay=None,  # a view of the training mix
     bar: bool = True,  # progress bars
     **identity,  # whatever else decides the weights, such as the start's sha256
