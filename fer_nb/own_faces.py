@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Mix', 'open_mix', 'film_probs', 'film_check', 'Change', 'GapClosure', 'f1_of', 'compare_faces', 'compare_corruptions',
-           'recalibrate', 'Adapted', 'adapt_to_faces']
+           'Adapted', 'adapt_to_faces']
 
 # %% ../nbs/09d_own_faces.ipynb #09d-own_faces-002
 import time
@@ -182,7 +182,7 @@ def compare_corruptions(before: CorruptionScores, after: CorruptionScores) -> li
     return [Change(kind="corruption", name=k, n=before.n, before=a[k], after=b[k], change=Interval(value=b[k] - a[k])) for k in a.index]
 
 # %% ../nbs/09d_own_faces.ipynb #09d-own_faces-019
-def recalibrate(
+def _recalibrate(
     run_dir,
     model: nn.Module,
     name: str,
@@ -284,7 +284,7 @@ def _adapt(job: _Job, films, corruptions, strict, export, resamples, bar) -> Ada
     tuned, _ = finetune_student(job.incumbent, meta, job.own["train"], job.own["val"], job.out, job.config, job.mix and job.mix.train, bar,
                                 start_sha256=sha256_file(job.path), **ident)
     how = dict(mix=job.mix, resamples=resamples, seed=job.config.seed)
-    t, accepted = recalibrate(job.out, tuned, job.name, job.own, **how, **ident)
+    t, accepted = _recalibrate(job.out, tuned, job.name, job.own, **how, **ident)
     later = (DualGate.filename, GapClosure.filename)
     kept = [p.name for p in job.out.iterdir() if p.suffix in (".pt", ".json", ".npz") and p.name not in later]
     seal_folder(job.out, job.manifest.dataset_index_id, kept)
