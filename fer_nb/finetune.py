@@ -125,12 +125,12 @@ class FinetuneConfig:
     "How a model is fine-tuned."
     mode: str = "full"  # full | head | norm
     epochs: int = 3
-    lr: float = 5e-4  # peak; of `head` and `norm` four times that
+    lr: float = 3e-4  # peak; of `head` and `norm` four times that
     batch_size: int = 32
     webcam_share: float = 0.5  # of the own faces that are spoilt
     most_severity: int = 4  # of 5
-    replay_share: float = 0.5  # of a batch
-    balanced: bool = True  # classes in equal shares
+    replay_share: float = 0.75  # of a batch
+    balanced: bool = False  # classes in equal shares: moves the answers to old faces, too
     seed: int = 1337
 
     def __post_init__(self):
