@@ -17,7 +17,7 @@ install: .venv/.installed
 # opencv-python needs libGL.so.1, which bare servers lack: there the headless build of the same version takes its place.
 .venv/.installed: settings.ini setup.py
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[all,dev]'
 	@$(BIN)/python -c 'import cv2' 2>/dev/null || { \
 	  version=$$($(BIN)/python -c 'from importlib.metadata import version; print(version("opencv-python"))'); \
 	  echo "libGL.so.1 is missing: opencv-python-headless $$version takes the place of opencv-python (no windows; all else works)"; \

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PLAN_START', 'DEFAULTS', 'FREE', 'DISTILLATION', 'Arm', 'folder_of', 'start_of', 'arm_of', 'short_teachers',
-           'arm_labels', 'StudentRun', 'kept_sources', 'read_student', 'simulate_student', 'require_common',
-           'fingerprint', 'align', 'students_by_convention', 'find_students', 'recipe', 'differences', 'check_arms']
+           'arm_labels', 'StudentRun', 'kept_sources', 'read_student', 'simulate_student', 'fingerprint', 'align',
+           'students_by_convention', 'find_students', 'recipe', 'check_arms']
 
 # %% ../nbs/05a_student_arms.ipynb #05a-arms-002
 import re
@@ -198,7 +198,7 @@ def simulate_student(
     return folder
 
 # %% ../nbs/05a_student_arms.ipynb #05a-arms-023
-def require_common(runs: list[StudentRun], what: str, key):
+def _require_common(runs: list[StudentRun], what: str, key):
     "Refuse the first run that differs from most of the others."
     usual = Counter(map(key, runs)).most_common(1)[0][0]
     first = next(r for r in runs if key(r) == usual)
@@ -215,18 +215,18 @@ def fingerprint(values) -> str:
 # %% ../nbs/05a_student_arms.ipynb #05a-arms-025
 def align(runs: list[StudentRun]) -> list[StudentRun]:
     "The runs with their rows in one order, refused where they are not the same rows."
-    require_common(runs, "dataset_index_id", lambda r: r.dataset_index_id)
+    _require_common(runs, "dataset_index_id", lambda r: r.dataset_index_id)
     known = [r for r in runs if r.ids is not None]
     if known:
-        require_common(known, "test ids", lambda r: fingerprint(sorted(r.ids.tolist())))
+        _require_common(known, "test ids", lambda r: fingerprint(sorted(r.ids.tolist())))
         for r in known:
             at = pd.Index(r.ids).get_indexer(known[0].ids)
             r.ids, r.logits, r.labels, r.sources = r.ids[at], r.logits[at], r.labels[at], r.sources[at]
             if r.groups is not None: r.groups = r.groups[at]
-    require_common(runs, "test labels", lambda r: fingerprint(r.labels))
-    require_common(runs, "sources of the test rows", lambda r: fingerprint(r.sources))
+    _require_common(runs, "test labels", lambda r: fingerprint(r.labels))
+    _require_common(runs, "sources of the test rows", lambda r: fingerprint(r.sources))
     seen = [r for r in runs if r.groups is not None]
-    if seen: require_common(seen, "pictures of the test rows", lambda r: fingerprint(group_codes(r.groups, len(r.labels))))
+    if seen: _require_common(seen, "pictures of the test rows", lambda r: fingerprint(group_codes(r.groups, len(r.labels))))
     for r in runs: r.groups = seen[0].groups if seen else None  # the same rows: one run that knows their pictures speaks for all
     return runs
 
@@ -242,7 +242,7 @@ def students_by_convention(
         if any(p.startswith(".") for p in where.parts) or RunArgs.load(path).stage != "student": continue
         runs.append(read_student(path.parent, where.as_posix() if where.parts else path.parent.name))
     if not runs: raise UsageError(f"'{folder}' holds no student run: train students first, for instance with notebook 05_students")
-    require_common(runs, "dataset_index_id", lambda r: r.dataset_index_id)
+    _require_common(runs, "dataset_index_id", lambda r: r.dataset_index_id)
     return {c: check_arms(align([r for r in runs if r.convention == c])) for c in dict.fromkeys(r.convention for r in runs)}
 
 # %% ../nbs/05a_student_arms.ipynb #05a-arms-027
@@ -276,7 +276,7 @@ def recipe(
     return {k: v for k, v in (DEFAULTS | run.parameters).items() if counts(k, v)}
 
 # %% ../nbs/05a_student_arms.ipynb #05a-arms-031
-def differences(a: dict, b: dict) -> list[str]:
+def _differences(a: dict, b: dict) -> list[str]:
     "Names of the parameters in which two recipes differ."
     return sorted(k for k in a.keys() | b.keys() if a.get(k, "not said") != b.get(k, "not said"))
 
@@ -288,10 +288,10 @@ def check_arms(runs: list[StudentRun]) -> list[StudentRun]:  # by arm, then by s
     for r in runs:
         twin, elder = first.setdefault((r.arm, r.seed), r), first.setdefault(r.arm, r)
         if twin is not r:
-            differ = ", ".join(differences(recipe(r), recipe(twin)))
+            differ = ", ".join(_differences(recipe(r), recipe(twin)))
             raise GateError(f"{r.name} and {twin.name} are both '{names[r.arm]}' with seed {r.seed}"
                             + (f" (they differ in {differ})" if differ else "") + ": leave one out")
-        for k in differences(recipe(r), recipe(elder)):
+        for k in _differences(recipe(r), recipe(elder)):
             a, b = (recipe(x).get(k, "not said") for x in (r, elder))
             raise GateError(f"{r.name}: {k} is {a}, in {elder.name} it is {b}, and both are '{names[r.arm]}': "
                             "runs of one arm may differ in nothing but their seed")

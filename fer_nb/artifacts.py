@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['CLASSES', 'STAGES', 'SHARED_CONVENTIONS', 'BLUE', 'ORANGE', 'GREEN', 'GREY', 'PINK', 'AMBER', 'SKY', 'YELLOW',
            'OKABE_ITO', 'CLASS_COLOURS', 'class_order_hash', 'convention_of', 'conventions_of', 'FerError',
-           'UsageError', 'GateError', 'ArtifactError', 'Box', 'sha256_bytes', 'sha256_file', 'atomic_path',
+           'UsageError', 'GateError', 'ArtifactError', 'Lines', 'Box', 'sha256_bytes', 'sha256_file', 'atomic_path',
            'write_bytes', 'write_text', 'write_json', 'write_csv', 'write_npz', 'read_json', 'read_npz', 'plain_key',
-           'Lines', 'Artifact', 'find_artifact', 'load_artifact']
+           'find_artifact', 'Artifact']
 
 # %% ../nbs/00_artifacts.ipynb #00-artifacts-002
 import hashlib
@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import indent
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import pandas as pd
@@ -53,12 +53,6 @@ def convention_of(
 def conventions_of(sources, known: dict[str, str] | None = None) -> str:
     "The convention of sources that were learned together; where they have several, their names joined by +, which equals none of them."
     return "+".join(sorted({convention_of(s, known) for s in sources}))
-
-# %% ../nbs/00_artifacts.ipynb #00-artifacts-palette
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#8C8C8C"
-PINK, AMBER, SKY, YELLOW = "#CC79A7", "#E69F00", "#56B4E9", "#F0E442"
-OKABE_ITO = (BLUE, ORANGE, GREEN, GREY, PINK, AMBER, SKY, YELLOW)
-CLASS_COLOURS = (ORANGE, GREEN, PINK, YELLOW, BLUE, AMBER, SKY)  # in the order of CLASSES
 
 # %% ../nbs/00_artifacts.ipynb #00-artifacts-012
 class FerError(Exception):
@@ -93,6 +87,29 @@ class ArtifactError(GateError):
         self.path, self.key = Path(path), key
         detail = "" if expected is None else f" (expected {expected}" + ("" if got is None else f", got {got}") + ")"
         super().__init__(f"{where}{problem}{detail}")
+
+# %% ../nbs/00_artifacts.ipynb #00-artifacts-lines
+class Lines:
+    "Something to print: `lines()` holds text and (head, rows) tables."
+    def lines(self) -> list: raise NotImplementedError
+
+    def __str__(self):
+        def plain(head, rows):
+            align = ("left", *["right"]*(len(head) - 1))
+            return indent(tabulate(rows, head, "plain", disable_numparse=True, colalign=align), "  ")
+        return "\n".join(x if isinstance(x, str) else plain(*x) for x in self.lines())
+
+    def _repr_markdown_(self):
+        def pipe(head, rows): return tabulate(rows, head, "pipe", disable_numparse=True, colalign=["left"]*len(head))
+        return "\n\n".join(x if isinstance(x, str) else pipe(*x) for x in self.lines())
+
+    __repr__ = __str__
+
+# %% ../nbs/00_artifacts.ipynb #00-artifacts-palette
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#8C8C8C"
+PINK, AMBER, SKY, YELLOW = "#CC79A7", "#E69F00", "#56B4E9", "#F0E442"
+OKABE_ITO = (BLUE, ORANGE, GREEN, GREY, PINK, AMBER, SKY, YELLOW)
+CLASS_COLOURS = (ORANGE, GREEN, PINK, YELLOW, BLUE, AMBER, SKY)  # in the order of CLASSES
 
 # %% ../nbs/00_artifacts.ipynb #00-artifacts-018
 @dataclass(frozen=True, slots=True)
@@ -246,40 +263,6 @@ def plain_key(key: str) -> str:
     "A key without underscores, dashes or capitals: the spelling that old and new files share."
     return re.sub(r"[^a-z0-9]", "", key.lower())
 
-# %% ../nbs/00_artifacts.ipynb #00-artifacts-lines
-class Lines:
-    "Something to print: `lines()` holds text and (head, rows) tables."
-    def lines(self) -> list: raise NotImplementedError
-
-    def __str__(self):
-        def plain(head, rows):
-            align = ("left", *["right"]*(len(head) - 1))
-            return indent(tabulate(rows, head, "plain", disable_numparse=True, colalign=align), "  ")
-        return "\n".join(x if isinstance(x, str) else plain(*x) for x in self.lines())
-
-    def _repr_markdown_(self):
-        def pipe(head, rows): return tabulate(rows, head, "pipe", disable_numparse=True, colalign=["left"]*len(head))
-        return "\n\n".join(x if isinstance(x, str) else pipe(*x) for x in self.lines())
-
-    __repr__ = __str__
-
-# %% ../nbs/00_artifacts.ipynb #00-artifacts-039
-class Artifact(BaseModel):
-    "A JSON file that proves something."
-    model_config = ConfigDict(extra="forbid", populate_by_name=True, protected_namespaces=())
-    filename: ClassVar[str] = ""
-    schema_version: int = 1
-
-    def save(
-        self,
-        where,  # a folder, or a file that ends in .json
-        name: str | None = None,  # another file name than the model's own
-    ) -> Path:
-        "Write the artifact atomically."
-        where = Path(where)
-        path = where if where.suffix == ".json" else where/(name or self.filename)
-        return write_json(path, self.model_dump(by_alias=True, mode="json"))
-
 # %% ../nbs/00_artifacts.ipynb #00-artifacts-041
 def find_artifact(folder, filename: str) -> Path | None:
     "The artifact's file in a folder, under its present spelling or the old one without underscores."
@@ -303,12 +286,9 @@ def _first_error(e: ValidationError) -> tuple[str | None, str, Any]:
     got = json.dumps(first["input"], default=str)
     return key, first["msg"].removeprefix("Value error, "), got if len(got) < 80 else got[:77] + "..."
 
-# %% ../nbs/00_artifacts.ipynb #00-artifacts-044
-def load_artifact(cls, where, name: str | None = None):
-    "Read and check an artifact; an `ArtifactError` names the file, the key and what was expected."
-    where = Path(where)
-    path = where if where.suffix == ".json" else find_artifact(where, name or cls.filename) or where/(name or cls.filename)
-    data = read_json(path)
+# %% ../nbs/00_artifacts.ipynb #00-artifacts-n06
+def _validated(cls, path: Path, data):
+    "The artifact of a file's data; an `ArtifactError` names the file, the key and what was expected."
     if not isinstance(data, dict):
         raise ArtifactError(path, "is foreign", expected=f"a JSON object ({cls.__name__})", got=type(data).__name__)
     data = _canonical(cls, data)
@@ -321,5 +301,30 @@ def load_artifact(cls, where, name: str | None = None):
         key, problem, got = _first_error(e)
         raise ArtifactError(path, problem, key=key, expected=cls.__name__, got=got) from None
 
+# %% ../nbs/00_artifacts.ipynb #00-artifacts-039
+class Artifact(BaseModel):
+    "A JSON file that proves something."
+    model_config = ConfigDict(extra="forbid", populate_by_name=True, protected_namespaces=())
+    filename: ClassVar[str] = ""
+    schema_version: int = 1
 
-Artifact.load = classmethod(load_artifact)
+    def save(
+        self,
+        where,  # a folder, or a file that ends in .json
+        name: str | None = None,  # another file name than the model's own
+    ) -> Path:
+        "Write the artifact atomically."
+        where = Path(where)
+        path = where if where.suffix == ".json" else where/(name or self.filename)
+        return write_json(path, self.model_dump(by_alias=True, mode="json"))
+
+    @classmethod
+    def load(
+        cls,
+        where,  # a folder, or a file that ends in .json
+        name: str | None = None,  # another file name than the model's own
+    ) -> Self:
+        "Read and check an artifact, under its present spelling or the old one."
+        where = Path(where)
+        path = where if where.suffix == ".json" else find_artifact(where, name or cls.filename) or where/(name or cls.filename)
+        return _validated(cls, path, read_json(path))

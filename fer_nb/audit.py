@@ -12,16 +12,15 @@ import time
 
 import numpy as np
 import pandas as pd
+from fastcore.basics import patch
 
-from .archives import SPLITS
-from .artifacts import CLASSES, GateError, UsageError, convention_of
+from .artifacts import CLASSES, GateError, Lines, UsageError, convention_of
 from .likeness import HASH_BITS, MAX_HAMMING, MIN_CORRELATION, Likeness, find_groups, fingerprint
 from .manifests import POLICY, Manifest, conflicting, load_manifest, validation
-from .artifacts import Lines
 from fer_nb.records import (
     ConventionAgreement, LeakageReport, ManifestValidation, PartOverlap, PerfectScore, SourceDisagreement,
 )
-from .sources import FERPLUS_ORDER, to_class
+from .sources import FERPLUS_ORDER, SPLITS, to_class
 
 # %% ../nbs/00_manifests_audit.ipynb #00-audit-005
 class ValidationResult(Lines):
@@ -243,35 +242,41 @@ class AuditResult(Lines):
                 f"without it {r.test_rows_with_copy_in_train:,} of {r.test_rows:,} test rows ({share:.1%}) would have a copy in "
                 f"training, {r.test_rows_with_copy_and_same_label:,} under the same label; usable rows that leak: {r.remaining_leaks}"]
 
-    def _alike(self, d: SourceDisagreement) -> bool:
-        "Whether two sources have one convention: what they disagree on is noise then."
-        return convention_of(d.source_a, self.conventions) == convention_of(d.source_b, self.conventions)
+# %% ../nbs/00_manifests_audit.ipynb #00-audit-n10
+@patch
+def _alike(self: AuditResult, d: SourceDisagreement) -> bool:
+    "Whether two sources have one convention: what they disagree on is noise then."
+    return convention_of(d.source_a, self.conventions) == convention_of(d.source_b, self.conventions)
 
-    def _conventions(self):
-        "How conventions answer the same pictures, and what a perfect labeller of one scores by another."
-        out, scores = [], self.report.perfect_scores
-        for a in self.report.convention_agreement:
-            total = [sum(row) for row in a.matrix]
-            rows = [(c, t, *(f"{k/t:.2f}" if t else "–" for k in row)) for c, t, row in zip(CLASSES, total, a.matrix)]
-            out += [f"the labels of {a.convention_a} and {a.convention_b} agree on {a.agree:,} of {a.pictures:,} pictures "
-                    f"({a.agree/a.pictures:.1%}); shares of each row:",
-                    ((f"{a.convention_a} below, {a.convention_b} right", "pictures", *CLASSES), rows)]
-        def share(v): return "–" if v is None else f"{v:.2f}"
-        rows = [(s.part, s.convention, s.labeller, f"{s.n:,} of {s.rows:,}", f"{s.accuracy:.3f}", f"{s.macro_f1:.3f}",
-                 *(share(s.recall[c]) for c in CLASSES)) for s in scores]
-        head = ("test part", "judged by", "perfect labeller of", "answered", "accuracy", "macro-F1", *CLASSES)
-        said = "what a perfect labeller of another convention scores; by class: the share of its rows (recall)"
-        return out + [said, (head, rows)]*bool(rows)
+# %% ../nbs/00_manifests_audit.ipynb #00-audit-n11
+@patch
+def _conventions(self: AuditResult):
+    "How conventions answer the same pictures, and what a perfect labeller of one scores by another."
+    out, scores = [], self.report.perfect_scores
+    for a in self.report.convention_agreement:
+        total = [sum(row) for row in a.matrix]
+        rows = [(c, t, *(f"{k/t:.2f}" if t else "–" for k in row)) for c, t, row in zip(CLASSES, total, a.matrix)]
+        out += [f"the labels of {a.convention_a} and {a.convention_b} agree on {a.agree:,} of {a.pictures:,} pictures "
+                f"({a.agree/a.pictures:.1%}); shares of each row:",
+                ((f"{a.convention_a} below, {a.convention_b} right", "pictures", *CLASSES), rows)]
+    def share(v): return "–" if v is None else f"{v:.2f}"
+    rows = [(s.part, s.convention, s.labeller, f"{s.n:,} of {s.rows:,}", f"{s.accuracy:.3f}", f"{s.macro_f1:.3f}",
+             *(share(s.recall[c]) for c in CLASSES)) for s in scores]
+    head = ("test part", "judged by", "perfect labeller of", "answered", "accuracy", "macro-F1", *CLASSES)
+    said = "what a perfect labeller of another convention scores; by class: the share of its rows (recall)"
+    return out + [said, (head, rows)]*bool(rows)
 
-    def _places(self):
-        "The table of pictures that stand in two places; nothing where there are none."
-        r = self.report
-        kinds = {"identical, parts": r.identical_across_parts, "identical, splits": r.identical_across_splits,
-                 "near, splits": r.near_across_splits, "identical, sources": r.identical_across_sources,
-                 "near, sources": r.near_across_sources}
-        rows = [(f"{kind}: {o.a} and {o.b}", o.groups, o.rows_a, o.rows_b, o.label_conflicts)
-                for kind, found in kinds.items() for o in found]
-        return [(("pictures in two places", "groups", "rows a", "rows b", "label conflicts"), rows)] if rows else []
+# %% ../nbs/00_manifests_audit.ipynb #00-audit-n12
+@patch
+def _places(self: AuditResult):
+    "The table of pictures that stand in two places; nothing where there are none."
+    r = self.report
+    kinds = {"identical, parts": r.identical_across_parts, "identical, splits": r.identical_across_splits,
+             "near, splits": r.near_across_splits, "identical, sources": r.identical_across_sources,
+             "near, sources": r.near_across_sources}
+    rows = [(f"{kind}: {o.a} and {o.b}", o.groups, o.rows_a, o.rows_b, o.label_conflicts)
+            for kind, found in kinds.items() for o in found]
+    return [(("pictures in two places", "groups", "rows a", "rows b", "label conflicts"), rows)] if rows else []
 
 # %% ../nbs/00_manifests_audit.ipynb #00-audit-028
 def audit_manifest(

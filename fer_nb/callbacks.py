@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['BEST_BY', 'AMP_DTYPES', 'OPTIMISERS', 'best_epoch', 'later', 'TrainConfig', 'best_device', 'seed_everything',
            'EpochSeed', 'lr_factor', 'StepOrder', 'fast_layout', 'amp_choices', 'step_seconds', 'choose_amp',
-           'make_optimizer', 'Observe', 'History', 'KeepValidation', 'save_checkpoint', 'load_checkpoint', 'Checkpoint',
-           'load_matching', 'load_whole', 'EMA', 'Mixup', 'trim_memory', 'TrimMemory']
+           'decay_groups', 'make_optimizer', 'Observe', 'History', 'KeepValidation', 'save_checkpoint',
+           'load_checkpoint', 'Checkpoint', 'load_matching', 'load_whole', 'EMA', 'Mixup', 'TrimMemory']
 
 # %% ../nbs/02b_callbacks.ipynb #02b-callbacks-002
 import copy
@@ -53,7 +53,9 @@ def best_epoch(
 
 # %% ../nbs/02b_callbacks.ipynb #02b-callbacks-010
 AMP_DTYPES = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
-OPTIMISERS = ("adamw", "sgd")
+OPTIMISERS = {"adamw": lambda model, config: torch.optim.AdamW(decay_groups(model, config.weight_decay), lr=config.lr, weight_decay=0.0),
+              "sgd": lambda model, config: torch.optim.SGD(decay_groups(model, config.weight_decay), lr=config.lr,
+                                                           momentum=config.momentum, nesterov=config.momentum > 0)}  # 07_nl adds two
 
 
 def later(default):
@@ -73,9 +75,10 @@ class TrainConfig:
     amp: str = "no"  # no | fp16 | bf16; `choose_amp` makes one of these of `auto`
     seed: int = 1337
     device: str = "cpu"
-    optimizer: str = later("adamw")  # adamw | sgd (Nesterov)
+    optimizer: str = later("adamw")  # adamw | sgd (Nesterov) | what 07_nl adds
     momentum: float = later(0.9)  # of SGD
     best_by: str = later("macro_f1")  # what makes an epoch the best: macro_f1 | smooth_macro_f1 | nll
+    optimizer_args: dict | None = later(None)  # what an optimiser of 07_nl is told beyond lr and weight decay
 
     def __post_init__(self):
         if self.epochs < 1: raise UsageError(f"epochs is {self.epochs}: give at least 1")
@@ -234,16 +237,23 @@ def choose_amp(
     seconds = {c: min(step_seconds(trained, x, c) for _ in range(3)) for c in choices}
     return min(seconds, key=seconds.get)
 
+# %% ../nbs/02b_callbacks.ipynb #02b-callbacks-decay
+def decay_groups(
+    model: nn.Module,  # may name more that shall not decay (`no_weight_decay`)
+    weight_decay: float,
+) -> list[dict]:  # for an optimiser of torch
+    "Parameters with and without weight decay: norms and biases have none."
+    return param_groups_weight_decay(model, weight_decay, no_weight_decay_list=getattr(model, "no_weight_decay", set)())
+
 # %% ../nbs/02b_callbacks.ipynb #02b-callbacks-034
 def make_optimizer(
     model: nn.Module,
     config: TrainConfig,
 ) -> OptimWrapper:
-    "AdamW or SGD in two groups, with and without weight decay; a model may name more that shall not decay (`no_weight_decay`)."
-    exempt = getattr(model, "no_weight_decay", set)()
-    groups = param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=exempt)
-    if config.optimizer == "adamw": return OptimWrapper(opt=torch.optim.AdamW(groups, lr=config.lr, weight_decay=0.0))
-    return OptimWrapper(opt=torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0))
+    "The optimiser that the config names, in two groups, with and without weight decay."
+    if config.optimizer_args and config.optimizer in ("adamw", "sgd"):
+        raise UsageError(f"optimizer_args are for the optimisers of 07_nl, and optimizer is '{config.optimizer}': leave them out")
+    return OptimWrapper(opt=OPTIMISERS[config.optimizer](model, config))
 
 # %% ../nbs/02b_callbacks.ipynb #02b-callbacks-041
 class Observe(Callback):
@@ -430,7 +440,7 @@ class Mixup(Callback):
     def after_batch(self): self.loss_func.mixed = None
 
 # %% ../nbs/02b_callbacks.ipynb #02b-callbacks-059
-def trim_memory():
+def _trim_memory():
     "Give freed memory back to the system (glibc only; nothing elsewhere)."
     if sys.platform.startswith("linux"):
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
@@ -440,4 +450,4 @@ def trim_memory():
 class TrimMemory(Callback):
     "Give freed memory back after every epoch."
     order = 60
-    def after_epoch(self): trim_memory()
+    def after_epoch(self): _trim_memory()

@@ -1,14 +1,27 @@
 """The command `fer-nb`: a thin cover over the notebooks' functions. Imports wait until a command needs them."""
 import argparse
+import ast
+import importlib.util
+import io
 import json
 import os
+import re
 import sys
 import time
+import tokenize
 import warnings
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 
-from fer_nb.artifacts import STAGES, FerError, UsageError
+from fer_nb.artifacts import STAGES, FerError, GateError, UsageError
+
+NEEDS = {"notebooks": ("matplotlib", "anywidget", "ipywidgets", "voila"),
+         "train": ("torch", "timm", "fastai", "pandas", "pyarrow", "scipy", "sklearn", "matplotlib", "onnx", "onnxscript",
+                   "onnxconverter_common", "threadpoolctl", "papermill", "nbformat", "ipykernel", "IPython", "snakemake", "yaml",
+                   "pypandoc", "PIL")}  # what each extra of settings.ini brings, by the names that are imported
+CORE = {"bench", "predict", "demo", "score", "replay", "tune", "gates"}  # commands that need no extra
 
 EPILOG = """examples:
   fer-nb run --profile embedded                                    the whole chain on faces that it draws itself
@@ -22,6 +35,18 @@ EPILOG = """examples:
   fer-nb gates runs/embedded                                       the go/no-go checklist, with the file behind each line
 
 exit codes: 0 done, 1 a gate stays shut or a run failed, 2 a wrong argument"""
+
+
+def missing(module, extra, what): return f"{what} needs {module}, which is not installed: pip install 'fer_nb[{extra}]'"
+
+
+def require_extra(extra, what):
+    "Stop where a module of an extra is not installed, with the line that installs it."
+    def there(module):
+        try: return importlib.util.find_spec(module) is not None
+        except ImportError: return False
+    gone = next((m for m in NEEDS[extra] if not there(m)), None)
+    if gone: raise GateError(missing(gone, extra, what))
 
 
 def manifest_build(a):
@@ -61,12 +86,18 @@ def run(a):
     if not a.dry_run: print(f"done in {(time.time() - start)/60:.1f} min; report: {_short(report)}")
 
 
+@contextmanager
+def _told_when_done(out):
+    "Say that a stage has begun, and how long it took."
+    start, out = time.time(), _short(out)
+    print(f"  started  {out}", flush=True)
+    yield
+    print(f"  done     {out} in {time.time() - start:.0f} s", flush=True)
+
+
 def notebook(a):
     from fer_nb.runs import run_notebook
-    start, out = time.time(), _short(a.out)
-    print(f"  started  {out}", flush=True)
-    run_notebook(a.name, a.out, _parameters(a))
-    print(f"  done     {out} in {time.time() - start:.0f} s", flush=True)
+    with _told_when_done(a.out): run_notebook(a.name, a.out, _parameters(a))
 
 
 def teacher_train(a):
@@ -75,7 +106,7 @@ def teacher_train(a):
     given = {"manifest_dir": a.manifest, "cache_dir": a.cache, "arch": a.arch, "seed": a.seed, "init_from": a.init_from,
              "stage": "B" if a.init_from else "A", "weights": a.weights, "epochs": a.epochs, "convention": a.convention}
     if bool(a.manifest) != bool(a.cache): raise UsageError("give --manifest and --cache together, or neither for the embedded faces")
-    _teacher(out, {k: v for k, v in given.items() if v not in (None, "")} | _parameters(a))
+    _stage("03_teachers", out, {k: v for k, v in given.items() if v not in (None, "")} | _parameters(a))
 
 
 def teacher_export(a):
@@ -86,33 +117,25 @@ def teacher_export(a):
     given = {k: v for k, v in (("manifest_dir", a.manifest), ("cache_dir", a.cache)) if v}
     for k, flag in (("manifest_dir", "--manifest"), ("cache_dir", "--cache")):
         if k not in used | given: raise UsageError(f"{a.run_dir}/args.json names no {k}: give {flag}")
-    _teacher(a.run_dir, used | given)
+    _stage("03_teachers", a.run_dir, used | given)
 
 
-def _teacher(out, parameters):
-    "One papermill run of 03_teachers; it resumes, and where all epochs are trained it only calibrates and exports."
+def _stage(name, out, parameters):
+    "One papermill run of a stage, then its gates; it resumes, and where all epochs are trained it only calibrates and exports."
     from fer_nb.gates import gates
     from fer_nb.runs import run_notebook
-    start = time.time()
-    print(f"  started  {_short(out)}", flush=True)
-    run_notebook("03_teachers", Path(out)/"03_teachers.ipynb", parameters | {"out": str(out)}, bar=sys.stderr.isatty())
-    print(f"  done     {_short(out)} in {time.time() - start:.0f} s\n\n{gates(out)}")
+    with _told_when_done(out): run_notebook(name, Path(out)/f"{name}.ipynb", parameters | {"out": str(out)}, bar=sys.stderr.isatty())
+    print(f"\n{gates(out)}")
 
 
 def student_train(a):
-    from fer_nb.gates import gates
-    from fer_nb.runs import run_notebook
     if bool(a.manifest) != bool(a.cache): raise UsageError("give --manifest and --cache together, or neither for the embedded faces")
     if (a.stage == "CE") == bool(a.softlabels):
         raise UsageError(f"stage {a.stage} {'takes no soft labels: leave out' if a.softlabels else 'needs soft labels: give'} --softlabels")
     out = a.out or f"runs/students/mobilenetv3_large_100_{Path(a.cache).name if a.cache else 'embedded'}_seed{a.seed}_{a.stage}"
     given = {"manifest_dir": a.manifest, "cache_dir": a.cache, "stage": a.stage, "softlabels": a.softlabels, "supervision": a.supervision,
              "init_from": a.init_from, "seed": a.seed, "epochs": a.epochs, "convention": a.convention}
-    start = time.time()
-    print(f"  started  {_short(out)}", flush=True)
-    run_notebook("05_students", Path(out)/"05_students.ipynb",
-                 {k: v for k, v in given.items() if v not in (None, "")} | _parameters(a) | {"out": str(out)}, bar=sys.stderr.isatty())
-    print(f"  done     {_short(out)} in {time.time() - start:.0f} s\n\n{gates(out)}")
+    _stage("05_students", out, {k: v for k, v in given.items() if v not in (None, "")} | _parameters(a))
 
 
 def student_evaluate(a):
@@ -182,8 +205,11 @@ def export(a):
 
 
 def bench(a):
-    from fer_nb.latency import bench
+    from fer_nb.timing import time_models
     given = {k: v for k in ("batches", "threads", "providers", "runs") if (v := getattr(a, k)) is not None}
+    if not a.manifest: return print(time_models(a.models, a.out, **given))
+    require_extra("train", "bench --manifest")
+    from fer_nb.latency import bench
     print(bench(a.models, a.out, a.manifest, a.view, **given))
 
 
@@ -194,13 +220,12 @@ def predict(a):
     return 0 if found.found else 1
 
 
-STABILISER = (("ema", float, "weight of the past"), ("delta", float, "lead that a new label needs"), ("window", int, "labels that vote"),
-              ("min_count", int, "votes that a label needs"))
+STABILISER = ("ema", "delta", "window", "min_count")
 
 
 def _stabiliser(a):
     "The stabiliser's settings that were given."
-    return {name: getattr(a, name) for name, *_ in STABILISER if getattr(a, name) is not None}
+    return {name: getattr(a, name) for name in STABILISER if getattr(a, name) is not None}
 
 
 def demo(a):
@@ -212,6 +237,7 @@ def demo(a):
 
 
 def demo_in_browser(a):
+    require_extra("notebooks", "demo --browser")
     from fer_nb.page import serve_cell
     if a.headless or a.no_log or a.seconds: raise UsageError("--browser goes with neither --headless nor --no-log nor --seconds")
     serve_cell(a.model, a.source or "browser", a.detector, a.out or "runs/demo", min_face=a.min_face, save_clips=a.save_clips,
@@ -267,11 +293,250 @@ def _parameters(a):
     return {**given, **{k: value(v) for k, v in a.p}}
 
 
+class Told(NamedTuple):
+    "What a signature says of a parameter."
+    about: str
+    kind: str  # its annotation, or the type of its default
+    default: object = None  # where it can be written down
+    needed: bool = False
+
+
+HERE = Path(__file__).parent
+
+
+def told(where: str) -> dict[str, Told]:
+    "Parameters with their docments, of MODULE.NAME or of a stage notebook; read as text, so that nothing is imported."
+    if "." not in where: return _told_by_notebook(where)
+    module, name = where.split(".")
+    source = (HERE/f"{module}.py").read_text(encoding="utf-8")
+    found, about = next(n for n in ast.parse(source).body if getattr(n, "name", "") == name), _comments(source)
+    if isinstance(found, ast.ClassDef): named = [(n.target.id, n, n.value) for n in found.body if isinstance(n, ast.AnnAssign)]
+    else:
+        args, defaults = found.args, [None]*(len(found.args.args) - len(found.args.defaults))
+        named = [(x.arg, x, d) for x, d in zip([*args.args, *args.kwonlyargs], [*defaults, *args.defaults, *args.kw_defaults])]
+    def kind(n, default): return ast.unparse(n.annotation) if n.annotation else type(_literal(default)).__name__
+    return {k: Told(about.get(n.lineno, ""), kind(n, d), _literal(d), d is None) for k, n, d in named}
+
+
+def _told_by_notebook(stage: str) -> dict[str, Told]:
+    from fer_nb.runs import notebook_path
+    cells = json.loads(Path(notebook_path(stage)).read_text(encoding="utf-8"))["cells"]
+    source = "".join(next(c["source"] for c in cells if "parameters" in c["metadata"].get("tags", [])))
+    about, named = _comments(source), [n for n in ast.parse(source).body if isinstance(n, ast.Assign)]
+    return {n.targets[0].id: Told(about.get(n.lineno, ""), type(v := _literal(n.value)).__name__, v) for n in named}
+
+
+def _comments(source: str) -> dict[int, str]:
+    "Line -> the comment at its end."
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    return {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
+
+
+def _literal(node):
+    try: return None if node is None else ast.literal_eval(node)
+    except ValueError: return None
+
+
+def _about(where: str) -> str:
+    "The docstring of MODULE.NAME."
+    module, name = where.split(".")
+    source = (HERE/f"{module}.py").read_text(encoding="utf-8")
+    return re.search(rf'^def {name}\(.*?^    "(.+?)"$', source, re.MULTILINE | re.DOTALL)[1]
+
+
 class Parser(argparse.ArgumentParser):
-    "Usage errors in one line that names the remedy."
+    "Usage errors in one line that names the remedy; a command's flags are made when it is the one that was given."
+    fill = None
+
     def error(self, message):
         print(f"fer-nb: {message} (see '{self.prog} --help')", file=sys.stderr)
         sys.exit(2)
+
+    def parse_known_args(self, args=None, namespace=None):
+        if self.fill: self.fill(self)
+        self.fill = None
+        return super().parse_known_args(args, namespace)
+
+
+METAVARS = {"out": "DIR", "manifest": "DIR", "cache": "DIR", "softlabels": "DIR", "model": "FILE", "init_from": "PATH", "truth": "CSV",
+            "convention": "NAME", "view": "VIEW", "source": "NAME", "data": "PATH", "arch": "NAME", "min_face": "PIXELS", "name": "NAME"}
+RANGES = {"seed": (0, 2**32 - 1), "epochs": (1, 100_000), "val_fraction": (0, 0.9), "sample": (0, 10**9), "max_hamming": (0, 64),
+          "resamples": (1, 10**7), "ties": (0, 100), "cores": (1, 4096), "batches": (1, 4096), "threads": (1, 4096), "runs": (1, 10**6),
+          "min_face": (1, 10_000), "seconds": (0, 10**6), "ema": (0, 0.99), "delta": (0, 1), "window": (1, 120), "min_count": (1, 120),
+          "jitter_limit": (0, 10_000)}  # least and most of a number
+MANY = {"*": {"action": "append"}, "+": {"nargs": "+"}, "!": {"required": True}, "?": {"default": None}}
+TYPES = {"int": int, "float": float}
+
+
+def _number(kind: type, name: str):
+    "A reader of numbers within their range."
+    low, high = RANGES[name]
+
+    def read(text):
+        try: value = kind(text)
+        except ValueError: value = None
+        if value is None or not low <= value <= high:  # nan is in no range
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"'{text}': give {what} from {low:,} to {high:,}")
+        return value
+    return read
+
+
+def flags(
+    parser,
+    where: str,  # MODULE.NAME, or a stage notebook: who tells of the parameters
+    words: str,  # flag, or flag<parameter where that has another name; .name is positional; * again and again, + several, ! must, ? unset
+    **special,  # by flag: what argparse shall have otherwise
+):
+    "Flags as a signature has them: type, default and help are its own."
+    known = told(where)
+    for word in words.split():
+        marks = "".join(c for c in word if c in MANY)
+        name, _, parameter = word.strip("".join(MANY)).partition("<")
+        positional, name = name.startswith("."), name.lstrip(".")
+        t = known[parameter or name]
+        how = {"help": re.sub(r"\bNone\b", "not given", t.about).replace("%", "%%"), "default": t.default}
+        if t.kind == "bool": how["action"] = "store_true"
+        else:
+            number = TYPES.get(t.kind.split(" | ")[0])
+            usual = "N" if number is int else "X" if number else name.upper()
+            how |= {"type": _number(number, name) if number else str, "metavar": METAVARS.get(name, usual)}
+        for m in marks: how |= MANY[m]
+        if "*" in marks: how["default"] = []
+        how |= special.get(name, {})
+        if how["default"] not in (None, "", [], False) and not how.get("required"): how["help"] += " (default: %(default)s)"
+        if positional: parser.add_argument(name, **{k: v for k, v in how.items() if k not in ("default", "required")})
+        else: parser.add_argument(f"--{name.replace('_', '-')}", **how)
+
+
+def given(c):
+    "Parameters of a notebook by name."
+    c.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="one parameter; may be repeated")
+    c.add_argument("--parameters", default="{}", metavar="JSON", help="many parameters, as a JSON object")
+
+
+GROUPS = {"manifest": "build, validate and audit the table of all images", "teacher": "train one teacher; export its softlabels",
+          "ensemble": "weigh teachers, write what they teach together, judge it",
+          "student": "train one student; judge any checkpoint; compare ways of teaching over seeds"}
+
+
+def _teacher_flags(c):
+    flags(c, "03_teachers", "arch manifest<manifest_dir cache<cache_dir convention out init_from weights epochs? seed",
+          weights={"default": None}, init_from={"metavar": "RUN_DIR"})
+    given(c)
+
+
+def _export_flags(c):
+    elsewhere = {"help": "if it stands elsewhere than at training"}
+    flags(c, "03_teachers", ".run_dir<out manifest<manifest_dir cache<cache_dir", run_dir={"help": "a teacher's run"},
+          manifest=elsewhere, cache=elsewhere)
+
+
+def _student_flags(c):
+    flags(c, "05_students", "stage manifest<manifest_dir cache<cache_dir softlabels supervision init_from convention out epochs? seed",
+          stage={"choices": STAGES}, supervision={"choices": ("fused", "split")})
+    given(c)
+
+
+def _evaluate_flags(c):
+    flags(c, "students.evaluate_checkpoint", ".checkpoint manifest<manifest_dir! cache<cache_dir view source convention "
+          "class_sets<class_conditional out", checkpoint={"metavar": "RUN"}, cache={"required": False})
+    flags(c, "through.judge_through", "through<detectors+ sample", through={
+        "default": [], "metavar": "DETECTOR", "type": str,
+        "help": "also on faces that a detector has to find: yunet, yunet:320 (pixels that it sees; 640 where none is said), haar, dnn"})
+
+
+def _framing_flags(c):
+    flags(c, "images.measure_cache", ".cache<folder manifest! sample")
+    c.add_argument("--model", metavar="FILE", help="also write it into an .onnx that was exported from a run on these pictures")
+
+
+def _bench_flags(c):
+    flags(c, "latency.bench", ".models+ manifest<manifest_dir view out", models={"metavar": "MODEL", "type": str})
+    flags(c, "latency.measure_latency", "batches+? threads+? providers+? runs?", batches={"type": _number(int, "batches"), "metavar": "N"},
+          threads={"type": _number(int, "threads"), "metavar": "N"}, providers={"metavar": "NAME"})
+
+
+def _predict_flags(c):
+    flags(c, "pictures.predict_pictures", ".images<paths+ model detector min_face whole", images={"metavar": "IMAGE"})
+    c.add_argument("--json", action="store_true", help="all probabilities, as JSON")
+
+
+def _demo_flags(c):
+    flags(c, "realtime.open_pipeline", "model detector min_face save_clips consent")
+    flags(c, "window.run_demo", "source? out? headless seconds", source={
+        "metavar": "WHAT",
+        "help": "a camera's number, a video, a picture, a folder, synthetic:SECONDS (default: camera 0, or the browser's)"},
+        out={"help": "the session's folder (default: runs/demo/DATE-TIME)"})
+    c.add_argument("--browser", action="store_true", help="a page in the browser in place of the window, with the browser's own camera")
+    c.add_argument("--no-log", action="store_true", help="write nothing at all")
+    flags(c, "stabiliser.Stabiliser", "ema? delta? window? min_count?")
+
+
+def _replay_flags(c):
+    flags(c, "tuning.replay", ".session<folder truth")
+    flags(c, "stabiliser.Stabiliser", "ema? delta? window? min_count?")
+    c.add_argument("--out", metavar="CSV", help="write the labels, a row a frame")
+
+
+def _tune_flags(c):
+    flags(c, "tuning.tune", ".session<folder truth jitter_limit")
+    c.add_argument("--plot", metavar="FILE", help="draw the heat map, EMA against hysteresis, as .png, .svg or .pdf")
+
+
+def _notebook_flags(c):
+    flags(c, "runs.run_notebook", ".name .out", name={"metavar": "NOTEBOOK"}, out={"metavar": "OUT"})
+    given(c)
+
+
+COMMANDS = {  # name -> (what is called, whose docstring is its help, its flags)
+    "manifest build": (manifest_build, "manifests.build_manifest", lambda c: flags(
+        c, "manifests.build_manifest", "source<sources*! convention<conventions* out! name seed val_fraction",
+        source={"metavar": "KIND=PATH"}, convention={"metavar": "SOURCE=NAME"})),
+    "manifest validate": (manifest_validate, "audit.validate_manifest", lambda c: flags(
+        c, "audit.validate_manifest", ".dir<folder sample")),
+    "manifest audit": (manifest_audit, "audit.audit_manifest", lambda c: flags(
+        c, "audit.audit_manifest", ".dir<folder max_hamming")),
+    "framing": (framing, "images.measure_cache", _framing_flags),
+    "teacher train": (teacher_train, "Train one teacher, or go on with it, then calibrate and export it.", _teacher_flags),
+    "teacher export": (
+        teacher_export, "Calibrate a trained teacher again and write its softlabels for every split and view.", _export_flags),
+    "ensemble search": (ensemble_search, "ensembles.search_ensemble", lambda c: flags(
+        c, "ensembles.search_ensemble", ".members<member_dirs+ manifest<manifest_dir! out! preset space benchmark class_aware ties seed",
+        members={"metavar": "RUN_DIR"}, benchmark={"metavar": "VIEW"})),
+    "ensemble export": (ensemble_export, "ensembles.export_ensemble", lambda c: flags(
+        c, "ensembles.export_ensemble", ".dir<folder manifest<manifest_dir!")),
+    "ensemble evaluate": (ensemble_evaluate, "ensembles.evaluate_ensemble", lambda c: flags(
+        c, "ensembles.evaluate_ensemble", ".dir<folder manifest<manifest_dir!")),
+    "student train": (student_train, "Train one student in one stage, or go on with it, then calibrate it.", _student_flags),
+    "student evaluate": (student_evaluate, "students.evaluate_checkpoint", _evaluate_flags),
+    "student summarise": (student_summarise, "summary.summarise_students", lambda c: flags(
+        c, "summary.summarise_students", ".dir<folder out resamples")),
+    "recount": (recount, "ensembles.recount", lambda c: flags(c, "ensembles.recount", ".dir<folder manifest<manifest_dir!")),
+    "run": (run, "runs.run_profile", lambda c: flags(
+        c, "runs.run_profile", "profile<name! data* convention<conventions* out cores dry_run")),
+    "export": (export, "exporting.export_checkpoint", lambda c: flags(
+        c, "exporting.export_checkpoint", ".checkpoint manifest<manifest_dir cache<cache_dir precision<precisions*? out",
+        checkpoint={"metavar": "RUN"}, precision={"choices": ("fp32", "fp16", "int8"), "metavar": None, "default": None})),
+    "bench": (bench, "latency.bench", _bench_flags),
+    "predict": (predict, "pictures.predict_pictures", _predict_flags),
+    "demo": (demo, "window.run_demo", _demo_flags),
+    "score": (score, "scoring.score_session", lambda c: flags(c, "scoring.score_session", ".session<folder truth")),
+    "replay": (replay, "tuning.replay", _replay_flags),
+    "tune": (tune, "tuning.tune", _tune_flags),
+    "gates": (gates, "gates.gates", lambda c: flags(c, "gates.gates", ".run_dir")),
+    "notebook": (notebook, "runs.run_notebook", _notebook_flags),
+    "report": (report, "report.render", lambda c: flags(c, "report.render", ".notebook .html<page")),
+    "keep": (keep, "report.keep_results", lambda c: flags(c, "report.keep_results", ".run_dir<runs_dir .out")),
+}
+
+
+def _checked(fill, name):
+    "Flags that are made only where the command can run."
+    def checked(c):
+        require_extra("train", name)
+        fill(c)
+    return checked
 
 
 def parser():
@@ -280,209 +545,53 @@ def parser():
     p.add_argument("--version", action="version", version=f"fer-nb {metadata.version('fer_nb')}")
     p.add_argument("--debug", action="store_true", help="show the traceback of an error")
     sub = p.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
-
-    def command(where, name, func, about):
-        c = where.add_parser(name, help=about, description=about[0].upper() + about[1:] + ".")
+    places = {g: sub.add_parser(g, help=h).add_subparsers(metavar="ACTION", required=True, parser_class=Parser) for g, h in GROUPS.items()}
+    for name, (func, about, fill) in COMMANDS.items():
+        group, _, action = name.rpartition(" ")
+        about = _about(about) if re.fullmatch(r"\w+\.\w+", about) else about
+        c = places.get(group, sub).add_parser(action, help=about[0].lower() + about[1:].rstrip("."), description=about)
         c.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
         c.set_defaults(func=func)
-        return c
-
-    def parameters(c):
-        c.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="one parameter; may be repeated")
-        c.add_argument("--parameters", default="{}", metavar="JSON", help="many parameters, as a JSON object")
-
-    def stabiliser(c):
-        for name, kind, about in STABILISER: c.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="X", help=about)
-
-    m = sub.add_parser("manifest", help="build, validate and audit the table of all images").add_subparsers(metavar="ACTION", required=True)
-    c = command(m, "build", manifest_build, "read datasets into one frozen manifest of seven classes")
-    c.add_argument("--source", action="append", required=True, metavar="KIND=PATH", help="a dataset (folder or zip); may be repeated")
-    c.add_argument("--convention", action="append", default=[], metavar="SOURCE=NAME",
-                   help="whose labels a source has, where it is not the usual convention of its kind; may be repeated")
-    c.add_argument("--out", required=True, metavar="DIR", help="folder for the manifest and its reports")
-    c.add_argument("--name", default="dataset", help="first part of the dataset_index_id (default: %(default)s)")
-    c.add_argument("--seed", type=int, default=1337, help="of the validation split (default: %(default)s)")
-    c.add_argument("--val-fraction", type=float, default=0.1, help="share of the training part (default: %(default)s)")
-    c = command(m, "validate", manifest_validate, "check that every image exists, decodes, is unchanged, and has one of the seven labels")
-    c.add_argument("dir", metavar="DIR", help="a manifest folder")
-    c.add_argument("--sample", type=int, metavar="N", help="check N random rows instead of all")
-    c = command(m, "audit", manifest_audit, "find identical and near-identical images across splits, sources and labels")
-    c.add_argument("dir", metavar="DIR", help="a manifest folder")
-    c.add_argument("--max-hamming", type=int, metavar="BITS", help="perceptual hashes that differ in at most so many bits are near")
-
-    c = command(sub, "framing", framing, "let detectors look at packed training pictures; how to cut their boxes is written into the cache")
-    c.add_argument("cache", metavar="CACHE", help="a packed cache")
-    c.add_argument("--manifest", required=True, metavar="DIR", help="the manifest that it was packed from")
-    c.add_argument("--sample", type=int, default=1000, metavar="N", help="training pictures to look at (default: %(default)s)")
-    c.add_argument("--model", metavar="FILE", help="also write it into an .onnx that was exported from a run on these pictures")
-
-    t = sub.add_parser("teacher", help="train one teacher; export its softlabels").add_subparsers(metavar="ACTION", required=True)
-    c = command(t, "train", teacher_train, "train one teacher, or go on with it, then calibrate and export it")
-    c.add_argument("--arch", default="RN18", help="RN18, RN50, B3, CNXT, VIT or a timm model name (default: %(default)s)")
-    c.add_argument("--manifest", default="", metavar="DIR", help="a frozen manifest (default: embedded faces are drawn)")
-    c.add_argument("--cache", default="", metavar="DIR", help="its packed images")
-    c.add_argument("--convention", default="", metavar="NAME", help="whose labels it learns, where the manifest has several conventions")
-    c.add_argument("--out", default="", metavar="DIR", help="the run's folder (default: below runs/teachers)")
-    c.add_argument("--init-from", default="", metavar="RUN_DIR", help="stage A's run: makes this stage B")
-    c.add_argument("--weights", metavar="WHICH", help="none, auto (timm's) or the path of a checkpoint")
-    c.add_argument("--epochs", type=int, metavar="N")
-    c.add_argument("--seed", type=int, default=1337, help="(default: %(default)s)")
-    parameters(c)
-    c = command(t, "export", teacher_export, "calibrate a trained teacher again and write its softlabels for every split and view")
-    c.add_argument("run_dir", metavar="RUN_DIR", help="a teacher's run")
-    c.add_argument("--manifest", default="", metavar="DIR", help="if it stands elsewhere than at training")
-    c.add_argument("--cache", default="", metavar="DIR", help="if it stands elsewhere than at training")
-
-    e = sub.add_parser("ensemble", help="weigh teachers, write what they teach together, judge it")
-    e = e.add_subparsers(metavar="ACTION", required=True)
-    c = command(e, "search", ensemble_search, "gate the members and choose their weights on the benchmark")
-    c.add_argument("members", nargs="+", metavar="RUN_DIR", help="teachers' runs")
-    c.add_argument("--manifest", required=True, metavar="DIR", help="the frozen manifest of all members")
-    c.add_argument("--out", required=True, metavar="DIR", help="the ensemble's folder")
-    c.add_argument("--preset", help="pairwise, three_way or four_way: fixed weights instead of a search")
-    c.add_argument("--space", default="logit", help="logit or probability (default: %(default)s)")
-    c.add_argument("--benchmark", default="val", metavar="VIEW", help="the view that chooses (default: %(default)s)")
-    c.add_argument("--class-aware", action="store_true", help="also try one weight a class")
-    c.add_argument("--ties", type=float, default=1.0, metavar="ERRORS",
-                   help="standard errors of macro-F1 that count as a tie, to be broken by NLL (default: %(default)s)")
-    c.add_argument("--seed", type=int, default=1337, help="(default: %(default)s)")
-    for name, func, about in (("export", ensemble_export, "write the fused softlabels and the split targets"),
-                              ("evaluate", ensemble_evaluate, "report the ensemble and its members on test rows, and seal the folder")):
-        c = command(e, name, func, about)
-        c.add_argument("dir", metavar="DIR", help="an ensemble's folder")
-        c.add_argument("--manifest", required=True, metavar="DIR", help="the frozen manifest of all members")
-
-    s = sub.add_parser("student", help="train one student; judge any checkpoint; compare ways of teaching over seeds")
-    s = s.add_subparsers(metavar="ACTION", required=True)
-    c = command(s, "train", student_train, "train one student in one stage, or go on with it, then calibrate it")
-    c.add_argument("--stage", default="CE", choices=STAGES, help="(default: %(default)s)")
-    c.add_argument("--manifest", default="", metavar="DIR", help="a frozen manifest (default: embedded faces are drawn)")
-    c.add_argument("--cache", default="", metavar="DIR", help="its packed images")
-    c.add_argument("--softlabels", default="", metavar="DIR", help="KD, DKD: the softlabels folder of a teacher or an ensemble")
-    c.add_argument("--supervision", default="fused", choices=("fused", "split"),
-                   help="split: an ensemble's members apart (default: %(default)s)")
-    c.add_argument("--init-from", default="", metavar="FILE", help="a best.pt to start from, as KD does from CE's (default: from scratch)")
-    c.add_argument("--convention", default="", metavar="NAME", help="whose labels it learns, where the manifest has several conventions")
-    c.add_argument("--out", default="", metavar="DIR", help="the run's folder (default: below runs/students)")
-    c.add_argument("--epochs", type=int, metavar="N")
-    c.add_argument("--seed", type=int, default=1337, help="(default: %(default)s)")
-    parameters(c)
-    c = command(s, "evaluate", student_evaluate, "judge a finished run on any view, raw and scaled, with selective prediction")
-    c.add_argument("checkpoint", metavar="RUN", help="a run's folder, or its best.pt; teachers too; with --through also an .onnx")
-    c.add_argument("--manifest", required=True, metavar="DIR", help="a frozen manifest")
-    c.add_argument("--cache", metavar="DIR", help="its packed images, of the model's size")
-    c.add_argument("--through", nargs="+", default=[], metavar="DETECTOR",
-                   help="also on faces that a detector has to find: yunet, yunet:320 (pixels that it sees; default 640), haar, dnn")
-    c.add_argument("--sample", type=int, default=1500, metavar="N", help="pictures for --through; 0: all (default: %(default)s)")
-    c.add_argument("--view", default="test_all_sources", help="rows to judge it on (default: %(default)s)")
-    c.add_argument("--source", metavar="NAME", help="one source only")
-    c.add_argument("--convention", metavar="NAME", help="whose labels judge (default: the source's, or those that the model learned)")
-    c.add_argument("--class-sets", action="store_true", help="prediction sets that promise their coverage to each class")
-    c.add_argument("--out", metavar="DIR", help="a folder for metrics, confusion and logits (default: nothing is written)")
-    c = command(s, "summarise", student_summarise, "means, intervals and differences over seeds, of all students below a folder")
-    c.add_argument("dir", metavar="DIR", help="a folder of student runs")
-    c.add_argument("--out", metavar="DIR", help="where the tables go (default: the folder itself)")
-    c.add_argument("--resamples", type=int, default=10_000, metavar="N", help="of the bootstrap over pictures (default: %(default)s)")
-
-    c = command(sub, "recount", recount, "draw finished runs' intervals by picture, split their sets by convention")
-    c.add_argument("dir", metavar="DIR", help="a folder of runs and ensembles, or of small copies")
-    c.add_argument("--manifest", required=True, metavar="DIR", help="the frozen manifest of all of them")
-
-    c = command(sub, "run", run, "walk the chain of a profile; what is up to date is skipped")
-    c.add_argument("--profile", required=True, help="a name in profiles/, or a YAML file")
-    c.add_argument("--data", action="append", default=[], metavar="PATH", help="a dataset's zip or folder (or KIND=PATH); may be repeated")
-    c.add_argument("--convention", action="append", default=[], metavar="NAME",
-                   help="whose labels to learn, in place of the profile's list; may be repeated")
-    c.add_argument("--out", default="", metavar="DIR", help="run folder (default: runs/PROFILE)")
-    c.add_argument("--cores", type=int, metavar="N", help="cores to use (default: all)")
-    c.add_argument("--dry-run", action="store_true", help="only say what would run")
-
-    c = command(sub, "export", export, "write a finished run as ONNX, in fp32, fp16 and int8, and compare the files with it")
-    c.add_argument("checkpoint", metavar="RUN", help="a student's or teacher's folder, or its best.pt")
-    c.add_argument("--manifest", metavar="DIR", help="a frozen manifest: training faces for int8, test faces for the comparison")
-    c.add_argument("--cache", metavar="DIR", help="its packed images, of the model's size")
-    c.add_argument("--precision", action="append", choices=("fp32", "fp16", "int8"), help="may be repeated (default: all that can be had)")
-    c.add_argument("--out", metavar="DIR", help="where the files go (default: onnx, beside the checkpoint)")
-    c = command(sub, "bench", bench, "time exported models against each other, interleaved in one process")
-    c.add_argument("models", nargs="+", metavar="MODEL", help="exported .onnx files")
-    c.add_argument("--batches", type=int, nargs="+", metavar="N", help="faces at once (default: 1 8)")
-    c.add_argument("--threads", type=int, nargs="+", metavar="N", help="(default: 1 and all)")
-    c.add_argument("--providers", nargs="+", metavar="NAME", help="cpu, cuda, dml or a full name (default: all that are here)")
-    c.add_argument("--runs", type=int, metavar="N", help="of each model (default: 200)")
-    c.add_argument("--manifest", metavar="DIR", help="a frozen manifest: also compare how often the models are right")
-    c.add_argument("--view", default="test_all_sources", metavar="VIEW", help="about these of its faces (default: %(default)s)")
-    c.add_argument("--out", metavar="DIR", help="where the tables go (default: beside the first model)")
-
-    c = command(sub, "predict", predict, "find the faces of pictures and say what they show; exits 1 when there is none in any")
-    c.add_argument("images", nargs="+", metavar="IMAGE")
-    c.add_argument("--model", default="", metavar="FILE", help="an .onnx, or a run's best.pt (default: the student that comes along)")
-    c.add_argument("--detector", default="auto", metavar="NAME", help="auto, yunet, dnn, haar (default: %(default)s)")
-    c.add_argument("--min-face", type=float, default=48, metavar="PIXELS", help="leave smaller faces out (default: %(default)s)")
-    c.add_argument("--whole", action="store_true", help="the pictures are faces already: don't look for any")
-    c.add_argument("--json", action="store_true", help="all probabilities, as JSON")
-
-    c = command(sub, "demo", demo, "label faces live, in a window or without one; numbers are logged, no pictures")
-    c.add_argument("--source", metavar="WHAT",
-                   help="a camera's number, a video, a picture, a folder, synthetic:SECONDS (default: camera 0, or the browser's)")
-    c.add_argument("--model", default="", metavar="FILE", help="an .onnx, or a run's best.pt (default: the student that comes along)")
-    c.add_argument("--detector", default="auto", metavar="NAME",
-                   help="auto (YuNet, or Haar without it), yunet, dnn, haar (default: %(default)s)")
-    c.add_argument("--headless", action="store_true", help="no window")
-    c.add_argument("--browser", action="store_true", help="a page in the browser in place of the window, with the browser's own camera")
-    c.add_argument("--out", default="", metavar="DIR", help="the session's folder (default: runs/demo/DATE-TIME)")
-    c.add_argument("--no-log", action="store_true", help="write nothing at all")
-    c.add_argument("--seconds", type=float, metavar="S", help="stop after so much of the source's time (with --headless)")
-    c.add_argument("--min-face", type=float, default=96, metavar="PIXELS", help="leave smaller faces out (default: %(default)s)")
-    stabiliser(c)
-    c.add_argument("--save-clips", action="store_true", help="keep the pictures as video; only together with --consent")
-    c.add_argument("--consent", action="store_true", help="everybody in front of the camera has agreed to that")
-
-    def session(name, func, about):
-        c = command(sub, name, func, about)
-        c.add_argument("session", metavar="SESSION", help="a demo's folder")
-        c.add_argument("--truth", metavar="CSV", help="an events.csv to judge by, in place of the session's own labels")
-        return c
-
-    session("score", score, "score a session fairly: labels near a transition don't count, (unstable) does")
-    c = session("replay", replay, "compute a session's labels again from its probabilities, with other settings where given")
-    stabiliser(c)
-    c.add_argument("--out", metavar="CSV", help="write the labels, a row a frame")
-    c = session("tune", tune, "search the stabiliser's settings for the best macro-F1 at a jitter limit")
-    c.add_argument("--jitter-limit", type=float, default=30, metavar="N", help="label changes a minute (default: %(default)s)")
-    c.add_argument("--plot", metavar="FILE", help="draw the heat map, EMA against hysteresis, as .png, .svg or .pdf")
-
-    c = command(sub, "gates", gates, "print the go/no-go checklist of a run folder; exits 1 on any NO-GO")
-    c.add_argument("run_dir", metavar="RUN_DIR", help="a run, or a folder of runs")
-
-    c = command(sub, "notebook", notebook, "run one notebook with parameters, and refuse names that it does not have")
-    c.add_argument("name", metavar="NOTEBOOK", help="a stage such as 03_teachers, or a path")
-    c.add_argument("out", metavar="OUT", help="the executed notebook")
-    parameters(c)
-
-    c = command(sub, "report", report, "turn an executed report notebook into one HTML page")
-    c.add_argument("notebook", metavar="NOTEBOOK", help="an executed 09b_report.ipynb")
-    c.add_argument("html", metavar="HTML", help="the page to write")
-
-    c = command(sub, "keep", keep, "copy the small results of a run folder: JSON, CSV, the page and test logits, no weights, no images")
-    c.add_argument("run_dir", metavar="RUN_DIR", help="a profile's run folder, with its report")
-    c.add_argument("out", metavar="OUT", help="the folder to fill")
+        c.fill = fill if name in CORE else _checked(fill, name)
     return p
 
 
+def _import_line(e: ImportError) -> str:
+    "What to install; empty where nothing that can be named is missing."
+    if "libGL" in str(e): return "OpenCV with windows needs libGL.so.1: pip install opencv-python-headless in place of opencv-python"
+    module = (e.name or "").partition(".")[0]
+    return next((missing(module, extra, "this") for extra, modules in NEEDS.items() if module in modules), "")
+
+
+def _line(e: BaseException) -> tuple[str, int]:
+    "What a failure comes to in one line, and its exit code."
+    if isinstance(e, FerError): return str(e), e.exit_code
+    if isinstance(e, ImportError) and (line := _import_line(e)): return line, 1
+    if isinstance(e, OSError):
+        where = " → ".join(str(f) for f in (e.filename, e.filename2) if f)
+        return f"{where}: {e.strerror or e}" if where else f"{type(e).__name__}: {e.strerror or e}", 1
+    if isinstance(e, MemoryError): return "the memory is not enough for this", 1
+    first = (str(e).splitlines() or [""])[0]
+    return f"a fault of fer-nb itself ({type(e).__name__}: {first}): with --debug the same command shows where", 1
+
+
 def main(argv=None):
-    args = parser().parse_args(argv)
     warnings.filterwarnings("ignore", message=".*torch.jit", category=FutureWarning)  # inside fastai and timm
-    try: return args.func(args) or 0
-    except FerError as e:
-        if args.debug: raise
-        print(f"fer-nb: {e}", file=sys.stderr)
-        return e.exit_code
+    debug = "--debug" in (sys.argv if argv is None else argv)
+    try:
+        args = parser().parse_args(argv)
+        return args.func(args) or 0
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
         print("fer-nb: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
+    except Exception as e:
+        if debug: raise
+        line, code = _line(e)
+        print(f"fer-nb: {line}", file=sys.stderr)
+        return code
 
 
 if __name__ == "__main__":

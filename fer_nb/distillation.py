@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STUDENT_BACKBONE', 'make_student', 'kd_rows', 'kd_loss', 'tckd_nckd', 'dkd_loss', 'Supervision', 'fused_supervision',
            'split_supervision', 'supervision_files', 'open_supervision', 'Distillation', 'blend_logits', 'StudentLoss',
-           'dkd_gradient', 'dkd_unit_test']
+           'dkd_unit_test']
 
 # %% ../nbs/05_distillation.ipynb #05-distillation-002
 import math
@@ -252,7 +252,7 @@ class StudentLoss:
         return (1 - self.alpha)*parts["ce"] + (self.share*kd).to(parts["ce"].dtype)
 
 # %% ../nbs/05_distillation.ipynb #05-distillation-041
-def dkd_gradient(zs: Tensor, zt: Tensor, y: Tensor, how: Distillation) -> Tensor:  # (B, K)
+def _dkd_gradient(zs: Tensor, zt: Tensor, y: Tensor, how: Distillation) -> Tensor:  # (B, K)
     "The gradient of the DKD stage's loss in the student's logits, in closed form; all tensors float64."
     own = F.one_hot(y, zs.shape[-1]).double()
     ps, pt = (zs/how.T).softmax(-1), (zt/how.T).softmax(-1)
@@ -284,7 +284,7 @@ def dkd_unit_test(
         kd = max(kd, float((kd_loss(zs, zt, T) - T*T*rows.mean()).abs()))
         how = Distillation(T, 0.5, 0.5, 4.0)
         got = _gradient(lambda z, how=how: StudentLoss("DKD", table, how)(z, y, index, torch.zeros_like(index)), zs)
-        gradient = max(gradient, float((got - dkd_gradient(zs, zt, y, how)).abs().max()))
+        gradient = max(gradient, float((got - _dkd_gradient(zs, zt, y, how)).abs().max()))
         norms[f"{T:g}"] = float(_gradient(lambda z, T=T: kd_loss(z, zt/1000, T), zs/1000).norm())
     hard = torch.eye(k, device=device)*256 - 128
     def extreme(z): return kd_loss(z, -hard) + dkd_loss(z, -hard, torch.arange(k, device=device))

@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['OPSET', 'PRECISIONS', 'LOGIT_LIMIT', 'OUTPUTS', 'LIMITS', 'describe', 'to_fp32', 'require_trained_on', 'reframe',
-           'to_fp16', 'no_chatter', 'to_int8', 'save_checked', 'model_file', 'logit_limit', 'embedded_faces',
-           'torch_logits', 'quick_parity', 'open_run', 'export_model', 'in_points', 'compare_logits', 'check_parity',
-           'require_parity', 'parity_plot', 'file_precision', 'open_variants', 'in_colour', 'packed_view', 'every_face',
-           'packed_faces', 'answers_file', 'keep_answers', 'ExportResult', 'export_checkpoint']
+           'to_fp16', 'to_int8', 'save_checked', 'model_file', 'embedded_faces', 'torch_logits', 'quick_parity',
+           'open_run', 'export_model', 'in_points', 'compare_logits', 'check_parity', 'require_parity', 'parity_plot',
+           'in_colour', 'packed_faces', 'answers_file', 'ExportResult', 'export_checkpoint']
 
 # %% ../nbs/09_onnx_export.ipynb #09-exporting-002
 import copy
@@ -36,8 +35,7 @@ from fer_nb.artifacts import (
 )
 from .calibration import macro_f1
 from fer_nb.deploy import (
-    ModelFacts, Predictor, check_prepared, checkpoint_facts, open_onnx, open_session, prepared, probabilities,
-    read_facts,
+    ModelFacts, Predictor, check_prepared, checkpoint_facts, open_onnx, prepared, probabilities, read_facts,
 )
 from .evidence import ExportReport, ExportedFile, OnnxParity, ParityCheck, VariantParity
 from .geometry import Framing, Geometry, check_geometry, normalise
@@ -50,6 +48,7 @@ from .resampling import paired_interval
 from .run_report import groups_of
 from .students import load_model
 from .synthetic import render_faces
+from .timing import file_precision
 
 # %% ../nbs/09_onnx_export.ipynb #09-exporting-006
 OPSET = 18
@@ -119,7 +118,7 @@ class _Faces(CalibrationDataReader):
 
 # %% ../nbs/09_onnx_export.ipynb #09-exporting-018
 @contextmanager
-def no_chatter():
+def _no_chatter():
     "Keep libraries' warnings about themselves off the log; errors still come through."
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
@@ -135,7 +134,7 @@ def to_int8(
     "Static quantisation: activations of eight bits, weights of seven with a scale a channel, as QDQ pairs."
     if not len(faces): raise UsageError("no faces to calibrate INT8 with: give a few hundred prepared training faces")
     normed = any(n.op_type == "LayerNormalization" for n in fp32.graph.node)
-    with TemporaryDirectory() as d, no_chatter():
+    with TemporaryDirectory() as d, _no_chatter():
         ready, done = f"{d}/ready.onnx", f"{d}/int8.onnx"
         quant_pre_process(fp32, ready, skip_optimization=True, skip_symbolic_shape=True)
         quantize_static(ready, done, _Faces(normalise(faces, facts.geometry)), quant_format=QuantFormat.QDQ, per_channel=True,
@@ -162,7 +161,7 @@ def model_file(precision: str) -> str: return f"model_{precision}.onnx"
 LOGIT_LIMIT = 1e-4  # |Δ logit| of fp32, for logits up to ten
 
 
-def logit_limit(
+def _logit_limit(
     truth: np.ndarray,  # (N, 7) logits
 ) -> float:
     "By how much fp32 may differ from these: float32's rounding grows with them."
@@ -197,7 +196,7 @@ def quick_parity(
     p = Predictor(path)
     faces = embedded_faces(p.geometry, n, seed)
     truth = torch_logits(model, faces, p.geometry)
-    off, limit = np.abs(p.logits(faces) - truth), logit_limit(truth)
+    off, limit = np.abs(p.logits(faces) - truth), _logit_limit(truth)
     return ParityCheck(n=n, inputs="embedded faces", mean_abs_diff=float(off.mean()), max_abs_diff=float(off.max()), limit=limit,
                        passed=bool(off.max() <= limit))
 
@@ -263,7 +262,7 @@ def _report(facts: ModelFacts, files: dict, check: ParityCheck) -> ExportReport:
         files=files, parity_check=check, versions=package_versions(packages), date=datetime.now(UTC).isoformat(timespec="seconds"))
 
 # %% ../nbs/09_onnx_export.ipynb #09-exporting-036
-LIMITS = {  # what may differ, by precision; fp32 in its logits, by `logit_limit`
+LIMITS = {  # what may differ, by precision; fp32 in its logits, by `_logit_limit`
     "fp16": {"max_prob_diff": 5e-3, "argmax_disagreement": 0.005, "macro_f1_change": 0.2},
     "int8": {"macro_f1_loss": 0.3, "argmax_disagreement": 0.05},
 }
@@ -294,7 +293,7 @@ def compare_logits(
         points = in_points(change)
         f1 = dict(macro_f1=macro_f1(got, labels), macro_f1_change=points)
         found |= {"macro_f1_change": abs(points.value), "macro_f1_loss": -points.value}
-    limits = LIMITS[precision] if precision in LIMITS else {"max_logit_diff": logit_limit(truth)}
+    limits = LIMITS[precision] if precision in LIMITS else {"max_logit_diff": _logit_limit(truth)}
     few = len(truth)*limits.get("argmax_disagreement", 1) < 1  # then a single near tie that flips is more than the share allows
     limits = {k: v for k, v in limits.items() if k in found and not (few and k not in ("max_logit_diff", "max_prob_diff"))}
     return dict(max_logit_diff=float(dz.max()), mean_logit_diff=float(dz.mean()), max_prob_diff=float(dp.max()),
@@ -362,36 +361,13 @@ def parity_plot(
     fig.suptitle(f"Probabilities of {min(most, len(truth)):,} faces × 7 classes", fontsize=10)
     return fig
 
-# %% ../nbs/09_onnx_export.ipynb #09-exporting-046
-def file_precision(path) -> str:  # fp32 | fp16 | int8
-    "What the arithmetic of an ONNX file is done in."
-    graph = onnx.load(path).graph
-    if any(n.op_type == "QuantizeLinear" for n in graph.node): return "int8"
-    return "fp16" if any(i.data_type == onnx.TensorProto.FLOAT16 for i in graph.initializer) else "fp32"
-
-# %% ../nbs/09_onnx_export.ipynb #09-exporting-047
-def open_variants(
-    models: dict,  # name -> path
-    provider: str,
-    threads: int,
-) -> tuple[dict, dict[str, str]]:  # name -> (session, geometry); name -> why it can't run
-    "Open each model with a provider, or note why not."
-    opened, refused = {}, {}
-    for name, path in models.items():
-        try: session = open_session(path, provider, threads)
-        except GateError as e:
-            if provider == "CPUExecutionProvider": raise
-            refused[name] = str(e).removeprefix(f"{path}: ")
-        else: opened[name] = session, read_facts(session.get_modelmeta().custom_metadata_map, path).geometry
-    return opened, refused
-
 # %% ../nbs/09_onnx_export.ipynb #09-exporting-049
 def in_colour(faces: np.ndarray) -> np.ndarray:  # uint8 (N, S, S) or (N, S, S, 3) to (N, S, S, 3)
     "Grey faces with their one channel three times; others as they are."
     return np.repeat(faces[..., None], 3, -1) if faces.ndim == 3 else np.asarray(faces)
 
 # %% ../nbs/09_onnx_export.ipynb #09-exporting-050
-def packed_view(
+def _packed_view(
     manifest_dir,  # a frozen manifest
     cache_dir,  # its packed images
     view: str,  # of the manifest, such as hq_train
@@ -409,7 +385,7 @@ def packed_view(
     return PackedFaces(cache, rows)
 
 # %% ../nbs/09_onnx_export.ipynb #09-exporting-051
-def every_face(
+def _every_face(
     faces,  # PackedFaces or LazyFaces
 ) -> np.ndarray:  # uint8 (N, S, S, 3)
     "All faces of a view, three channels each."
@@ -417,15 +393,15 @@ def every_face(
 
 # %% ../nbs/09_onnx_export.ipynb #09-exporting-052
 def packed_faces(*args, **kwargs) -> tuple[np.ndarray, np.ndarray]:  # uint8 (N, S, S, 3), (N,) labels
-    "The faces and labels of `packed_view`."
-    faces = packed_view(*args, **kwargs)
-    return every_face(faces), faces.labels
+    "The faces and labels of `_packed_view`."
+    faces = _packed_view(*args, **kwargs)
+    return _every_face(faces), faces.labels
 
 # %% ../nbs/09_onnx_export.ipynb #09-exporting-054
 def answers_file(precision: str) -> str: return f"answers_{precision}.npz"
 
 # %% ../nbs/09_onnx_export.ipynb #09-exporting-055
-def keep_answers(
+def _keep_answers(
     path,  # an ONNX file of this project
     faces,  # PackedFaces or LazyFaces: test rows
     out,  # the folder
@@ -476,15 +452,15 @@ def export_checkpoint(
     if manifest_dir is None: train, test, shown, what = None, None, embedded_faces(geometry, seed=seed), "embedded"
     else:
         train = packed_faces(manifest_dir, cache_dir, "hq_train", geometry, calibration, seed, facts.convention)[0]
-        test = packed_view(manifest_dir, cache_dir, view, geometry, faces, seed, facts.convention)
-        shown = every_face(test)
+        test = _packed_view(manifest_dir, cache_dir, view, geometry, faces, seed, facts.convention)
+        shown = _every_face(test)
         what = f"{load_manifest(manifest_dir).dataset_index_id}, {view}{f', labels of {facts.convention}' if facts.convention else ''}"
     report = export_model(path, out, precisions, train)
     labels, groups = (None, None) if test is None else (test.labels, groups_of(test.rows))
     parity = check_parity(out, path, shown, labels, what, seed=seed, groups=groups)
     require_parity(parity, out)
     if test is not None:
-        for p in parity.variants: keep_answers(out/model_file(p), test, out)
+        for p in parity.variants: _keep_answers(out/model_file(p), test, out)
     notes = [] if precisions or "int8" in report.files else ["no int8: it needs training faces; give a manifest and its cache"]
     if (v := parity.variants.get("int8")) and not v.passed: notes.append("int8 is outside its bar: ship fp32")
     return ExportResult(report, parity, out, notes)

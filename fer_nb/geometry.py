@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KERNELS', 'PLAIN', 'QUANTILES', 'LEAST_FOUND', 'DEFAULT_SIGHTS', 'Portable', 'Geometry', 'check_geometry', 'Crop',
-           'Square', 'eye_angle', 'fit_shape', 'squares', 'cut', 'square_crops', 'square_crop', 'equalise', 'resize',
-           'prepare_pixels', 'prepare_face', 'prepare_views', 'normalise', 'Sight', 'Framing', 'read_framing']
+           'Square', 'eye_angle', 'fit_shape', 'squares', 'cut', 'square_crop', 'resize', 'prepare_pixels',
+           'prepare_face', 'prepare_views', 'normalise', 'Sight', 'Framing', 'read_framing']
 
 # %% ../nbs/01a_geometry.ipynb #01a-geometry-002
 import json
@@ -171,7 +171,7 @@ def cut(
     return cv2.warpAffine(image, m, (out, out), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
 
 # %% ../nbs/01a_geometry.ipynb #01a-geometry-024
-def square_crops(
+def _square_crops(
     image: np.ndarray,  # (H, W) or (H, W, 3), uint8
     crop: Crop = PLAIN,  # where the squares stand over the face
     box: Box | None = None,  # of the face; None: the whole image
@@ -189,11 +189,11 @@ def square_crops(
 
 # %% ../nbs/01a_geometry.ipynb #01a-geometry-025
 def square_crop(image: np.ndarray, crop: Crop = PLAIN, box: Box | None = None, landmarks=None, size: int | None = None) -> np.ndarray:
-    "The first of `square_crops`: by the box."
-    return square_crops(image, crop._replace(shape=None, wide=None), box, landmarks, size)[0]
+    "The first of `_square_crops`: by the box."
+    return _square_crops(image, crop._replace(shape=None, wide=None), box, landmarks, size)[0]
 
 # %% ../nbs/01a_geometry.ipynb #01a-geometry-029
-def equalise(
+def _equalise(
     image: np.ndarray,  # (H, W) grey or (H, W, 3) BGR, uint8
     clahe,  # (clip limit, tiles a side), or None to leave the image as it is
 ) -> np.ndarray:  # the same shape
@@ -227,7 +227,7 @@ def prepare_pixels(
     "Align, crop by the box, resize, equalise."
     _check_image(image)
     crop = (crop or Crop(1 + geometry.margin))._replace(shape=None, wide=None)
-    return _finish(square_crops(image, crop, box, landmarks, geometry.size)[0], geometry)
+    return _finish(_square_crops(image, crop, box, landmarks, geometry.size)[0], geometry)
 
 # %% ../nbs/01a_geometry.ipynb #01a-geometry-034
 def _check_image(image):
@@ -237,7 +237,7 @@ def _check_image(image):
 # %% ../nbs/01a_geometry.ipynb #01a-geometry-035
 def _finish(face: np.ndarray, geometry: Geometry) -> np.ndarray:
     "Resize and equalise a square; BGR becomes RGB."
-    face = equalise(resize(face, geometry), geometry.clahe)
+    face = _equalise(resize(face, geometry), geometry.clahe)
     return face if face.ndim == 2 else cv2.cvtColor(face, cv2.COLOR_BGR2RGB)
 
 # %% ../nbs/01a_geometry.ipynb #01a-geometry-036
@@ -264,7 +264,7 @@ def prepare_views(
 ) -> np.ndarray:  # (1 or 2, S, S, 3) RGB, uint8
     "A detected face as a network should look at it: by its box, and again by its landmarks, or wider."
     _check_image(image_bgr)
-    return np.stack([_rgb(_finish(s, geometry)) for s in square_crops(image_bgr, crop, box, landmarks, geometry.size)])
+    return np.stack([_rgb(_finish(s, geometry)) for s in _square_crops(image_bgr, crop, box, landmarks, geometry.size)])
 
 # %% ../nbs/01a_geometry.ipynb #01a-geometry-045
 def normalise(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COEFFICIENTS', 'HASH_BITS', 'MAX_HAMMING', 'MIN_CORRELATION', 'coefficients', 'perceptual_hashes', 'grey',
-           'pixel_hash', 'Prints', 'face_box', 'crop_box', 'usable_cores', 'fingerprint', 'hamming_pairs', 'Likeness',
+           'pixel_hash', 'face_box', 'crop_box', 'Prints', 'usable_cores', 'fingerprint', 'hamming_pairs', 'Likeness',
            'find_groups']
 
 # %% ../nbs/00_data_likeness.ipynb #00-likeness-002
@@ -84,17 +84,6 @@ def pixel_hash(
 @lru_cache(maxsize=1024)
 def _shape_bytes(shape: tuple, dtype) -> bytes: return f"{shape} {dtype}".encode()
 
-# %% ../nbs/00_data_likeness.ipynb #00-likeness-016
-class Prints(NamedTuple):
-    "What `fingerprint` learnt; every array has one value a picture, in the order asked for."
-    sha256: np.ndarray  # str, "" where the picture could not be read
-    pixel_hash: np.ndarray  # str, "" where it could not be decoded
-    perceptual: np.ndarray  # uint64
-    width: np.ndarray  # int32, pixels
-    height: np.ndarray  # int32, pixels
-    problem: np.ndarray  # str: "", "missing file", "broken file", "box outside of the picture"
-    coef: np.ndarray  # (N, 80) float32
-
 # %% ../nbs/00_data_likeness.ipynb #00-likeness-017
 def face_box(
     cell,  # of a manifest's column `box`: left, top, right, bottom in pixels; None or NaN where the picture is a face already
@@ -112,6 +101,17 @@ def crop_box(
     h, w = image.shape[:2]
     left, top, right, bottom = map(round, box.corners)
     return image[min(max(top, 0), h):min(max(bottom, 0), h), min(max(left, 0), w):min(max(right, 0), w)]
+
+# %% ../nbs/00_data_likeness.ipynb #00-likeness-016
+class Prints(NamedTuple):
+    "What `fingerprint` learnt; every array has one value a picture, in the order asked for."
+    sha256: np.ndarray  # str, "" where the picture could not be read
+    pixel_hash: np.ndarray  # str, "" where it could not be decoded
+    perceptual: np.ndarray  # uint64
+    width: np.ndarray  # int32, pixels
+    height: np.ndarray  # int32, pixels
+    problem: np.ndarray  # str: "", "missing file", "broken file", "box outside of the picture"
+    coef: np.ndarray  # (N, 80) float32
 
 # %% ../nbs/00_data_likeness.ipynb #00-likeness-019
 def _print_one(path: str, box: Box | None = None):
@@ -141,6 +141,11 @@ def _print_chunk(todo, perceptual=True) -> Prints:
         hashes[where] = perceptual_hashes(c)
     return Prints(np.array(sha, object), np.array(pixels, object), hashes, size[:, 1], size[:, 0], np.array(problems, object), coef)
 
+# %% ../nbs/00_data_likeness.ipynb #00-likeness-027
+def _print_nothing() -> Prints:
+    text, number = np.array([], object), np.array([], np.int32)
+    return Prints(text, text, np.array([], np.uint64), number, number, text, np.zeros((0, len(_ORDER)), np.float32))
+
 # %% ../nbs/00_data_likeness.ipynb #00-likeness-021
 def usable_cores() -> int:
     "Cores that this process may run on."
@@ -158,6 +163,22 @@ def _pool(workers: int):
     if sys.platform == "linux":
         return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork"), initializer=_start_worker)
     return ThreadPoolExecutor(workers)
+
+# %% ../nbs/00_data_likeness.ipynb #00-likeness-026
+def _map(f, tasks, workers, *args):
+    "f over tasks in order: in this process for little work, else in workers."
+    if workers <= 1 or len(tasks) < 4:
+        for t in tasks: yield f(t, *args)
+        return
+    with warnings.catch_warnings(), _pool(workers) as pool:
+        warnings.filterwarnings("ignore", category=DeprecationWarning, message=".*fork.*")  # workers only read, decode and hash
+        for done in [pool.submit(f, t, *args) for t in tasks]: yield done.result()
+
+# %% ../nbs/00_data_likeness.ipynb #00-likeness-025
+def _try_open(archive):
+    "Open an archive anew if it has changed, before workers fork and share it; a broken one is told of picture by picture."
+    try: open_archive(archive)
+    except ArtifactError: forget_archive(archive)
 
 # %% ../nbs/00_data_likeness.ipynb #00-likeness-024
 def fingerprint(
@@ -182,27 +203,6 @@ def fingerprint(
             parts.append(part)
             bar.update(len(part.sha256))
     return Prints(*map(np.concatenate, zip(*parts))) if parts else _print_nothing()
-
-# %% ../nbs/00_data_likeness.ipynb #00-likeness-025
-def _try_open(archive):
-    "Open an archive anew if it has changed, before workers fork and share it; a broken one is told of picture by picture."
-    try: open_archive(archive)
-    except ArtifactError: forget_archive(archive)
-
-# %% ../nbs/00_data_likeness.ipynb #00-likeness-026
-def _map(f, tasks, workers, *args):
-    "f over tasks in order: in this process for little work, else in workers."
-    if workers <= 1 or len(tasks) < 4:
-        for t in tasks: yield f(t, *args)
-        return
-    with warnings.catch_warnings(), _pool(workers) as pool:
-        warnings.filterwarnings("ignore", category=DeprecationWarning, message=".*fork.*")  # workers only read, decode and hash
-        for done in [pool.submit(f, t, *args) for t in tasks]: yield done.result()
-
-# %% ../nbs/00_data_likeness.ipynb #00-likeness-027
-def _print_nothing() -> Prints:
-    text, number = np.array([], object), np.array([], np.int32)
-    return Prints(text, text, np.array([], np.uint64), number, number, text, np.zeros((0, len(_ORDER)), np.float32))
 
 # %% ../nbs/00_data_likeness.ipynb #00-likeness-032
 MAX_HAMMING, MIN_CORRELATION = 6, 0.98
@@ -251,23 +251,6 @@ class Likeness(NamedTuple):
     candidates: int  # pairs of different pictures within max_hamming
     confirmed: int  # of them, with correlating coefficients
 
-# %% ../nbs/00_data_likeness.ipynb #00-likeness-038
-def find_groups(
-    prints: Prints,
-    max_hamming: int = MAX_HAMMING,  # bits of 64
-    min_correlation: float = MIN_CORRELATION,  # of the 80 coefficients
-) -> Likeness:
-    "Join identical and near-identical pictures into groups."
-    row_to, names = pd.factorize(prints.pixel_hash, sort=True)
-    first = np.empty(len(names), int)
-    first[row_to[::-1]] = np.arange(len(row_to))[::-1]
-    coef = prints.coef[first]
-    i, j = _candidates(prints.perceptual[first], names != "", max_hamming)
-    near = _correlation(coef, i, j) >= min_correlation
-    label = _components(len(names), i[near], j[near])
-    smallest = names[np.unique(label, return_index=True)[1]]  # names are sorted: the first of a component is its smallest
-    return Likeness(smallest[label][row_to], len(i), int(near.sum()))
-
 # %% ../nbs/00_data_likeness.ipynb #00-likeness-039
 def _correlation(coef: np.ndarray, i: np.ndarray, j: np.ndarray) -> np.ndarray:
     "Correlation of the coefficients of pairs; a flat picture resembles nothing."
@@ -294,3 +277,20 @@ def _candidates(hashes: np.ndarray, usable: np.ndarray, max_hamming: int):
 def _components(n: int, i: np.ndarray, j: np.ndarray) -> np.ndarray:
     "Connected components of n nodes under edges i-j: one label a node."
     return connected_components(coo_matrix((np.ones(len(i), bool), (i, j)), shape=(n, n)), directed=False)[1]
+
+# %% ../nbs/00_data_likeness.ipynb #00-likeness-038
+def find_groups(
+    prints: Prints,
+    max_hamming: int = MAX_HAMMING,  # bits of 64
+    min_correlation: float = MIN_CORRELATION,  # of the 80 coefficients
+) -> Likeness:
+    "Join identical and near-identical pictures into groups."
+    row_to, names = pd.factorize(prints.pixel_hash, sort=True)
+    first = np.empty(len(names), int)
+    first[row_to[::-1]] = np.arange(len(row_to))[::-1]
+    coef = prints.coef[first]
+    i, j = _candidates(prints.perceptual[first], names != "", max_hamming)
+    near = _correlation(coef, i, j) >= min_correlation
+    label = _components(len(names), i[near], j[near])
+    smallest = names[np.unique(label, return_index=True)[1]]  # names are sorted: the first of a component is its smallest
+    return Likeness(smallest[label][row_to], len(i), int(near.sum()))

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SPACES', 'PRESETS', 'REPORT_VIEW', 'log_probs', 'check_weights', 'mixture', 'fuse', 'Member', 'load_member',
-           'member_names', 'check_preset', 'preset_members', 'open_manifest', 'learned_by', 'most_common',
-           'training_view', 'taught_rows', 'require_separate', 'benchmark_rows', 'try_reading', 'alignment_reports',
-           'check_member', 'convention_reason', 'relative', 'common_views', 'check_members', 'require_members']
+           'member_names', 'check_preset', 'preset_members', 'open_manifest', 'learned_by', 'taught_rows',
+           'require_separate', 'benchmark_rows', 'try_reading', 'alignment_reports', 'relative', 'check_members',
+           'require_members']
 
 # %% ../nbs/04_ensemble_members.ipynb #04-members-002
 import os
@@ -154,12 +154,12 @@ def learned_by(
     return [learned(d) for d in dirs]
 
 # %% ../nbs/04_ensemble_members.ipynb #04-members-025
-def most_common(values) -> str:
+def _most_common(values) -> str:
     "The most frequent value that is not empty, the first of equals; empty where there is none."
     return next(iter(Counter(v for v in values if v).most_common(1)), ("", 0))[0]
 
 # %% ../nbs/04_ensemble_members.ipynb #04-members-026
-def training_view(
+def _training_view(
     dirs,  # members' run folders
 ) -> tuple[str, str | None, str | None]:  # view, source, convention
     "The view that most members were trained on, by their args.json."
@@ -177,8 +177,8 @@ def taught_rows(
 ) -> tuple[str, tuple[str, str | None, str | None]]:  # convention; view, source and convention of the rows
     "Whose labels most members learned, and the rows that most of those were trained on."
     whose = learned_by(dirs, manifest)
-    convention = most_common(whose)
-    return convention, training_view([d for d, c in zip(dirs, whose) if c == convention])
+    convention = _most_common(whose)
+    return convention, _training_view([d for d, c in zip(dirs, whose) if c == convention])
 
 # %% ../nbs/04_ensemble_members.ipynb #04-members-029
 def require_separate(
@@ -248,7 +248,7 @@ def alignment_reports(
     return [*reports.values()] if len(reports) == len(rows) else []
 
 # %% ../nbs/04_ensemble_members.ipynb #04-members-036
-def check_member(
+def _check_member(
     folder,  # a member's run
     rows: dict[str, pd.DataFrame],  # split -> rows it must hold
     dataset_index_id: str,
@@ -269,7 +269,7 @@ def check_member(
         reasons.append(f"views {', '.join(soft.views)} are not {', '.join(views)}: export its softlabels again with the same views")
     uncalibrated = _calibration_reasons(folder, soft, dataset_index_id)
     reasons += uncalibrated
-    alien = convention_reason(convention, learned)
+    alien = _convention_reason(convention, learned)
     if alien: reasons = [alien]
     def every(key): return bool(reports) and all(getattr(r, key) for r in reports)
     return MemberCheck(
@@ -280,7 +280,7 @@ def check_member(
         reasons=list(dict.fromkeys(reasons)))
 
 # %% ../nbs/04_ensemble_members.ipynb #04-members-037
-def convention_reason(convention: str, learned: str) -> str:
+def _convention_reason(convention: str, learned: str) -> str:
     "Why a member does not speak for a convention; nothing where it does."
     if not convention or learned == convention: return ""
     if not learned: return f"nothing says whose labels it learned, and the others learned those of {convention}: train it again"
@@ -292,7 +292,7 @@ def relative(folder, out) -> str:
     return Path(os.path.relpath(Path(folder).resolve(), Path(out).resolve())).as_posix()
 
 # %% ../nbs/04_ensemble_members.ipynb #04-members-040
-def common_views(dirs) -> tuple[str, ...]:
+def _common_views(dirs) -> tuple[str, ...]:
     "The views that most members have; those of the first on a tie."
     found = [s.views for d in dirs if (s := try_reading([], load_softlabels, Path(d)/"softlabels")) is not None]
     return Counter(found).most_common(1)[0][0] if found else VIEWS
@@ -313,8 +313,8 @@ def check_members(
     manifest = open_manifest(manifest)
     convention, own = taught_rows(dirs, manifest)
     taught = (train_view, train_source, train_convention) if train_view else own
-    rows, views, whose = manifest.splits(*taught), common_views(dirs), learned_by(dirs, manifest)
-    checks = [check_member(d, rows, manifest.dataset_index_id, views, n, out or ".", convention, c)
+    rows, views, whose = manifest.splits(*taught), _common_views(dirs), learned_by(dirs, manifest)
+    checks = [_check_member(d, rows, manifest.dataset_index_id, views, n, out or ".", convention, c)
               for d, n, c in zip(dirs, member_names(dirs), whose)]
     gate = EnsembleGate(dataset_index_id=manifest.dataset_index_id, views=list(views), rows={k: len(v) for k, v in rows.items()},
                         convention=convention or None, members=checks, passed=all(c.passed for c in checks),

@@ -10,7 +10,6 @@ __all__ = ['bootstrap_weights', 'weight_chunks', 'percentile_interval', 'bootstr
 from typing import NamedTuple
 
 import numpy as np
-import scipy
 
 from .artifacts import UsageError
 from .calibration import check, group_codes, predictions
@@ -108,7 +107,8 @@ def mcnemar(
     lead, codes = (predictions(b) == y).astype(int) - (predictions(a) == y), group_codes(groups, len(y))
     if codes is not None: lead = np.bincount(codes, lead)
     only_a, only_b = int((lead < 0).sum()), int((lead > 0).sum())
-    p = scipy.stats.binomtest(only_a, only_a + only_b).pvalue if only_a + only_b else 1.0
+    from scipy.stats import binomtest
+    p = binomtest(only_a, only_a + only_b).pvalue if only_a + only_b else 1.0
     return McNemar(only_a, only_b, float(p))
 
 # %% ../nbs/02_calibration_intervals.ipynb #02-resampling-022

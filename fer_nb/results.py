@@ -4,15 +4,11 @@
 
 # %% auto #0
 __all__ = ['SAID', 'RARE', 'CHOSEN', 'OPENING', 'PENDING', 'MARKS', 'GROUP', 'COLOURS', 'span', 'points', 'spread', 'reach',
-           'md_table', 'section', 'said', 'Kept', 'find_kept', 'conventions_in', 'label', 'link', 'started',
-           'epochs_of', 'minutes', 'how_trained', 'how_fused', 'other_columns', 'find_scores', 'judged_cells',
-           'models_section', 'gain_rows', 'gains_section', 'arm_name', 'chain_of', 'find_arms', 'taught_by', 'arm_row',
-           'students_section', 'comparison_rows', 'comparisons_section', 'own_answers', 'one_seed', 'shipped_run',
-           'sets_section', 'class_sets', 'shipped_scores', 'shown', 'through_section', 'precision_rows', 'int8_cost',
-           'latency_section', 'shipped_section', 'tuning_section', 'older_section', 'session_section',
-           'measured_section', 'perfect_rows', 'ground_section', 'reading_section', 'results_page', 'mean_row',
-           'readme_rows', 'readme_table', 'said_detector', 'between_marks', 'write_results', 'drawn_group',
-           'draw_bars_of', 'answer_figure', 'write_picture']
+           'md_table', 'said', 'Kept', 'find_kept', 'conventions_in', 'label', 'how_trained', 'how_fused',
+           'models_section', 'gains_section', 'chain_of', 'find_arms', 'taught_by', 'students_section',
+           'comparisons_section', 'sets_section', 'shown', 'shipped_section', 'tuning_section', 'older_section',
+           'session_section', 'measured_section', 'results_page', 'readme_table', 'between_marks', 'drawn_group',
+           'write_picture']
 
 # %% ../nbs/09c_results.ipynb #09c-002
 from dataclasses import dataclass
@@ -72,7 +68,7 @@ def md_table(
     return "\n".join("| " + " | ".join(str(c).replace("|", "\\|") for c in line) + " |" for line in lines)
 
 
-def section(title: str, *parts: str, level: int = 2) -> str:
+def _section(title: str, *parts: str, level: int = 2) -> str:
     "A heading and its paragraphs; empty ones are left out."
     return "\n\n".join(["#"*level + " " + title, *filter(None, parts)])
 
@@ -130,12 +126,12 @@ def label(name: str) -> str:
     return f"{head}, seed {rest.split('_')[0]}" + (", stage B" if "stageB" in rest else "") if rest else name
 
 
-def link(run: Kept, reference, text: str = "") -> str:
+def _link(run: Kept, reference, text: str = "") -> str:
     "A Markdown link from the page of results to a run's folder."
     return f"[{text or label(run.name)}]({run.folder.relative_to(reference).as_posix()})"
 
 
-def started(args: dict) -> str:
+def _started(args: dict) -> str:
     "What a network's first weights were."
     init = str(args.get("init_from", "")).removesuffix("/best.pt")
     if init: return f"from {label(Path(init).name)}"
@@ -143,10 +139,10 @@ def started(args: dict) -> str:
     return "from scratch" if weights in ("none", "") else f"pretrained ({Path(weights).name})"
 
 
-def epochs_of(args: dict) -> str: return f"{args['epochs']} epoch{'s' if args['epochs'] > 1 else ''}"
+def _epochs_of(args: dict) -> str: return f"{args['epochs']} epoch{'s' if args['epochs'] > 1 else ''}"
 
 
-def minutes(run: Kept) -> int:
+def _minutes(run: Kept) -> int:
     "How long its epochs took."
     history = pd.read_csv(run.folder/"history.csv")
     return round(history[["train_seconds", "valid_seconds"]].sum().sum()/60)
@@ -158,8 +154,8 @@ def how_trained(run: Kept) -> str:
     extra = [f"logit adjustment {a['logit_adjustment']:g}"] if a.get("logit_adjustment") else []
     extra += [f"mixup {a['mixup']:g}"] if a.get("mixup") else []
     extra += [f"EMA {a['ema']:g}"] if a.get("ema") else []
-    return ", ".join([a["arch"], started(a), f"{a['img_size']} px", f"{epochs_of(a)}", *extra,
-                      f"{minutes(run)} min on {threads} thread{'s' if threads > 1 else ''}"])
+    return ", ".join([a["arch"], _started(a), f"{a['img_size']} px", f"{_epochs_of(a)}", *extra,
+                      f"{_minutes(run)} min on {threads} thread{'s' if threads > 1 else ''}"])
 
 
 def how_fused(run: Kept) -> str:
@@ -171,12 +167,12 @@ def how_fused(run: Kept) -> str:
     return f"{'weights searched' if c.preset is None else f'preset {c.preset}'}: {'; '.join(told)}{idle}"
 
 # %% ../nbs/09c_results.ipynb #09c-018
-def other_columns(root, convention: str) -> list[str]:
+def _other_columns(root, convention: str) -> list[str]:
     "The conventions whose labels don't judge these models, but are there to be agreed with."
-    return [c for c in find_scores(root) if c != convention]
+    return [c for c in _find_scores(root) if c != convention]
 
 
-def find_scores(root) -> list[str]:
+def _find_scores(root) -> list[str]:
     "The conventions of the test rows."
     runs = [k for kind in ("teachers", "ensembles", "students") for k in find_kept(root, kind)]
     return sorted({c for k in runs for c in k.scores.index})
@@ -185,7 +181,7 @@ def find_scores(root) -> list[str]:
 RARE = ("Disgust", "Fear")  # whose F1 the means hide
 
 
-def judged_cells(run: Kept, convention: str, others: list[str]) -> list[str]:
+def _judged_cells(run: Kept, convention: str, others: list[str]) -> list[str]:
     "The scores of a row: by the labels that it learned, then how far it agrees with others."
     own = run.by(convention)
     scaled = [f"{own[f'raw_{k}']:.3f} → {own[k]:.3f}" for k in ("nll", "ece")]
@@ -196,7 +192,7 @@ def judged_cells(run: Kept, convention: str, others: list[str]) -> list[str]:
 
 def models_section(reference, root, convention: str) -> str:
     "Teachers and ensembles by the labels that they learned."
-    others = other_columns(root, convention)
+    others = _other_columns(root, convention)
     runs = [(k, how_trained(k)) for k in find_kept(root, "teachers", convention)]
     runs += [(k, how_fused(k)) for k in find_kept(root, "ensembles", convention)]
     if not runs: return ""
@@ -204,16 +200,16 @@ def models_section(reference, root, convention: str) -> str:
     columns = ["model", "how", f"accuracy, n = {n:,}", "macro-F1", *(f"F1 {c}" for c in RARE), "NLL, T = 1 → T*", "ECE, T = 1 → T*"]
     columns += [f"*no judgement:* {said(c)}'s labels, {m}" for c in others for m in ("accuracy", "macro-F1")]
     runs = sorted(runs, key=lambda x: -x[0].by(convention)["macro_f1"])
-    rows = [[link(k, reference), how, *judged_cells(k, convention, others)] for k, how in runs]
+    rows = [[_link(k, reference), how, *_judged_cells(k, convention, others)] for k, how in runs]
     null = reach([k.by(convention)["null_ece"] for k, _ in runs], 3)
     null = f"Perfectly calibrated models with these confidences would show an ECE of {null}."
-    return section("Teachers and ensembles", md_table(columns, rows), null, level=3)
+    return _section("Teachers and ensembles", md_table(columns, rows), null, level=3)
 
 # %% ../nbs/09c_results.ipynb #09c-021
 CHOSEN = {"val": "validation", "test_all_sources": "these rows"}
 
 
-def gain_rows(run: Kept, reference) -> list[list[str]]:
+def _gain_rows(run: Kept, reference) -> list[list[str]]:
     "An ensemble's gains, a row a source and member."
     m, dirs = EnsembleMetrics.load(run.folder), {x.name: Path(x.dir).name for x in EnsembleConfig.load(run.folder).members}
     at: dict = {}
@@ -225,20 +221,20 @@ def gain_rows(run: Kept, reference) -> list[list[str]]:
         best = " and ".join(dict.fromkeys(CHOSEN.get(g.chosen_on, g.chosen_on) for g in found["accuracy"]))
         judge = said(first.convention) if first.convention == run.convention else f"*{said(first.convention)}: no judgement*"
         gains = [points(g.value, g.low, g.high) for g in (found[k][0].gain for k in ("accuracy", "macro_f1"))]
-        rows.append([link(run, reference), judge, f"{label(dirs.get(over, over))} (best on {best})", *gains])
+        rows.append([_link(run, reference), judge, f"{label(dirs.get(over, over))} (best on {best})", *gains])
     return rows
 
 
 def gains_section(reference, root, convention: str) -> str:
     "What the ensembles gain."
-    rows = [r for k in find_kept(root, "ensembles", convention) for r in gain_rows(k, reference)]
+    rows = [r for k in find_kept(root, "ensembles", convention) for r in _gain_rows(k, reference)]
     columns = ["ensemble", "by the labels of", "over its member", "points of accuracy", "points of macro-F1"]
     if not rows: return ""
-    return section("What ensembles gain", "Paired intervals over pictures. An ensemble gains where its members err differently; "
+    return _section("What ensembles gain", "Paired intervals over pictures. An ensemble gains where its members err differently; "
                    "equal weights of uneven members lose to the best one alone.", md_table(columns, rows), level=3)
 
 # %% ../nbs/09c_results.ipynb #09c-024
-def arm_name(run: Kept) -> str:
+def _arm_name(run: Kept) -> str:
     "A student's way of teaching, without its seed: KD from CE."
     tail = run.name.partition("_seed")[2].partition("_")[2].replace("_", " ")
     init = Path(str(run.args.get("init_from", "")).removesuffix("/best.pt")).name.partition("_seed")[2].partition("_")[2]
@@ -255,7 +251,7 @@ def chain_of(run: Kept) -> list[int]:
 def find_arms(root, convention: str) -> dict[str, list[Kept]]:  # arm -> its seeds
     "The students that learned a convention, by arm; short chains first."
     arms: dict = {}
-    for k in find_kept(root, "students", convention): arms.setdefault(arm_name(k), []).append(k)
+    for k in find_kept(root, "students", convention): arms.setdefault(_arm_name(k), []).append(k)
     return dict(sorted(arms.items(), key=lambda x: (len(chain_of(x[1][0])), x[0])))
 
 # %% ../nbs/09c_results.ipynb #09c-026
@@ -267,7 +263,7 @@ def taught_by(args: dict) -> str:
     return label(Path(args["softlabels"]).parent.name) + how
 
 
-def arm_row(name: str, runs: list[Kept], convention: str, others: list[str]) -> list[str]:
+def _arm_row(name: str, runs: list[Kept], convention: str, others: list[str]) -> list[str]:
     "An arm's means at T*, by the labels that it learned, then agreement with others."
     seeds = ", ".join(str(s) for s in sorted(k.args["seed"] for k in runs))
     cells = [spread([k.by(convention)[m] for k in runs]) for m in ("accuracy", "macro_f1", *(f"f1_{c}" for c in RARE), "nll", "ece")]
@@ -277,17 +273,17 @@ def arm_row(name: str, runs: list[Kept], convention: str, others: list[str]) -> 
 
 def students_section(root, convention: str) -> str:
     "Students by way of teaching, means over seeds."
-    arms, others = find_arms(root, convention), other_columns(root, convention)
+    arms, others = find_arms(root, convention), _other_columns(root, convention)
     if not arms: return ""
     first = next(iter(arms.values()))[0]
     columns = ["arm", "epochs", "taught by", "seeds", f"accuracy, n = {int(first.by(convention)['n']):,}", "macro-F1",
                *(f"F1 {c}" for c in RARE), "NLL", "ECE"]
     columns += [f"*no judgement:* {said(c)}'s labels, {m}" for c in others for m in ("accuracy", "macro-F1")]
     about = f"{first.args['backbone']}, {first.args['img_size']} px, batch {first.args['batch_size']}; mean ± sd over seeds, at T*."
-    return section("Students", about, md_table(columns, [arm_row(a, k, convention, others) for a, k in arms.items()]), level=3)
+    return _section("Students", about, md_table(columns, [_arm_row(a, k, convention, others) for a, k in arms.items()]), level=3)
 
 # %% ../nbs/09c_results.ipynb #09c-029
-def comparison_rows(table: pd.DataFrame) -> list[list[str]]:
+def _comparison_rows(table: pd.DataFrame) -> list[list[str]]:
     "A row a pair of arms: gains of b over a, over pictures and over seeds."
     rows = []
     for (a, b), part in table.groupby(["arm_a", "arm_b"], sort=False):
@@ -307,11 +303,11 @@ def comparisons_section(root, convention: str) -> str:
     columns = ["from", "to", "seeds", "accuracy, over pictures", "over seeds", "macro-F1, over pictures", "over seeds"]
     about = ("Points, paired, 95%. Over pictures: the networks stay, the test pictures are drawn again. Over seeds: Student's t on as "
              "many differences as there are seeds, so it is wide. How long each arm trained stands in the table above.")
-    return section("What one way of teaching gains over another", about, md_table(columns, comparison_rows(table)),
-                   one_seed(root, convention), level=3)
+    return _section("What one way of teaching gains over another", about, md_table(columns, _comparison_rows(table)),
+                   _one_seed(root, convention), level=3)
 
 # %% ../nbs/09c_results.ipynb #09c-031
-def own_answers(run: Kept):  # (logits (N, 7), labels (N,), pictures (N,))
+def _own_answers(run: Kept):  # (logits (N, 7), labels (N,), pictures (N,))
     "The kept answers to the test rows that judge a run."
     z = read_npz(run.folder/"evaluation.npz", ["test_ids", "test_logits", "test_labels"])
     own = own_test_rows(run.folder, z)
@@ -319,16 +315,16 @@ def own_answers(run: Kept):  # (logits (N, 7), labels (N,), pictures (N,))
     return z["test_logits"].astype(float)[own], z["test_labels"].astype(int)[own], kept_groups(run.folder, z["test_ids"], index)[own]
 
 
-def one_seed(root, convention: str, seed: int = 1337) -> str:
+def _one_seed(root, convention: str, seed: int = 1337) -> str:
     "The comparison that most people publish: DKD over CE, one seed."
     last = {a.split()[0]: k for a, runs in reversed(find_arms(root, convention).items()) for k in runs if k.args["seed"] == seed}
     if not {"CE", "DKD"} <= set(last): return ""
-    (za, y, groups), (zb, *_) = own_answers(last["CE"]), own_answers(last["DKD"])
+    (za, y, groups), (zb, *_) = _own_answers(last["CE"]), _own_answers(last["DKD"])
     gain = paired_interval(macro_f1, za, zb, y, resamples=10_000, groups=groups)
     return f"One seed can't tell: seed {seed}'s DKD is {points(gain.value, gain.low, gain.high)} points of macro-F1 above its CE."
 
 # %% ../nbs/09c_results.ipynb #09c-034
-def shipped_run(root) -> Kept:
+def _shipped_run(root) -> Kept:
     "The run whose checkpoint was exported and ships."
     hashed = ExportReport.load(Path(root)/"onnx").checkpoint_hash
     for k in find_kept(root, "students"):
@@ -348,12 +344,12 @@ def sets_section(root, convention: str) -> str:
     others = [o for s in runs for o in s.others]
     if others: told += (f" By the labels of {' and '.join(sorted({said(o.convention) for o in others}))}, for which nothing is promised, "
                         f"they cover {reach([o.coverage.value for o in others], 2)}.")
-    return section("Prediction sets", told, class_sets(root, convention), level=3)
+    return _section("Prediction sets", told, _class_sets(root, convention), level=3)
 
 
-def class_sets(root, convention: str) -> str:
+def _class_sets(root, convention: str) -> str:
     "The shipped student's sets, class by class."
-    run = shipped_run(root)
+    run = _shipped_run(root)
     if run.convention != convention: return ""
     by = SelectiveReport.load(run.folder).by_class
     rows = [["coverage", *(f"{by[c].coverage:.2f}" for c in CLASSES)], ["classes in a set", *(f"{by[c].mean_size:.1f}" for c in CLASSES)]]
@@ -361,7 +357,7 @@ def class_sets(root, convention: str) -> str:
             "sets):\n\n" + md_table(["", *(f"{c}, n = {by[c].n:,}" for c in CLASSES)], rows))
 
 # %% ../nbs/09c_results.ipynb #09c-037
-def shipped_scores(root) -> dict:  # accuracy, macro_f1, nll, ece and others as intervals
+def _shipped_scores(root) -> dict:  # accuracy, macro_f1, nll, ece and others as intervals
     "The scores of the file that ships, from its kept answers."
     z = read_npz(Path(root)/"onnx"/"answers_int8.npz", ["test_logits", "test_labels", "test_groups"])
     return evaluate(z["test_logits"].astype(float), z["test_labels"].astype(int), ExportReport.load(Path(root)/"onnx").temperature,
@@ -371,7 +367,7 @@ def shipped_scores(root) -> dict:  # accuracy, macro_f1, nll, ece and others as 
 def shown(interval) -> str: return span(interval.value, interval.low, interval.high)
 
 
-def through_section(root) -> str:
+def _through_section(root) -> str:
     "What is left of it behind a detector."
     t, rows = ThroughDetector.load(Path(root)/"onnx"), []
     for r in t.rows:
@@ -384,26 +380,26 @@ def through_section(root) -> str:
     about = (f"{said(t.rows[0].convention)}'s test pictures (n = {t.rows[0].n:,}, one row a picture), enlarged on a canvas with mirrored "
              "surroundings, cut as the dataset has them (*direct*) and as a detector gives them (*through*). It keeps what it knows of "
              "a face, and loses the faces that are not found; many of those pictures show less than a face.")
-    return section("Through a detector", about, md_table(columns, rows), level=3)
+    return _section("Through a detector", about, md_table(columns, rows), level=3)
 
 # %% ../nbs/09c_results.ipynb #09c-038
-def precision_rows(root) -> list[list[str]]:
+def _precision_rows(root) -> list[list[str]]:
     "A row an exported file: size, and how often it gives the same label."
     report, parity = ExportReport.load(Path(root)/"onnx"), OnnxParity.load(Path(root)/"onnx").variants
     return [[p, f"{report.files[p].bytes/1e6:.1f} MB", f"{parity[p].argmax_agreement:.2%}"] for p in report.precision]
 
 
-def int8_cost(root) -> str:
+def _int8_cost(root) -> str:
     "What int8 costs by the labels that the student learned, in pairs on the same rows."
     path = Path(root)/"onnx"/"answers_int8.npz"
-    (z, y, groups), answers = own_answers(shipped_run(root)), read_npz(path)
+    (z, y, groups), answers = _own_answers(_shipped_run(root)), read_npz(path)
     if not np.array_equal(answers["test_labels"], y): raise ArtifactError(path, "has other rows than its checkpoint")
     cost = paired_interval(macro_f1, z, answers["test_logits"].astype(float), y, groups=groups)
     change = points(cost.value, cost.low, cost.high)
     return f"By the labels that it learned, int8 changes macro-F1 by {change} points, n = {len(y):,}, in pairs."
 
 
-def latency_section(root) -> str:
+def _latency_section(root) -> str:
     "How fast it is, with the machine that said so."
     parts = []
     for name in ("latency_reference.csv", "latency_benchmarks.csv"):
@@ -412,22 +408,23 @@ def latency_section(root) -> str:
         at = t.iloc[0]
         parts += [f"`{name}`: {at['runs']} interleaved runs each, onnxruntime {at['onnxruntime']}, {at['cores']} cores, load {at['load']}.",
                   md_table(["model", "threads", "faces at once", "p50, ms", "p99, ms", "faces/s"], rows)]
-    return section("Latency", *parts, level=3)
+    return _section("Latency", *parts, level=3)
 
 
 def shipped_section(reference, root) -> str:
     "All about the student that ships."
-    run, s = shipped_run(root), shipped_scores(root)
+    run, s = _shipped_run(root), _shipped_scores(root)
     best = pd.read_csv(run.folder/"history.csv")["valid_macro_f1"].max()
     rows = [["`student.onnx` (int8)", f"{s['n']:,}", *(shown(s[k]) for k in ("accuracy", "macro_f1", "nll", "ece"))]]
     n = OnnxParity.load(Path(root)/"onnx").n
-    return section("The student that ships",
-                   f"{link(run, reference, arm_name(run) + ', seed ' + str(run.args['seed']))}, the one with the best validation macro-F1 "
+    shipped = _link(run, reference, f"{_arm_name(run)}, seed {run.args['seed']}")
+    return _section("The student that ships",
+                   f"{shipped}, the one with the best validation macro-F1 "
                    f"({best:.3f}) when it was chosen. [Its card](../../fer_nb/models/MODEL_CARD.md) tells by class what to expect.",
                    md_table(["file", f"rows of {said(run.convention)}", "accuracy", "macro-F1", "NLL", "ECE"], rows),
                    f"The exported files against their checkpoint, on the same {n:,} faces of both sources:",
-                   md_table(["precision", "size", "same label"], precision_rows(root)), int8_cost(root),
-                   through_section(root), latency_section(root))
+                   md_table(["precision", "size", "same label"], _precision_rows(root)), _int8_cost(root),
+                   _through_section(root), _latency_section(root))
 
 # %% ../nbs/09c_results.ipynb #09c-041
 def tuning_section(root) -> str:
@@ -440,7 +437,7 @@ def tuning_section(root) -> str:
              number(r.logit_adjustment), f"{r.epochs_done} of {r.epochs}", f"{r.valid_macro_f1:.3f}", f"{r.valid_accuracy:.3f}",
              f"{r.valid_nll:.3f}"] for r in t.itertuples()]
     columns = ["stage", "teacher", "T", "α", "β", "classes balanced", "logit adjustment", "epochs", "macro-F1", "accuracy", "NLL"]
-    return section("What was tried before",
+    return _section("What was tried before",
                    f"The best epoch of each, on validation rows (FERPlus, n = {t['n_valid'].iloc[0]:,}), seed 1337, from CE's best. "
                    "T 1 was taken for its NLL, which macro-F1 does not contradict.", md_table(columns, rows))
 
@@ -449,13 +446,13 @@ def older_section(reference) -> str:
     "Earlier and unfinished runs, so that nothing is forgotten."
     first, wide = Path(reference)/"fer2013_first", Path(reference)/"fer2013"/"reference224"
     runs = [*find_kept(first, "teachers"), *find_kept(first, "students"), *find_kept(wide, ".")]
-    rows = [[link(k, reference, k.folder.relative_to(reference).as_posix()),
-             f"{k.args['img_size']} px, {epochs_of(k.args)}, {minutes(k)} min",
+    rows = [[_link(k, reference, k.folder.relative_to(reference).as_posix()),
+             f"{k.args['img_size']} px, {_epochs_of(k.args)}, {_minutes(k)} min",
              *(k.shown(m, "ferplus") for m in ("accuracy", "macro_f1"))] for k in runs]
     about = ("By FERPlus's labels. `fer2013_first` is the first run of four epochs; its KD started from CE's best, so it trained twice as "
              "long; its intervals count rows. The one at 224 px is a single epoch from the weights that ship, far from converged: what "
              "small inputs cost could not be measured fairly.")
-    return section("Earlier and unfinished", about, md_table(["run", "how", "accuracy", "macro-F1"], rows))
+    return _section("Earlier and unfinished", about, md_table(["run", "how", "accuracy", "macro-F1"], rows))
 
 # %% ../nbs/09c_results.ipynb #09c-042
 def session_section(root) -> str:
@@ -466,25 +463,25 @@ def session_section(root) -> str:
              f"{r.raw_accuracy:.3f}", f"{r.jitter_per_min:.0f} of {r.raw_jitter_per_min:.0f}",
              f"{r.latency_p50_ms:.1f}; {r.latency_p99_ms:.1f}"] for r in pd.read_csv(path).itertuples()]
     columns = ["session", "source", "detector", "frames", "segments", "accuracy", "raw", "label changes a minute, of raw", "p50; p99, ms"]
-    return section("A session on a drawn face", "It shows that the way works. It says nothing about people: the student learned "
+    return _section("A session on a drawn face", "It shows that the way works. It says nothing about people: the student learned "
                    "photographs, and drawn faces are foreign to it.", md_table(columns, rows))
 
 
 def measured_section(reference) -> str:
     "What no artifact holds."
     t = pd.read_csv(Path(reference)/"measured_by_hand.csv", dtype=str, keep_default_na=False)
-    return section("Measured by hand", "From notes, not from artifacts: `measured_by_hand.csv`. *Not noted* means just that.",
+    return _section("Measured by hand", "From notes, not from artifacts: `measured_by_hand.csv`. *Not noted* means just that.",
                    md_table(list(t.columns), t.values.tolist()))
 
 # %% ../nbs/09c_results.ipynb #09c-045
-def perfect_rows(root) -> list[list[str]]:
+def _perfect_rows(root) -> list[list[str]]:
     "What knowing one convention by heart is worth by the labels of the other."
     return [[f"{p.part}, n = {p.rows:,}", said(p.convention), f"{said(p.labeller)} ({p.n:,} of them answered)",
              f"{p.accuracy:.3f}", f"{p.macro_f1:.3f}", *("–" if p.recall[c] is None else f"{p.recall[c]:.2f}" for c in CLASSES)]
             for p in LeakageReport.load(Path(root)/"manifests").perfect_scores]
 
 
-def ground_section(root) -> str:
+def _ground_section(root) -> str:
     "What all numbers stand on."
     d, any_run = DatasetIndex.load(Path(root)/"manifests"), find_kept(root, "students")[0]
     counts = "; ".join(f"{int(r['n']):,} rows of {said(c)} show {int(r['pictures']):,} pictures" for c, r in any_run.scores.iterrows())
@@ -499,16 +496,16 @@ def ground_section(root) -> str:
     chosen = ("Temperatures and ensembles' weights are chosen on validation rows of the convention that was learned, and so are epochs "
               "where nothing else is said. Brackets are 95% intervals by a bootstrap over pictures: a drawn picture brings all its rows.")
     columns = ["test part", "judge", "perfect labeller of", "accuracy", "macro-F1", *(f"recall {c}" for c in CLASSES)]
-    return section("What it stands on", told, chosen,
+    return _section("What it stands on", told, chosen,
                    "Two conventions label the same pictures. Whoever knows one by heart scores by the other:",
-                   md_table(columns, perfect_rows(root)),
+                   md_table(columns, _perfect_rows(root)),
                    "So columns marked *no judgement* say how far a model agrees with labels that it never learned, and not how good it is.")
 
 # %% ../nbs/09c_results.ipynb #09c-046
-def reading_section(reference, convention: str) -> str:
+def _reading_section(reference, convention: str) -> str:
     "What people make of the tables, without numbers: those stand in the tables."
     path = Path(reference)/f"reading_{convention}.md"
-    return section("What this shows, and what not", path.read_text(encoding="utf-8").strip(), level=3) if path.is_file() else ""
+    return _section("What this shows, and what not", path.read_text(encoding="utf-8").strip(), level=3) if path.is_file() else ""
 
 
 OPENING = """# Results
@@ -522,11 +519,11 @@ def results_page(reference) -> str:
     "The page of results, from the artifacts."
     reference = Path(reference)
     root, parts = reference/"fer2013", [OPENING]
-    parts.append(ground_section(root))
+    parts.append(_ground_section(root))
     for c in conventions_in(root):
-        own = [reading_section(reference, c), models_section(reference, root, c), gains_section(reference, root, c),
+        own = [_reading_section(reference, c), models_section(reference, root, c), gains_section(reference, root, c),
                students_section(root, c), comparisons_section(root, c), sets_section(root, c)]
-        parts.append(section(f"Models that learned {said(c)}'s labels, judged by them", *own))
+        parts.append(_section(f"Models that learned {said(c)}'s labels, judged by them", *own))
     parts += [shipped_section(reference, root), tuning_section(root), older_section(reference), session_section(root),
               measured_section(reference), PENDING]
     return "\n\n".join(filter(None, parts)) + "\n"
@@ -535,36 +532,36 @@ def results_page(reference) -> str:
 MARKS = "<!-- made by fer_nb.results: make results -->", "<!-- end -->"
 
 
-def mean_row(text: str, runs: list[Kept], convention: str) -> list[str]:
+def _mean_row(text: str, runs: list[Kept], convention: str) -> list[str]:
     "An arm's means, with its epochs and seeds."
     seeds = ", ".join(str(s) for s in sorted(k.args["seed"] for k in runs))
     return [f"{text}, {sum(chain_of(runs[0]))} epochs; mean ± sd of seeds {seeds}",
             *(spread([k.by(convention)[m] for k in runs]) for m in ("accuracy", "macro_f1", "ece"))]
 
 
-def readme_rows(root) -> list[list[str]]:
+def _readme_rows(root) -> list[list[str]]:
     "What ships, what is left of it behind a detector, its network taught by labels and by an ensemble, and that ensemble."
-    run, s, through = shipped_run(root), shipped_scores(root), ThroughDetector.load(root/"onnx").rows[0]
+    run, s, through = _shipped_run(root), _shipped_scores(root), ThroughDetector.load(root/"onnx").rows[0]
     c, arms, every = run.convention, find_arms(root, run.convention), ("accuracy", "macro_f1", "ece")
     taught = next(a for a in reversed(arms) if a.startswith("DKD"))
     best = max(find_kept(root, "ensembles", c), key=lambda k: k.by(c)["macro_f1"])
     config = EnsembleConfig.load(best.folder)
     return [[f"**the student that ships** (int8, seed {run.args['seed']})", *(shown(s[k]) for k in every)],
-            [f"the same behind {said_detector(through.detector)}, a missed face counts as wrong, n = {through.n:,}",
+            [f"the same behind {_said_detector(through.detector)}, a missed face counts as wrong, n = {through.n:,}",
              shown(through.through_all.accuracy), shown(through.through_all.macro_f1), "–"],
-            mean_row("students by labels alone", arms[arm_name(run)], c), mean_row("students by DKD", arms[taught], c),
+            _mean_row("students by labels alone", arms[_arm_name(run)], c), _mean_row("students by DKD", arms[taught], c),
             [f"the ensemble that taught them ({len(config.members)} networks, seed {config.seed})", *(best.shown(k, c) for k in every)]]
 
 
 def readme_table(reference) -> str:
     "The README's five rows; numbers don't break from their intervals."
     root = Path(reference)/"fer2013"
-    run, n = shipped_run(root), shipped_scores(root)["n"]
-    rows = [[text, *(cell.replace(" ", "\u00a0") for cell in cells)] for text, *cells in readme_rows(root)]
+    run, n = _shipped_run(root), _shipped_scores(root)["n"]
+    rows = [[text, *(cell.replace(" ", "\u00a0") for cell in cells)] for text, *cells in _readme_rows(root)]
     return md_table([f"judged by {said(run.convention)}'s labels, n\u00a0=\u00a0{n:,}", "accuracy", "macro-F1", "ECE"], rows)
 
 
-def said_detector(name: str) -> str: return {"yunet": "YuNet", "haar": "Haar", "dnn": "SSD"}.get(name, name)
+def _said_detector(name: str) -> str: return {"yunet": "YuNet", "haar": "Haar", "dnn": "SSD"}.get(name, name)
 
 # %% ../nbs/09c_results.ipynb #09c-050
 def between_marks(text: str, new: str) -> str:
@@ -574,7 +571,7 @@ def between_marks(text: str, new: str) -> str:
     return f"{before}{MARKS[0]}\n{new}\n{MARKS[1]}{rest.split(MARKS[1])[1]}"
 
 
-def write_results(
+def _write_results(
     reference="runs/reference",
     readme="",  # the README whose table is renewed; empty: none
 ) -> Path:  # the page
@@ -603,7 +600,7 @@ COLOURS = {"Angry": "#D55E00", "Disgust": "#009E73", "Fear": "#CC79A7", "Happy":
            "Neutral": "#6E6E6E"}  # safe for the colour-blind
 
 
-def draw_bars_of(ax, probs: np.ndarray):
+def _draw_bars_of(ax, probs: np.ndarray):
     "Seven probabilities as bars, the first one in its colour."
     top = int(probs.argmax())
     ax.barh(range(7), probs, color=[COLOURS[c] if i == top else "#C9CDD2" for i, c in enumerate(CLASSES)], height=0.72)
@@ -616,7 +613,7 @@ def draw_bars_of(ax, probs: np.ndarray):
     ax.spines[:].set_visible(False)
 
 
-def answer_figure(detector: str = "auto"):  # a matplotlib figure
+def _answer_figure(detector: str = "auto"):  # a matplotlib figure
     "The drawn group with its boxes and answers, probabilities beneath."
     group = drawn_group()
     faces = faces_of(group[..., ::-1].copy(), open_detector(detector)[0], Predictor())
@@ -629,7 +626,7 @@ def answer_figure(detector: str = "auto"):  # a matplotlib figure
         top.add_patch(plt.Rectangle((x, y), w, h, fill=False, lw=2.2, ec=COLOURS[f.label]))
         top.text(x, y - 8, f"{f.label} {f.probs.max():.2f}", fontsize=11, color="white", weight="bold", va="bottom",
                  bbox={"fc": COLOURS[f.label], "ec": "none", "pad": 3})
-        draw_bars_of(fig.add_axes([0.25*i + 0.065, 0.02, 0.175, 0.35]), f.probs)
+        _draw_bars_of(fig.add_axes([0.25*i + 0.065, 0.02, 0.175, 0.35]), f.probs)
     return fig
 
 
@@ -638,7 +635,7 @@ def write_picture(
     detector: str = "auto",  # yunet where its file is at hand, else haar
 ) -> Path:
     "Write the README's picture."
-    fig = answer_figure(detector)
+    fig = _answer_figure(detector)
     fig.canvas.draw()
     pixels = np.asarray(fig.canvas.buffer_rgba())[..., 2::-1]
     plt.close(fig)

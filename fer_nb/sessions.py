@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['STAGES_TIMED', 'PROBS', 'COLUMNS', 'TRUTH', 'EVENT_COLUMNS', 'LABELS', 'CODES', 'REPLAYED', 'UPSTREAM', 'STAGES_MS',
-           'OURS', 'EARLIER', 'SUM_TOLERANCE', 'MIN_SEGMENT_MS', 'TRANSITION_MS', 'LOCK_HOLD_MS', 'PAUSE_MS', 'Stretch',
-           'Timeline', 'Face', 'FrameResult', 'SessionLog', 'simulate_probs', 'runs_of', 'simulated_info',
-           'apply_changes', 'simulate_session', 'require_columns', 'read_table', 'numbers', 'label_codes',
-           'LoadedSession', 'read_probs', 'check_main', 'read_rows', 'read_changes', 'read_latency', 'stabiliser_of',
-           'read_info', 'load_session', 'read_events', 'labels_at', 'truth_of']
+           'OURS', 'EARLIER', 'SUM_TOLERANCE', 'Stretch', 'Timeline', 'Face', 'FrameResult', 'SessionLog',
+           'simulated_info', 'simulate_probs', 'simulate_session', 'runs_of', 'read_table', 'numbers', 'label_codes',
+           'LoadedSession', 'read_changes', 'read_latency', 'stabiliser_of', 'read_info', 'load_session', 'read_events',
+           'labels_at', 'truth_of']
 
 # %% ../nbs/06_demo_log.ipynb #06-sessions-002
 import csv
@@ -26,12 +25,11 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-from .artifacts import CLASSES, ArtifactError, Box, GateError, UsageError, atomic_path, find_artifact
+from .artifacts import CLASSES, ArtifactError, Box, GateError, Lines, UsageError, atomic_path, find_artifact
 from .calibration import softmax
 from .deploy import MAX_BIAS, write_class_values
 from .detectors import Detection
 from .evidence import SessionInfo
-from .artifacts import Lines
 from .stabiliser import NO_FACE, TUNABLE, UNSTABLE, Stabiliser
 
 # %% ../nbs/06_demo_log.ipynb #06-sessions-005
@@ -57,45 +55,56 @@ class Timeline:
         k = self.place(frame)
         return 0 if k is None else self.stretches[k].label
 
-    def clear(self, start: int, end: int):
-        "Take the labels off these frames."
-        left = [Stretch(s.label, s.start, min(s.end, start - 1)) for s in self.stretches if s.start < start]
-        right = [Stretch(s.label, max(s.start, end + 1), s.end) for s in self.stretches if s.end > end]
-        self.stretches = left + right
-
-    def paint(self, label: int, start: int, end: int, new: bool = False):
-        "Label these frames; `new`: don't lengthen the stretch just before them."
-        last = self.stretches[-1] if self.stretches else None
-        if last and start > last.end: pass  # the usual case, at the end: nothing lies below
-        elif self.stretches: self.clear(start, end)
-        if not label: return
-        k = self.place(start - 1)
-        if k is not None and not new and self.stretches[k].label == label: self.stretches[k].end = end
-        else: insort(self.stretches, Stretch(label, start, end), key=lambda s: s.start)
-
-    def split(self, frame: int):
-        "Cut the stretch that covers a frame, so that a new one begins there."
-        k = self.place(frame)
-        if k is None or self.stretches[k].start == frame: raise UsageError(f"no label to cut at frame {frame}")
-        s = self.stretches[k]
-        self.stretches[k:k + 1] = [Stretch(s.label, s.start, frame - 1), Stretch(s.label, frame, s.end)]
-
-    def merge(self, frame: int):
-        "Join the stretch that covers a frame to the one before, whose label and gap it takes."
-        k = self.place(frame)
-        if not k: raise UsageError(f"no two labels to join at frame {frame}")
-        before, s = self.stretches[k - 1:k + 1]
-        self.stretches[k - 1:k + 1] = [Stretch(before.label, before.start, s.end)]
-
-    def relabel(self, frame: int, label: int):
-        "Give the whole stretch that covers a frame another label; 0 takes it off."
-        k = self.place(frame)
-        if k is None: raise UsageError(f"no label to change at frame {frame}")
-        if label: self.stretches[k].label = label
-        else: del self.stretches[k]
-
     def copy(self) -> list[Stretch]:
+        "The stretches as they are, for undo."
         return [replace(s) for s in self.stretches]
+
+# %% ../nbs/06_demo_log.ipynb #06-sessions-e1
+@patch
+def clear(self: Timeline, start: int, end: int):
+    "Take the labels off these frames."
+    left = [Stretch(s.label, s.start, min(s.end, start - 1)) for s in self.stretches if s.start < start]
+    right = [Stretch(s.label, max(s.start, end + 1), s.end) for s in self.stretches if s.end > end]
+    self.stretches = left + right
+
+# %% ../nbs/06_demo_log.ipynb #06-sessions-e2
+@patch
+def paint(self: Timeline, label: int, start: int, end: int, new: bool = False):
+    "Label these frames; `new`: don't lengthen the stretch just before them."
+    last = self.stretches[-1] if self.stretches else None
+    if last and start > last.end: pass  # the usual case, at the end: nothing lies below
+    elif self.stretches: self.clear(start, end)
+    if not label: return
+    k = self.place(start - 1)
+    if k is not None and not new and self.stretches[k].label == label: self.stretches[k].end = end
+    else: insort(self.stretches, Stretch(label, start, end), key=lambda s: s.start)
+
+# %% ../nbs/06_demo_log.ipynb #06-sessions-e3
+@patch
+def split(self: Timeline, frame: int):
+    "Cut the stretch that covers a frame, so that a new one begins there."
+    k = self.place(frame)
+    if k is None or self.stretches[k].start == frame: raise UsageError(f"no label to cut at frame {frame}")
+    s = self.stretches[k]
+    self.stretches[k:k + 1] = [Stretch(s.label, s.start, frame - 1), Stretch(s.label, frame, s.end)]
+
+# %% ../nbs/06_demo_log.ipynb #06-sessions-e5
+@patch
+def relabel(self: Timeline, frame: int, label: int):
+    "Give the whole stretch that covers a frame another label; 0 takes it off."
+    k = self.place(frame)
+    if k is None: raise UsageError(f"no label to change at frame {frame}")
+    if label: self.stretches[k].label = label
+    else: del self.stretches[k]
+
+# %% ../nbs/06_demo_log.ipynb #06-sessions-e6
+@patch
+def merge(self: Timeline, frame: int):
+    "Join the stretch that covers a frame to the one before, whose label and gap it takes."
+    k = self.place(frame)
+    if not k: raise UsageError(f"no two labels to join at frame {frame}")
+    before, s = self.stretches[k - 1:k + 1]
+    self.stretches[k - 1:k + 1] = [Stretch(before.label, before.start, s.end)]
 
 # %% ../nbs/06_demo_log.ipynb #06-sessions-009
 STAGES_TIMED = ("decode", "detect", "align", "classify", "stabilise", "log")
@@ -165,29 +174,33 @@ class SessionLog:
         self.manual, self.model, self.times = Timeline(), Timeline(), {}  # times: seconds, of every frame that is logged
         self.dirty, self.edited = True, False  # events.csv is behind; per_frame.csv's manual labels are
         self.values = {"threshold": dict(info.settings["thresholds"]), "bias": dict(info.bias)}
-        self.begin()
-
-    @_saved
-    def begin(self):
-        "Make the folder and the files."
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for name in COLUMNS: self.files[name] = open(self.folder/name, "w", newline="", encoding="utf-8")  # noqa: SIM115 close() does
-        self.rows = {name: csv.writer(f, lineterminator="\n") for name, f in self.files.items()}
-        for name, columns in COLUMNS.items(): self.rows[name].writerow(columns)
-        self.info.save(self.folder)
-        for what in self.values: self.save_values(what)
-        self.flush()
-
-    def save_values(self, what: str):
-        "Write thresholds.json or logit_bias.json; what stood there becomes its history."
-        name, low, high = {"threshold": ("thresholds.json", 0, 1), "bias": ("logit_bias.json", -MAX_BIAS, MAX_BIAS)}[what]
-        write_class_values(self.folder/name, self.values[what], low, high)
+        self._begin()
 
     def abandon(self):
         "Close the files as far as they can be."
         self.closed = True
         for f in self.files.values():
             with suppress(OSError): f.close()
+
+# %% ../nbs/06_demo_log.ipynb #06-sessions-e9
+@patch
+@_saved
+def _begin(self: SessionLog):
+    "Make the folder and the files."
+    self.folder.mkdir(parents=True, exist_ok=True)
+    for name in COLUMNS: self.files[name] = open(self.folder/name, "w", newline="", encoding="utf-8")  # noqa: SIM115 close() does
+    self.rows = {name: csv.writer(f, lineterminator="\n") for name, f in self.files.items()}
+    for name, columns in COLUMNS.items(): self.rows[name].writerow(columns)
+    self.info.save(self.folder)
+    for what in self.values: self._save_values(what)
+    self.flush()
+
+# %% ../nbs/06_demo_log.ipynb #06-sessions-e10
+@patch
+def _save_values(self: SessionLog, what: str):
+    "Write thresholds.json or logit_bias.json; what stood there becomes its history."
+    name, low, high = {"threshold": ("thresholds.json", 0, 1), "bias": ("logit_bias.json", -MAX_BIAS, MAX_BIAS)}[what]
+    write_class_values(self.folder/name, self.values[what], low, high)
 
 # %% ../nbs/06_demo_log.ipynb #06-sessions-015
 def _events(timeline: Timeline, times: dict, source: str) -> list[tuple]:
@@ -207,6 +220,13 @@ def flush(self: SessionLog):
         csv.writer(f, lineterminator="\n").writerows([EVENT_COLUMNS, *sorted(rows, key=lambda r: (r[1], r[5]))])
     os.replace(self.folder/".events.tmp", self.folder/"events.csv")
     self.dirty = False
+
+# %% ../nbs/06_demo_log.ipynb #06-sessions-e12
+def simulated_info(fps: float, settings: dict) -> SessionInfo:
+    "What session.json says of a simulated session."
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    return SessionInfo(source="simulated", source_name="simulated", fps=fps, detector="simulated", model="simulated", geometry={},
+                       temperature=1.0, settings=settings, packages={}, platform="", started=now)
 
 # %% ../nbs/06_demo_log.ipynb #06-sessions-017
 def _row(face: Face | None, result: FrameResult, detector: str, model: str) -> list:
@@ -251,7 +271,7 @@ def change(self: SessionLog,
     what, _, label = name.partition("_")
     if label in CLASSES:
         self.values[what][label] = value
-        self.save_values(what)
+        self._save_values(what)
 
 # %% ../nbs/06_demo_log.ipynb #06-sessions-020
 def _bring_in_line(path: Path, manual: Timeline):
@@ -301,28 +321,15 @@ def simulate_probs(
         z.append(skill*seen + noise)
     return softmax(np.array(z)).round(6)
 
-# %% ../nbs/06_demo_log.ipynb #06-sessions-026
-def runs_of(values) -> list[tuple[int, int]]:  # first, behind the last
-    "The maximal runs of one value."
-    edges = np.flatnonzero(np.r_[True, np.asarray(values[1:]) != np.asarray(values[:-1]), True]) if len(values) else np.zeros(1, int)
-    return list(zip(edges[:-1].tolist(), edges[1:].tolist()))
-
 # %% ../nbs/06_demo_log.ipynb #06-sessions-028
 STAGES_MS = {"decode": 0.8, "detect": 4.5, "align": 0.6, "classify": 3.0, "stabilise": 0.05}  # medians of a simulated session
 
-
-def simulated_info(fps: float, settings: dict) -> SessionInfo:
-    "What session.json says of a simulated session."
-    now = datetime.now(UTC).isoformat(timespec="seconds")
-    return SessionInfo(source="simulated", source_name="simulated", fps=fps, detector="simulated", model="simulated", geometry={},
-                       temperature=1.0, settings=settings, packages={}, platform="", started=now)
-
 # %% ../nbs/06_demo_log.ipynb #06-sessions-029
-def apply_changes(stabilizer: Stabiliser, log: SessionLog, changes: dict, frame: int, update: int):
+def _apply_changes(stabiliser: Stabiliser, log: SessionLog, changes: dict, frame: int, update: int):
     "Change settings before an update, and log it."
     for name, value in changes.items():
-        if name == "reset": stabilizer.reset()
-        elif name in REPLAYED: stabilizer.set(**{name: value})
+        if name == "reset": stabiliser.reset()
+        elif name in REPLAYED: stabiliser.set(**{name: value})
         log.change(frame, update, name, value)
 
 # %% ../nbs/06_demo_log.ipynb #06-sessions-030
@@ -340,28 +347,37 @@ def simulate_session(
     close: bool = True,  # False: as a kill leaves it, but for what was not yet flushed
 ) -> Path:
     "A session with a simulated classifier, the real stabiliser and the real log, for examples and tests."
-    rng, stabilizer, last = np.random.default_rng(seed), Stabiliser(**settings or {}), None
+    rng, stabiliser, last = np.random.default_rng(seed), Stabiliser(**settings or {}), None
     time = np.round(np.arange(int(np.ceil(events["end_ms"].iloc[-1]*fps/1000 - 1e-9)))/fps, 6)
     label = np.array(events["label"])[np.searchsorted(events["start_ms"], time*1000 + 1e-6, side="right") - 1]
     truth = [CLASSES.index(x) if x else 6 for x in label]  # who isn't labelled has a face all the same
     probs = [simulate_probs(truth, fps, rng, skill) for _ in range(faces)]
     took = rng.lognormal(0, 0.25, (len(time), len(STAGES_MS)))*list(STAGES_MS.values())
-    log = SessionLog(folder, simulated_info(fps, stabilizer.settings))
+    log = SessionLog(folder, simulated_info(fps, stabiliser.settings))
     for update, i in enumerate(range(len(time)) if order is None else order):
         jump = {"reset": 1} if last is not None and i != last + 1 else {}
-        apply_changes(stabilizer, log, jump | (changes or {}).get(update, {}), i, update)
+        _apply_changes(stabiliser, log, jump | (changes or {}).get(update, {}), i, update)
         gone, last, hand = any(a <= time[i]*1000 < b for a, b in no_face), i, CODES[label[i]] + 1
         people = [] if gone else [Face(k + 1, Detection(Box.from_xywh((40 + 90*k, 30, 80, 80))), p[i]) for k, p in enumerate(probs)]
         main = people[0] if people else None
-        shown = stabilizer.update(main and main.probs, float(time[i]))
+        shown = stabiliser.update(main and main.probs, float(time[i]))
         if hand: log.manual.paint(hand, i, i)
         log.frame(FrameResult(i, float(time[i]), None, people, main, shown, None, hand, dict(zip(STAGES_MS, took[i]))), (update + 1)/fps)
     if close: log.close("the source came to its end")
     else: log.abandon()
     return Path(folder)
 
+# %% ../nbs/06_demo_log.ipynb #06-sessions-026
+def runs_of(values) -> list[tuple[int, int]]:  # first, behind the last
+    "The maximal runs of one value."
+    edges = np.flatnonzero(np.r_[True, np.asarray(values[1:]) != np.asarray(values[:-1]), True]) if len(values) else np.zeros(1, int)
+    return list(zip(edges[:-1].tolist(), edges[1:].tolist()))
+
+# %% ../nbs/06_demo_log.ipynb #06-sessions-035
+def _cut(path: Path) -> str: return f"the last line of {path.name} was cut off, as by a kill, and is left out"
+
 # %% ../nbs/06_demo_log.ipynb #06-sessions-033
-def require_columns(head, required, path: Path):
+def _require_columns(head, required, path: Path):
     "Refuse a table that lacks a column."
     missing = [c for c in required if c not in head]
     if missing: raise ArtifactError(path, f"has no column {', '.join(missing)}: is this the file of a session?")
@@ -381,15 +397,12 @@ def read_table(
     except (UnicodeDecodeError, csv.Error): raise ArtifactError(path, "is not text", expected="a CSV file in UTF-8") from None
     if not lines: raise ArtifactError(path, "is empty: nothing was logged", expected="a CSV file with a header")
     head, *rows = lines
-    require_columns(head, required, path)
+    _require_columns(head, required, path)
     if len(set(head)) < len(head): raise ArtifactError(path, "has a column twice in its header")
     if appended and rows and not notes and len(rows[-1]) < len(head): rows.pop(); notes = [_cut(path)]
     for n, row in enumerate(rows, 2):
         if len(row) != len(head): raise ArtifactError(path, f"line {n} is broken", expected=f"{len(head)} fields", got=len(row))
     return pd.DataFrame(rows, columns=head, index=range(2, len(rows) + 2), dtype=str), notes
-
-# %% ../nbs/06_demo_log.ipynb #06-sessions-035
-def _cut(path: Path) -> str: return f"the last line of {path.name} was cut off, as by a kill, and is left out"
 
 # %% ../nbs/06_demo_log.ipynb #06-sessions-038
 def numbers(
@@ -467,7 +480,7 @@ class LoadedSession(Lines):
                 *(f"Note: {n}." for n in self.notes)]
 
 # %% ../nbs/06_demo_log.ipynb #06-sessions-044
-def read_probs(table: pd.DataFrame, path: Path) -> np.ndarray:  # (N, 7), NaN where all are empty
+def _read_probs(table: pd.DataFrame, path: Path) -> np.ndarray:  # (N, 7), NaN where all are empty
     "Probabilities by the names of their columns; refused where they are none."
     p = np.stack([numbers(table, c, path, blank=True) for c in PROBS], 1)
     none, some = np.isnan(p).all(1), np.isnan(p).any(1)
@@ -494,7 +507,7 @@ def _refuse_rows(bad, table: pd.DataFrame, path: Path, problem: str):
     if np.any(bad): raise ArtifactError(path, f"line {table.index[np.argmax(bad)]}: {problem}")
 
 # %% ../nbs/06_demo_log.ipynb #06-sessions-047
-def check_main(main: pd.DataFrame, probs: np.ndarray, frames: np.ndarray, path: Path):
+def _check_main(main: pd.DataFrame, probs: np.ndarray, frames: np.ndarray, path: Path):
     "Refuse main rows that don't fit together: one row a frame, time that runs with the frames, a label only where a face is."
     shown, raw, face = main["pred_label"], main["raw_label"], ~np.isnan(probs).any(1)
     _refuse_rows(main["frame_index"].duplicated(), main, path, "this frame has had a label shown before; a frame is logged once")
@@ -506,20 +519,20 @@ def check_main(main: pd.DataFrame, probs: np.ndarray, frames: np.ndarray, path: 
     if without: raise ArtifactError(path, f"frame {without[0]:.0f} has no row with a label shown", key="pred_label")
 
 # %% ../nbs/06_demo_log.ipynb #06-sessions-048
-def read_rows(path: Path) -> tuple:  # table, main, probs, earlier, notes
+def _read_rows(path: Path) -> tuple:  # table, main, probs, earlier, notes
     "per_frame.csv, ours or the earlier system's."
     table, notes = read_table(path, EARLIER, appended=True)
     earlier = not any(c in table for c in OURS)
-    if not earlier: require_columns(table, OURS, path)
+    if not earlier: _require_columns(table, OURS, path)
     if table.empty: raise ArtifactError(path, "holds no frame: the session ended before its first one was logged")
     if earlier: table.loc[table["pred_label"] == NO_FACE, PROBS] = ""
-    probs = read_probs(table, path)
+    probs = _read_probs(table, path)
     if earlier: table, more = _earlier_rows(table, probs); notes += more
     codes = {c: label_codes(table, c, path, LABELS if c == "pred_label" else CLASSES) for c in ("manual_label", "raw_label", "pred_label")}
     plain = {c: numbers(table, c, path) for c in ("frame_index", "time_sec")}
     main = pd.DataFrame(plain | codes, index=table.index)
     at = codes["pred_label"] >= 0
-    check_main(main[at], probs[at], plain["frame_index"], path)
+    _check_main(main[at], probs[at], plain["frame_index"], path)
     return table, main[at], probs[at], earlier, notes
 
 # %% ../nbs/06_demo_log.ipynb #06-sessions-050
@@ -572,7 +585,7 @@ def load_session(
     folder = Path(folder)
     path = folder/"per_frame.csv"
     if not path.is_file(): raise UsageError(f"'{folder}' holds no per_frame.csv: give the folder of a session")
-    table, main, probs, earlier, notes = read_rows(path)
+    table, main, probs, earlier, notes = _read_rows(path)
     changes, more = read_changes(folder/"tuning.csv")
     latency, rest = read_latency(folder/"latency.csv")
     info = read_info(folder) if find_artifact(folder, SessionInfo.filename) else None
@@ -589,7 +602,7 @@ def read_events(
     path = Path(path)
     table, _ = read_table(path, ["label"])
     unit = "ms" if "start_ms" in table else "frame"
-    require_columns(table, [f"start_{unit}", f"end_{unit}"] + ["source"]*(unit == "frame"), path)
+    _require_columns(table, [f"start_{unit}", f"end_{unit}"] + ["source"]*(unit == "frame"), path)
     if unit == "frame": table = table[table["source"] == "manual"]
     start, end = (numbers(table, f"{x}_{unit}", path) for x in ("start", "end"))
     code = label_codes(table, "label", path, CLASSES, blank=unit == "ms")
@@ -625,6 +638,3 @@ def truth_of(
     differ = int((codes != rows).sum())
     note = f"events.csv labels {differ:,} frames otherwise than their rows in per_frame.csv, and counts"
     return codes, "manual labels", [note]*bool(differ)
-
-# %% ../nbs/06_demo_log.ipynb #06-sessions-065
-MIN_SEGMENT_MS, TRANSITION_MS, LOCK_HOLD_MS, PAUSE_MS = 600, 250, 600, 2000

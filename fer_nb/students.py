@@ -23,11 +23,11 @@ from .images import load_cache
 from .integrity import backbone_guard, own_calibration, require_backbone, require_origin, run_convention
 from .leaves import check_seal, seal_folder
 from .loading import PackedFaces, eval_loader
-from .manifests import Manifest, load_manifest
+from .manifests import Manifest, labels_of, load_manifest, votes_of
 from .artifacts import Lines
 from .records import Calibration, ReliabilityMetrics, SelectiveReport
 from .reliability import confusion_table, evaluate, metrics_table
-from .run_report import groups_of, judged_as, kept_groups, labels_of, reliability_artifact, source_table, votes_of
+from .run_report import groups_of, judged_as, kept_groups, reliability_artifact, source_table
 from .selective import selective_report
 from .teachers import Teacher, set_stem_stride
 from .training import FaceData, predict

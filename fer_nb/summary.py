@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCALED', 'F1_NAMES', 'SUMMARISED', 'RESULTS', 'COMPARISONS', 'CLASS_GAINS', 'SCORES', 'COMPARED', 'SeedInterval',
-           'seed_interval', 'run_values', 'sources_of', 'seed_table', 'results_table', 'score_counts',
-           'resampled_scores', 'Pair', 'arm_pairs', 'mcnemar_columns', 'compare_pair', 'compare_arms', 'remarks',
-           'StudentSummary', 'Summaries', 'summary_of', 'compare_students', 'summarise_students']
+           'seed_interval', 'seed_table', 'results_table', 'score_counts', 'resampled_scores', 'Pair', 'compare_arms',
+           'remarks', 'StudentSummary', 'Summaries', 'compare_students', 'summarise_students']
 
 # %% ../nbs/05a_student_summary.ipynb #05a-summary-002
 import re
@@ -25,7 +24,7 @@ from .calibration import group_codes, per_class, predictions, prf
 from .records import Interval
 from .reliability import METRICS
 from .resampling import mcnemar, percentile_interval, weight_chunks
-from .sessions import LABELS
+from .reliability import METRIC_NAMES
 
 # %% ../nbs/05a_student_summary.ipynb #05a-summary-005
 class SeedInterval(NamedTuple):
@@ -58,7 +57,7 @@ SUMMARISED = ("accuracy", "macro_f1", *SCALED, *F1_NAMES)
 RESULTS, COMPARISONS, CLASS_GAINS = "results_summary_students.csv", "comparisons_students.csv", "class_gains_students.csv"
 
 # %% ../nbs/05a_student_summary.ipynb #05a-summary-010
-def run_values(
+def _run_values(
     run: StudentRun,
     source: str = "all",
 ) -> dict[str, tuple[float, float]]:  # metric -> value at T, and at T = 1 (NaN where T changes nothing)
@@ -69,7 +68,7 @@ def run_values(
     return {k: (v, np.nan) for k, v in plain.items()} | {k: (METRICS[k](z, y, t), METRICS[k](z, y)) for k in SCALED}
 
 # %% ../nbs/05a_student_summary.ipynb #05a-summary-011
-def sources_of(runs: list[StudentRun]) -> list[str]:
+def _sources_of(runs: list[StudentRun]) -> list[str]:
     "'all', and each source where there are several."
     found = sorted(set(runs[0].sources.tolist()))
     return ["all", *found] if len(found) > 1 else ["all"]
@@ -82,7 +81,7 @@ def seed_table(
     names = arm_labels(r.arm for r in runs)
     return pd.DataFrame([
         {"arm": names[r.arm], "source": s, "metric": k, "seed": r.seed, "n": int(r.at(s).sum()), "value": value, "raw": raw}
-        for r in runs for s in sources_of(runs) for k, (value, raw) in run_values(r, s).items()])
+        for r in runs for s in _sources_of(runs) for k, (value, raw) in _run_values(r, s).items()])
 
 # %% ../nbs/05a_student_summary.ipynb #05a-summary-013
 def results_table(
@@ -137,7 +136,7 @@ class Pair(NamedTuple):
     runs_b: list[int]
 
 # %% ../nbs/05a_student_summary.ipynb #05a-summary-023
-def arm_pairs(runs: list[StudentRun]) -> list[Pair]:
+def _arm_pairs(runs: list[StudentRun]) -> list[Pair]:
     "Every pair of arms, the earlier one first."
     names, at = arm_labels(r.arm for r in runs), {(r.arm, r.seed): i for i, r in enumerate(runs)}
     def pair(a, b):
@@ -146,7 +145,7 @@ def arm_pairs(runs: list[StudentRun]) -> list[Pair]:
     return [pair(a, b) for a, b in combinations(names, 2)]
 
 # %% ../nbs/05a_student_summary.ipynb #05a-summary-024
-def mcnemar_columns(pair: Pair, runs: list[StudentRun], source: str) -> dict:
+def _mcnemar_columns(pair: Pair, runs: list[StudentRun], source: str) -> dict:
     "Exact p of McNemar's test, seed by seed."
     def p(i, j):
         at = runs[i].at(source)
@@ -155,7 +154,7 @@ def mcnemar_columns(pair: Pair, runs: list[StudentRun], source: str) -> dict:
     return {"mcnemar_p": ";".join(f"{v:.3g}" for v in values), "mcnemar_largest_p": max(values, default=np.nan)}
 
 # %% ../nbs/05a_student_summary.ipynb #05a-summary-025
-def compare_pair(pair: Pair, metric: str, here: np.ndarray, drawn: np.ndarray) -> dict:
+def _compare_pair(pair: Pair, metric: str, here: np.ndarray, drawn: np.ndarray) -> dict:
     "Difference b - a of the seeds' means with its interval over pictures, and over seeds."
     i, nan = SCORES.index(metric), float("nan")
     a, b = here[pair.runs_a, i], here[pair.runs_b, i]
@@ -177,17 +176,17 @@ def compare_arms(
     seed: int = 1337,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:  # accuracy and macro-F1; F1 of each class
     "Every pair of arms, source and metric, from one paired bootstrap a source."
-    first, pairs, found = runs[0], arm_pairs(runs), []
+    first, pairs, found = runs[0], _arm_pairs(runs), []
     def resampled(at):
         return resampled_scores(first.labels[at], [predictions(r.logits[at]) for r in runs], resamples, seed, first.pictures(at))
-    drawn = {s: resampled(first.at(s)) for s in sources_of(runs)} if pairs else {}
+    drawn = {s: resampled(first.at(s)) for s in _sources_of(runs)} if pairs else {}
     for pair in pairs:
         for source, scores in drawn.items():
             head = {"arm_a": pair.a, "arm_b": pair.b, "source": source}
             size = {"n_seeds": len(pair.seeds), "seeds": ";".join(map(str, pair.seeds)), "n": int(first.at(source).sum()),
                     "pictures": first.count(source)}
-            tests = mcnemar_columns(pair, runs, source)
-            found += [{**head, "metric": m, **size, **compare_pair(pair, m, *scores), **(tests if m == "accuracy" else {})} for m in SCORES]
+            tests = {"accuracy": _mcnemar_columns(pair, runs, source)}
+            found += [{**head, "metric": m, **size, **_compare_pair(pair, m, *scores), **tests.get(m, {})} for m in SCORES]
     table = pd.DataFrame(found, columns=COMPARED)
     by_class = table["metric"].isin(F1_NAMES).to_numpy(bool)
     gains = table[by_class].drop(columns=["mcnemar_p", "mcnemar_largest_p"])
@@ -219,7 +218,7 @@ def remarks(
     keys = sorted(set.intersection(*(set(p) for p in first.values())) - told)
     odd = [f"{k} ({', '.join(f'{n}: {p[k]}' for n, p in first.items())})" for k in keys if len({str(p[k]) for p in first.values()}) > 1]
     out = _arm_remarks(runs, names) + ([f"arms differ in more than their teaching: {'; '.join(odd)}"] if odd else [])
-    without = [f"{p.a} and {p.b} share no seed and are not compared" for p in arm_pairs(runs) if not p.seeds]
+    without = [f"{p.a} and {p.b} share no seed and are not compared" for p in _arm_pairs(runs) if not p.seeds]
     copies = f"{kept} of {len(runs)} runs are small copies with logits in half precision, checked against their sealed metrics"
     n, seen = len(runs[0].labels), runs[0].count("all")
     rows = "nothing says which test rows show the same picture: intervals over pictures take every row for one of its own"
@@ -256,7 +255,7 @@ class StudentSummary(Lines):
         "The runs of every arm, by its name."
         return {n: [r for r in self.runs if r.arm == a] for a, n in arm_labels(r.arm for r in self.runs).items()}
     @property
-    def sources(self) -> list[str]: return sources_of(self.runs)
+    def sources(self) -> list[str]: return _sources_of(self.runs)
 
     def get(self, arm: str, source: str, metric: str) -> SeedInterval:
         "One mean over seeds."
@@ -269,7 +268,7 @@ class StudentSummary(Lines):
         def scaled(a, s, k): return f"{raw[a, s, k]:.3f} → {self.get(a, s, k).mean:.3f}"
         rows = [(s, a, len(r), f"{int(r[0].at(s).sum()):,}", *(self.get(a, s, k).show() for k in ("accuracy", "macro_f1")),
                  *(scaled(a, s, k) for k in SCALED)) for s in self.sources for a, r in self.arms.items()]
-        return ("source", "arm", "seeds", "n", "accuracy", "macro-F1", *(f"{LABELS[k]}, T = 1 → T" for k in SCALED)), rows
+        return ("source", "arm", "seeds", "n", "accuracy", "macro-F1", *(f"{METRIC_NAMES[k]}, T = 1 → T" for k in SCALED)), rows
 
     def differences(self) -> tuple:
         "Head and rows: every pair of arms on every source."
@@ -299,7 +298,7 @@ class Summaries(Lines):
     def lines(self): return [line for part in self.parts for line in part.lines()]
 
 # %% ../nbs/05a_student_summary.ipynb #05a-summary-035
-def summary_of(runs: list[StudentRun], resamples: int, seed: int) -> StudentSummary:
+def _summary_of(runs: list[StudentRun], resamples: int, seed: int) -> StudentSummary:
     "The summary of students of one convention."
     if resamples < 2: raise UsageError(f"resamples {resamples}: give at least 2, better 10000")
     per_seed = seed_table(runs)
@@ -312,7 +311,7 @@ def compare_students(
     seed: int = 1337,  # of the bootstrap
 ) -> StudentSummary | Summaries:  # the second where students learned the labels of several conventions; both have `parts`
     "Summarise all students below a folder over seeds and compare their arms; writes nothing."
-    parts = [summary_of(runs, resamples, seed) for runs in students_by_convention(folder).values()]
+    parts = [_summary_of(runs, resamples, seed) for runs in students_by_convention(folder).values()]
     return parts[0] if len(parts) == 1 else Summaries(parts)
 
 # %% ../nbs/05a_student_summary.ipynb #05a-summary-037

@@ -16,10 +16,9 @@ from .calibration import accuracy, confusion, prf
 from .deploy import Predictor
 from .framing import WIDTHS, Through, draw_sample, faces_through, row_box, row_crop, row_image
 from .geometry import prepare_face
-from .manifests import load_manifest
+from .manifests import labels_of, load_manifest
 from .records import ThroughDetector, ThroughRow, ThroughScores
 from .resampling import bootstrap_intervals, paired_interval
-from .run_report import labels_of
 from .summary_plots import through_rows
 
 # %% ../nbs/05e_through.ipynb #05e-through-005

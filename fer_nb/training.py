@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['resume_point', 'is_trained', 'train', 'predict', 'smoke_epochs', 'FaceData', 'open_data', 'embedded_data',
-           'evaluate_run', 'test_logits', 'training_environment', 'plot_history', 'draw_phases', 'compare_rules']
+           'evaluate_run', 'test_logits', 'training_environment', 'plot_history', 'compare_rules']
 
 # %% ../nbs/02b_training.ipynb #02b-training-002
 import copy
@@ -262,13 +262,13 @@ def plot_history(
     right.plot(h["epoch"] + 1, h["valid_macro_f1"], "s--", ms=3, color=PINK, label="macro-F1")
     right.axvline(best["epoch"] + 1, color="grey", lw=0.8, ls=":", label=f"best epoch by {by.replace('_', ' ')}: {int(best['epoch']) + 1}")
     for ax, unit in ((left, "nats"), (right, "share")):
-        draw_phases(ax, h)
+        _draw_phases(ax, h)
         ax.set(xlabel="epoch", ylabel=unit); ax.xaxis.get_major_locator().set_params(integer=True); ax.legend(fontsize=8)
     if title: fig.suptitle(title, fontsize=10)
     return fig
 
 # %% ../nbs/02b_training.ipynb #02b-training-037
-def draw_phases(ax, h: pd.DataFrame):
+def _draw_phases(ax, h: pd.DataFrame):
     "Where the training faces grow, with their size and the images/s of the phase."
     if "size" not in h or h["size"].nunique() < 2: return
     for size, phase in h.groupby("size"):

@@ -20,12 +20,12 @@ import numpy as np
 from fastcore.basics import patch
 
 from .artifacts import CLASSES, FerError
-from .browser import Camera, LabelBar
+from .browser import Camera, LabelBar, Picture, as_jpeg
 from .capture import PushedSource, open_source
 from .deploy import MAX_BIAS, Predictor
 from .detectors import open_detector
 from .realtime import open_pipeline, own_thresholds
-from .runner import Picture, Runner, as_jpeg
+from .runner import Runner
 from .sessions import FrameResult
 from .stabiliser import TUNABLE, Stabiliser
 from .window import STEPS, Player, draw_faces
@@ -39,7 +39,15 @@ WORDED = {  # setting -> words with the unit, keys, step, what it does
 }
 
 # %% ../nbs/06b_webcam_cell.ipynb #06b-widget-008
-def number_slider(value, low, high, step, words: str, tip: str, width: str):
+def number_slider(
+    value,
+    low,  # its kind, int or float, is the slider's
+    high,
+    step,
+    words: str,  # before it
+    tip: str,  # over it
+    width: str,  # of the words, CSS
+):
     "A slider that speaks when it is let go."
     kind, form = (widgets.IntSlider, "d") if isinstance(low, int) else (widgets.FloatSlider, ".2f")
     return kind(value=value, min=low, max=high, step=step, description=words, tooltip=tip, continuous_update=False,
@@ -118,8 +126,8 @@ KEPT = "PICTURES ARE STORED in this session's folder (save_clips, with consent),
 HELP = ("Click anywhere in here, then type: <b>1</b>–<b>7</b> label, <b>0</b> none, <b>u</b> undo, <b>j</b> join, <b>k</b> cut, "
         "<b>r</b> relabel, <b>space</b> pause; <b>[ ]</b> EMA, <b>- =</b> δ, <b>v b</b> window, <b>n m</b> votes, "
         "<b>o</b> overlay, <b>c</b> CLAHE")
-ENDS = ("ended by hand", "the source came to its end", "the cell was run again", "the cell was closed", "the page was closed",
-        "the kernel was shut down")
+ENDS = ("ended by hand", "the source came to its end", "the cell was run again", "another cell was started", "the cell was closed",
+        "the page was closed", "the kernel was shut down")  # none of them is a fault
 _latest: list = []  # a weak reference to the cell that is open
 
 # %% ../nbs/06b_webcam_cell.ipynb #06b-widget-019
@@ -311,6 +319,14 @@ def _open(self: WebcamCell) -> Runner:
     if self._seekable(): self.seek.max = max(1, (source.frames or 1) - 1)  # grows where a video tells no length
     return Runner(Player(pipeline), self.camera, self._shown, self._say, self._ended, self._watched)
 
+# %% ../nbs/06b_webcam_cell.ipynb #06b-widget-f1
+@patch
+def _take_over(self: WebcamCell):
+    "Be the one that is open: what another cell runs comes to its end."
+    if _latest and _latest[-1]() is self: return
+    end_earlier("another cell was started")
+    _latest.append(weakref.ref(self))
+
 # %% ../nbs/06b_webcam_cell.ipynb #06b-widget-040
 @patch
 def start(self: WebcamCell, thread: bool = True):
@@ -318,6 +334,7 @@ def start(self: WebcamCell, thread: bool = True):
     words = ""
     if self.runner is not None and not self.runner.closed: self.runner.hold(False)
     else:
+        self._take_over()
         try: runner = self._open()
         except (FerError, OSError) as e:
             self._idle(str(e), "bad")

@@ -17,7 +17,7 @@ import numpy as np
 from fastcore.basics import patch
 from tqdm import tqdm
 
-from .artifacts import CLASSES, CLASS_COLOURS, FerError, UsageError
+from .artifacts import CLASS_COLOURS, CLASSES, FerError, UsageError
 from .realtime import Pipeline, Tally, open_pipeline
 from .sessions import FrameResult
 from .stabiliser import NO_FACE, TUNABLE
@@ -154,11 +154,6 @@ class Player:
     @property
     def paused(self) -> bool: return self.pipeline.paused
 
-    def pause(self, on: bool | None = None):
-        "Stand still on a source that can; None: the other way round."
-        if not self.pipeline.source.seekable: raise UsageError(f"a {self.pipeline.source.kind} source can't stand still")
-        self.pipeline.paused = not self.paused if on is None else on
-
     def tick(self) -> FrameResult | None:  # None: the source is at its end
         "The next frame, or the same one while it stands still."
         if not self.paused or self.result is None: self.result = self.pipeline.step()
@@ -169,25 +164,26 @@ class Player:
         if index != self.pipeline.source.index: self.pipeline.seek(index)
         self.result = self.pipeline.step() or self.result
 
-    def nudge(self, name: str, by: float):
-        "One step of a setting, within its range."
-        low, high = TUNABLE[name]
-        value = min(high, max(low, self.pipeline.settings[name] + by))
-        self.pipeline.set(name, int(value) if isinstance(low, int) else round(value, 4))
-        self.message = f"{name} {self.pipeline.settings[name]:g}"
-
-# %% ../nbs/06_realtime_window.ipynb #06-window-019
+# %% ../nbs/06_realtime_window.ipynb #06-window-e8
 @patch
-def press(self: Player, key: str):
-    "Do what a key means; a key that can't be obeyed says why in `message`."
-    self.message, whole, self.whole = "", self.whole, key == "r"
-    if self.whole: self.message = "r: which label for the whole stretch? 1 to 7, 0 for none"
-    try: self.pipeline.relabel(int(key)) if whole and key in DIGITS else self._press(key)
-    except UsageError as e: self.message = str(e)
+def pause(self: Player, on: bool | None = None):
+    "Stand still on a source that can; None: the other way round."
+    if not self.pipeline.source.seekable: raise UsageError(f"a {self.pipeline.source.kind} source can't stand still")
+    self.pipeline.paused = not self.paused if on is None else on
+
+# %% ../nbs/06_realtime_window.ipynb #06-window-e10
+@patch
+def nudge(self: Player, name: str, by: float):
+    "One step of a setting, within its range."
+    low, high = TUNABLE[name]
+    value = min(high, max(low, self.pipeline.settings[name] + by))
+    self.pipeline.set(name, int(value) if isinstance(low, int) else round(value, 4))
+    self.message = f"{name} {self.pipeline.settings[name]:g}"
 
 # %% ../nbs/06_realtime_window.ipynb #06-window-020
 @patch
 def _press(self: Player, key: str):
+    "Do what a key means by itself."
     here, p = self.result.index if self.result else 0, self.pipeline
     if key in DIGITS: p.label(int(key))
     elif key in STEPS: self.nudge(*STEPS[key])
@@ -202,6 +198,15 @@ def _press(self: Player, key: str):
         self.pause(True)
         self.go(here + (1 if key == "." else -1))
     elif key in ("<", ">"): self.go(p.source.place((self.result.time_sec if self.result else 0) + (2 if key == ">" else -2)))
+
+# %% ../nbs/06_realtime_window.ipynb #06-window-019
+@patch
+def press(self: Player, key: str):
+    "Do what a key means; a key that can't be obeyed says why in `message`."
+    self.message, whole, self.whole = "", self.whole, key == "r"
+    if self.whole: self.message = "r: which label for the whole stretch? 1 to 7, 0 for none"
+    try: self.pipeline.relabel(int(key)) if whole and key in DIGITS else self._press(key)
+    except UsageError as e: self.message = str(e)
 
 # %% ../nbs/06_realtime_window.ipynb #06-window-027
 def window_problem() -> str | None:

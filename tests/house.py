@@ -49,6 +49,12 @@ def definitions(tree: ast.Module) -> list[str]:
     return [n.name for n in tree.body if isinstance(n, DEFINITIONS)]
 
 
+def public_names(tree: ast.Module) -> set[str]:
+    "What a cell adds to a module for everybody; a method that is patched in is its class's."
+    def patched(n): return any("patch" in ast.unparse(d) for d in getattr(n, "decorator_list", []))
+    return {n.name for n in tree.body if isinstance(n, DEFINITIONS) and not n.name.startswith("_") and not patched(n)}
+
+
 def used(tree: ast.AST) -> set[str]:
     "Names and attributes that some code uses."
     return {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)} | {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
@@ -59,7 +65,7 @@ def examples(texts: dict[str, str]) -> tuple[set[str], set[str]]:
     public, shown = set(), set()
     for _, source, exported in cells(texts):
         tree = code(source)
-        if exported: public |= {n for n in definitions(tree) if not n.startswith("_")}
+        if exported: public |= public_names(tree)
         else: shown |= used(tree)
     return public, public & shown
 
@@ -104,8 +110,7 @@ def unshown(texts: dict[str, str]) -> dict[str, list[str]]:
     out: dict[str, list[str]] = {}
     for path, source, exported in cells(texts):
         if exported:
-            for n in definitions(code(source)):
-                if not n.startswith("_") and n not in shown: out.setdefault(Path(path).stem, []).append(n)
+            for n in sorted(public_names(code(source)) - shown): out.setdefault(Path(path).stem, []).append(n)
     return out
 
 

@@ -15,7 +15,7 @@ from scipy.stats import binom
 from sklearn import metrics as sk
 from torchmetrics.classification import BinaryCalibrationError, MulticlassCalibrationError, MulticlassConfusionMatrix
 
-from fer_nb import adaptation, reliability, resampling, run_report, selective
+from fer_nb import adaptation, manifests, reliability, resampling, run_report, selective
 from fer_nb import calibration as cal
 from fer_nb.artifacts import CLASSES, GateError, UsageError, write_npz
 from fer_nb.leaves import check_run_seal, seal_folder
@@ -824,7 +824,7 @@ def test_a_run_promises_for_its_own_convention_alone(tmp_path):
     assert s.coverage.value == pytest.approx(0.9, abs=0.04)
     other, = s.others
     assert (other.convention, other.n, other.promise) == ("theirs", 600, None) and other.coverage.high < 0.8
-    assert s.accuracy_at_coverage["1.0"] == pytest.approx(cal.accuracy(data[2][:600], run_report.labels_of(data[3][:600])))
+    assert s.accuracy_at_coverage["1.0"] == pytest.approx(cal.accuracy(data[2][:600], manifests.labels_of(data[3][:600])))
 
 
 def test_a_run_keeps_which_rows_show_one_picture(tmp_path):
@@ -842,7 +842,7 @@ def test_class_thresholds_travel_with_the_report(tmp_path):
     run_report.report_run(tmp_path, *data, sources=["ours"], convention="ours", class_conditional=True, **NAMES)
     s, first = SelectiveReport.load(tmp_path), data[0][:600]
     t = Calibration.load(tmp_path).selected_temperature
-    assert s.class_thresholds == pytest.approx(selective.conformal_thresholds(first, run_report.labels_of(data[1][:600]), t).tolist())
+    assert s.class_thresholds == pytest.approx(selective.conformal_thresholds(first, manifests.labels_of(data[1][:600]), t).tolist())
     assert s.promise.p_value == pytest.approx(min(1, 7*min(c.p_value for c in s.by_class.values())))
     assert s.mean_size > 1 and all(c.p_value is None for c in s.others[0].by_class.values())
 

@@ -11,6 +11,7 @@ import cv2
 import nbformat
 import pytest
 
+from fer_nb import cli
 from fer_nb.runs import run_notebook
 from tests.conftest import ROOT
 
@@ -35,6 +36,22 @@ def test_version_and_help():
     assert rc == 0
     for word in ("manifest", "run", "gates", "examples:", "exit codes"): assert word in out
     assert "--source" in fer_nb("manifest", "build", "--help")[1]
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_flag_has_a_help_that_its_function_tells(name):
+    p = cli.Parser()
+    cli.COMMANDS[name][2](p)
+    assert [a.dest for a in p._actions if not a.help] == []
+    p.format_help()
+
+
+def test_flags_are_what_the_signature_says():
+    told = cli.told("manifests.build_manifest")
+    assert told["val_fraction"] == ("of training rows; 0 draws none", "float", 0.1, False)
+    assert told["sources"].needed and not told["name"].needed
+    stage = cli.told("03_teachers")
+    assert stage["mixup"].default == 0.0 and "alpha" in stage["mixup"].about and stage["seed"].kind == "int"
 
 
 @pytest.mark.parametrize("args, says", [

@@ -23,9 +23,9 @@ from fer_nb.geometry import Geometry
 from fer_nb.images import pack_cache
 from fer_nb.integrity import VIEWS, Softlabels, load_softlabels, own_test_rows, run_convention, save_softlabels
 from fer_nb.leaves import seal_folder
-from fer_nb.manifests import Manifest, build_manifest, load_manifest
+from fer_nb.manifests import Manifest, build_manifest, labels_of, load_manifest
 from fer_nb.records import Calibration, DatasetIndex, LeakageReport, ReliabilityMetrics, RunArgs, SelectiveReport
-from fer_nb.run_report import labels_of, report_run
+from fer_nb.run_report import report_run
 from fer_nb.runs import chain_config, complete_profile, load_profile, run_profile
 from fer_nb.sources import ADAPTERS
 from fer_nb.synthetic import write_dataset

@@ -14,16 +14,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fer_nb import ensemble_plots, ensembles, members, weights
+from fer_nb import ensemble_plots, ensembles, weights
 from fer_nb.artifacts import CLASSES, ArtifactError, GateError, UsageError, read_json, sha256_bytes, write_json
 from fer_nb.calibration import macro_f1, nll, softmax
 from fer_nb.evidence import EnsembleConfig, EnsembleGate, EnsembleMetrics
 from fer_nb.integrity import VIEWS, Softlabels, check_alignment, load_softlabels, save_softlabels
 from fer_nb.leaves import check_seal, seal_folder
-from fer_nb.manifests import COLUMNS, dataset_index, freeze_manifest, load_manifest
+from fer_nb.manifests import COLUMNS, dataset_index, freeze_manifest, labels_of, load_manifest
+from fer_nb.members import SPACES, benchmark_rows, check_members, fuse, log_probs, member_names, require_members
 from fer_nb.records import Calibration, ClassOrder, ManifestValidation, RunArgs
 from fer_nb.resampling import paired_interval
-from fer_nb.run_report import calibrate, labels_of, report_run
+from fer_nb.run_report import calibrate, report_run
 
 ARCHS = ("RN18", "B3", "CNXT", "VIT")
 PARTS = {"train": 70, "val": 210, "test": 210}
@@ -159,12 +160,12 @@ def test_the_gate_names_the_member_and_the_reason(world, fault):
     tamper, reason, key = FAULTS[fault]
     members, out = members_of(world)[:3], world/"ensembles"/"trio"
     tamper(members[1])
-    gate = members.check_members(members, world/"manifests", out)
+    gate = check_members(members, world/"manifests", out)
     assert [c.passed for c in gate.members] == [True, False, True] and not gate.passed
     bad = gate.members[1]
     assert any(reason in r for r in bad.reasons), bad.reasons
     if key: assert getattr(bad, key) is False
-    with pytest.raises(GateError) as e: members.require_members(gate)
+    with pytest.raises(GateError) as e: require_members(gate)
     assert "B3_seed7_stageA_img48" in str(e.value) and reason in str(e.value)
     assert "RN18" not in str(e.value) and "CNXT" not in str(e.value)
     assert EnsembleGate.load(out) == gate  # written although it refuses ...
@@ -184,9 +185,9 @@ def test_a_refused_search_leaves_the_verdict_and_nothing_else(world):
 def test_every_member_may_be_bad_and_nothing_raises(world):
     members = members_of(world)
     for m in members: shutil.rmtree(m/"softlabels")
-    gate = members.check_members(members, world/"manifests")
+    gate = check_members(members, world/"manifests")
     assert not any(c.passed for c in gate.members)
-    with pytest.raises(GateError, match="4 of 4 members are refused"): members.require_members(gate)
+    with pytest.raises(GateError, match="4 of 4 members are refused"): require_members(gate)
 
 
 def test_rows_in_another_order_are_joined_by_id(world):
@@ -247,7 +248,7 @@ def test_a_preset_refuses_missing_and_double_architectures(world):
     second = Path(shutil.copytree(members[0], world/"teachers"/"RN18_seed8"))
     with pytest.raises(UsageError, match="one run of RN18, and 2 are given"):
         ensembles.search_ensemble([*members, second], manifest, world/"x", preset="pairwise")
-    assert members.member_names([members[0], second, members[1]]) == ["RN18_seed7_stageA_img48", "RN18_seed8", "B3"]
+    assert member_names([members[0], second, members[1]]) == ["RN18_seed7_stageA_img48", "RN18_seed8", "B3"]
 
 
 # --- fusion ---
@@ -264,13 +265,13 @@ def longhand(logits, temperatures, weights, space):
     return [v/math.fsum(raw) for v in raw]
 
 
-@pytest.mark.parametrize("space", members.SPACES)
+@pytest.mark.parametrize("space", SPACES)
 @pytest.mark.parametrize("class_aware", [False, True])
 def test_fusion_equals_longhand(space, class_aware):
     rng = np.random.default_rng(3)
     z, t = rng.normal(0, 6, (3, 20, 7)), np.array([0.7, 3.0, 6.0])
     w = rng.dirichlet([1, 1, 1], 7).T if class_aware else rng.dirichlet([1, 1, 1])
-    fused = softmax(members.fuse([members.log_probs(a, b) for a, b in zip(z, t)], w, space))
+    fused = softmax(fuse([log_probs(a, b) for a, b in zip(z, t)], w, space))
     wk = w if class_aware else np.repeat(w[:, None], 7, 1)
     np.testing.assert_allclose(fused, [longhand(z[:, i], t, wk, space) for i in range(20)], rtol=1e-10)
 
@@ -281,10 +282,10 @@ def draw(seed: int, m: int, class_aware: bool):
     return rng.normal(0, rng.uniform(0.1, 20), (m, 4, 2, 7)), rng.uniform(0.3, 8, m), w
 
 
-cases = given(seed=st.integers(0, 2**32 - 1), m=st.integers(2, 5), space=st.sampled_from(members.SPACES), class_aware=st.booleans())
+cases = given(seed=st.integers(0, 2**32 - 1), m=st.integers(2, 5), space=st.sampled_from(SPACES), class_aware=st.booleans())
 
 
-def calibrated(z, t): return np.stack([members.log_probs(a, b) for a, b in zip(z, t)])
+def calibrated(z, t): return np.stack([log_probs(a, b) for a, b in zip(z, t)])
 
 
 @settings(max_examples=60)
@@ -292,7 +293,7 @@ def calibrated(z, t): return np.stack([members.log_probs(a, b) for a, b in zip(z
 def test_the_order_of_members_does_not_matter(seed, m, space, class_aware):
     z, t, w = draw(seed, m, class_aware)
     p, order = calibrated(z, t), np.random.default_rng(seed).permutation(m)
-    np.testing.assert_allclose(members.fuse(p[order], w[order], space), members.fuse(p, w, space), atol=1e-9)
+    np.testing.assert_allclose(fuse(p[order], w[order], space), fuse(p, w, space), atol=1e-9)
 
 
 @settings(max_examples=60)
@@ -300,7 +301,7 @@ def test_the_order_of_members_does_not_matter(seed, m, space, class_aware):
 def test_a_constant_on_a_members_row_changes_nothing(seed, m, space, class_aware):
     z, t, w = draw(seed, m, class_aware)
     shifted = z + np.random.default_rng(seed).normal(0, 50, (m, 4, 2, 1))
-    np.testing.assert_allclose(members.fuse(calibrated(shifted, t), w, space), members.fuse(calibrated(z, t), w, space), atol=1e-8)
+    np.testing.assert_allclose(fuse(calibrated(shifted, t), w, space), fuse(calibrated(z, t), w, space), atol=1e-8)
 
 
 @settings(max_examples=60)
@@ -309,7 +310,7 @@ def test_one_hot_weights_give_the_member_back(seed, m, space, class_aware):
     z, t, _ = draw(seed, m, False)
     p, one = calibrated(z, t), seed % m
     w = np.eye(m)[one] if not class_aware else np.repeat(np.eye(m)[one][:, None], 7, 1)
-    fused = members.fuse(p, w, space)
+    fused = fuse(p, w, space)
     assert np.array_equal(fused, p[one]) if not class_aware else np.allclose(fused, p[one], atol=1e-12)
 
 
@@ -317,7 +318,7 @@ def test_calibration_comes_before_the_weights():
     "A member ten times as loud, calibrated by ten, counts no more than before."
     z = np.random.default_rng(0).normal(0, 2, (2, 50, 7))
     loud, plain = calibrated([z[0]*10, z[1]], [10, 1]), calibrated(z, [1, 1])
-    np.testing.assert_allclose(members.fuse(loud, [.5, .5]), members.fuse(plain, [.5, .5]), atol=1e-12)
+    np.testing.assert_allclose(fuse(loud, [.5, .5]), fuse(plain, [.5, .5]), atol=1e-12)
 
 
 # --- the search ---
@@ -325,17 +326,17 @@ def test_calibration_comes_before_the_weights():
 def noisy_members(n, sigmas, seed=0):
     rng = np.random.default_rng(seed)
     y = rng.integers(0, 7, n)
-    return np.stack([members.log_probs(2*np.eye(7)[y] + rng.normal(0, s, (n, 7))) for s in sigmas]), y
+    return np.stack([log_probs(2*np.eye(7)[y] + rng.normal(0, s, (n, 7))) for s in sigmas]), y
 
 
 @settings(max_examples=12)
-@given(seed=st.integers(0, 10**6), space=st.sampled_from(members.SPACES), m=st.integers(2, 4))
+@given(seed=st.integers(0, 10**6), space=st.sampled_from(SPACES), m=st.integers(2, 4))
 def test_the_search_never_ends_below_a_member(seed, space, m):
     p, y = noisy_members(80, np.random.default_rng(seed).uniform(0.5, 3, m), seed)
     found = weights.search_weights(p, y, space, step=0.25)
     assert found.macro_f1 >= max(macro_f1(q, y) for q in p) - 1e-12
-    assert found.macro_f1 == pytest.approx(macro_f1(members.fuse(p, found.weights, space), y), abs=1e-12)
-    assert found.nll == pytest.approx(nll(members.fuse(p, found.weights, space), y), abs=1e-9)
+    assert found.macro_f1 == pytest.approx(macro_f1(fuse(p, found.weights, space), y), abs=1e-12)
+    assert found.nll == pytest.approx(nll(fuse(p, found.weights, space), y), abs=1e-9)
     assert found.macro_f1 >= found.table.macro_f1.max() - 1e-12
     assert abs(found.weights.sum() - 1) < 1e-9 and (found.weights >= 0).all()
 
@@ -344,12 +345,12 @@ def test_the_search_never_ends_below_a_member(seed, space, m):
 def test_ties_within_a_standard_error_go_to_nll(seed):
     p, y = noisy_members(600, (2.0, 2.2, 3.5), seed)
     bare, tied = (weights.search_weights(p, y, ties=t) for t in (0.0, 1.0))
-    error = weights.macro_f1_error(members.fuse(p, bare.weights), y)
+    error = weights.macro_f1_error(fuse(p, bare.weights), y)
     assert 0.005 < error < 0.05
     assert tied.nll <= bare.nll + 1e-12 and tied.macro_f1 >= bare.macro_f1 - error - 1e-9
     within = tied.table[tied.table["macro_f1"] >= bare.macro_f1 - error - 1e-12]
     assert tied.nll <= within["nll"].min() + 1e-12  # of all that was tried, none in reach knows more
-    assert tied.macro_f1 == pytest.approx(macro_f1(members.fuse(p, tied.weights), y))
+    assert tied.macro_f1 == pytest.approx(macro_f1(fuse(p, tied.weights), y))
     assert weights.search_weights(p[:1], y, ties=1.0).weights.tolist() == [1.0]
 
 
@@ -359,7 +360,7 @@ def test_the_search_finds_a_planted_optimum():
     y = rng.integers(0, 7, 700)
     noise = rng.normal(0, 5, (700, 7))
     truth = 2.0*np.eye(7)[y]
-    p = np.stack([members.log_probs(z) for z in (rng.normal(0, 5, (700, 7)), truth + noise, truth - noise)])
+    p = np.stack([log_probs(z) for z in (rng.normal(0, 5, (700, 7)), truth + noise, truth - noise)])
     found = weights.search_weights(p, y, names=["noise", "plus", "minus"])
     assert found.macro_f1 == 1.0
     np.testing.assert_allclose(found.weights, [0, 0.5, 0.5], atol=0.03)
@@ -370,20 +371,20 @@ def test_the_refinement_finds_an_optimum_between_the_grids_points():
     rng = np.random.default_rng(0)
     y = rng.integers(0, 7, 700)
     noise, truth = rng.normal(0, 40, (700, 7)), 2.0*np.eye(7)[y]
-    p = np.stack([members.log_probs(z) for z in (truth + 0.69*noise, truth - 0.31*noise)])
+    p = np.stack([log_probs(z) for z in (truth + 0.69*noise, truth - 0.31*noise)])
     found = weights.search_weights(p, y, step=0.25)
     assert found.table[found.table.phase == "grid"].macro_f1.max() < 0.9 < found.macro_f1
     np.testing.assert_allclose(found.weights, [0.31, 0.69], atol=0.01)
 
 
-@pytest.mark.parametrize("space", members.SPACES)
+@pytest.mark.parametrize("space", SPACES)
 def test_class_scores_are_those_of_whole_weights(space):
     p, y = noisy_members(120, (1, 2, 3))
     w = np.random.default_rng(0).dirichlet([1, 1, 1], 7).T
     for c in range(7):
         tried = weights.transfers(w, 0.1, c)
         assert ((tried != w).any((0, 1)) == (np.arange(7) == c)).all()
-        for quick, slow in zip(weights.class_scores(p, y, tried, c, space), weights.score_weights(p, y, tried, space)):
+        for quick, slow in zip(weights.class_weighted_scores(p, y, tried, c, space), weights.score_weights(p, y, tried, space)):
             np.testing.assert_allclose(quick, slow, atol=1e-10)
 
 
@@ -397,7 +398,7 @@ def test_the_refinement_leaves_the_grid():
 def test_ties_go_to_the_lower_nll():
     "Two members that predict alike: macro-F1 is the same for all weights, and NLL must decide."
     y = np.array([0, 1, 2, 3, 4, 5, 6]*10)
-    p = np.stack([members.log_probs(c*np.eye(7)[y]) for c in (0.5, 6.0)])
+    p = np.stack([log_probs(c*np.eye(7)[y]) for c in (0.5, 6.0)])
     found = weights.search_weights(p, y)
     assert set(found.table.macro_f1) == {1.0}
     assert found.weights.tolist() == [0.0, 1.0] and found.best_member == "1"
@@ -407,9 +408,9 @@ def test_ties_go_to_the_lower_nll():
 def test_scores_are_the_metrics_of_calibration():
     p, y = noisy_members(200, (1, 2, 3))
     w = weights.simplex_grid(3, 0.25)
-    for space in members.SPACES:
+    for space in SPACES:
         f1, loss = weights.score_weights(p, y, w, space)
-        fused = [members.fuse(p, x, space) for x in w]
+        fused = [fuse(p, x, space) for x in w]
         np.testing.assert_allclose(f1, [macro_f1(z, y) for z in fused], atol=1e-12)
         np.testing.assert_allclose(loss, [nll(z, y) for z in fused], atol=1e-10)
 
@@ -418,7 +419,7 @@ def test_class_weights_are_accepted_for_specialists_and_refused_for_noise():
     rng = np.random.default_rng(1)
     y = rng.integers(0, 7, 1400)
     def specialist(good):
-        return members.log_probs(2.5*np.eye(7)[y] + rng.normal(0, 1, (1400, 7))*np.where(np.isin(np.arange(7), good), 0.5, 3.5))
+        return log_probs(2.5*np.eye(7)[y] + rng.normal(0, 1, (1400, 7))*np.where(np.isin(np.arange(7), good), 0.5, 3.5))
     p = np.stack([specialist([0, 1, 2]), specialist([3, 4, 5, 6])])
     scalar = weights.search_weights(p, y, step=0.1)
     found = weights.search_class_weights(p, y, scalar.weights, folds=3, step=0.1, resamples=200)
@@ -461,7 +462,7 @@ def test_a_benchmark_that_shares_a_picture_with_the_report_is_refused(tmp_path):
     df.loc[df.id == "demo/val3.png", "pixel_hash"] = df.loc[df.id == "demo/test9.png", "pixel_hash"].item()
     manifest = freeze(df, tmp_path/"m")
     with pytest.raises(GateError, match="shares 1 pictures with the rows of the report, for instance demo/val3.png"):
-        members.benchmark_rows(manifest)
+        benchmark_rows(manifest)
 
 
 # --- export, replay, evaluation ---
@@ -484,7 +485,7 @@ def test_split_targets_give_the_fused_ones(base):
     t, fused = ensembles.split_targets(out), load_softlabels(out/"softlabels")
     assert t.names == ["RN18", "B3", "CNXT"] and t.logits.shape == (3, 490, 2, 7) and t.logits.dtype == np.float32
     assert t.weights.shape == (3, 7) and (t.splits == fused.splits).all()
-    again = members.fuse(calibrated(t.logits, t.temperatures), t.weights[:, 0])
+    again = fuse(calibrated(t.logits, t.temperatures), t.weights[:, 0])
     assert np.array_equal(again.astype(np.float32), fused.logits)
 
 

@@ -14,7 +14,7 @@ import torch
 from onnx import TensorProto, numpy_helper
 from sklearn.metrics import f1_score, precision_recall_fscore_support
 
-from fer_nb import artifacts, exporting
+from fer_nb import artifacts, exporting, timing
 from fer_nb.artifacts import CLASSES, ArtifactError, FerError, GateError, UsageError, sha256_file
 from fer_nb.calibration import softmax
 from fer_nb.callbacks import save_checkpoint
@@ -25,7 +25,6 @@ from fer_nb.exporting import (
     compare_logits,
     export_checkpoint,
     export_model,
-    file_precision,
     open_run,
     packed_faces,
     require_parity,
@@ -33,12 +32,13 @@ from fer_nb.exporting import (
     torch_logits,
 )
 from fer_nb.geometry import Geometry
-from fer_nb.latency import answers, bench, compare_accuracy, interleaved, measure_latency, plain_export
-from fer_nb.manifests import load_manifest
+from fer_nb.latency import answers, bench, compare_accuracy, measure_latency, plain_export
+from fer_nb.manifests import labels_of, load_manifest
 from fer_nb.records import RunArgs
-from fer_nb.run_report import labels_of, report_run
+from fer_nb.run_report import report_run
 from fer_nb.shipping import ship, told_latency
 from fer_nb.teachers import Teacher
+from fer_nb.timing import file_precision, interleaved
 from fer_nb.training import embedded_data
 from tests.test_deploy import GEOMETRY, calibration, faces, one_line, run_dir  # noqa: F401
 
@@ -289,7 +289,7 @@ def test_latency_table(exported):
 def test_providers_that_compute_nothing_are_left_out(exported):
     t = measure_latency({"a": exported / "model_fp32.onnx"}, (1,), (1,), runs=2, warmup=0, progress=False)
     assert "CPUExecutionProvider" in set(t["provider"]) and "AzureExecutionProvider" not in set(t["provider"])
-    if "AzureExecutionProvider" in exporting.ort.get_available_providers():
+    if "AzureExecutionProvider" in timing.ort.get_available_providers():
         assert "computes 0 of" in t.attrs["left_out"]["AzureExecutionProvider"]
         with pytest.raises(GateError, match="computes 0 of"):
             measure_latency({"a": exported / "model_fp32.onnx"}, providers=["AzureExecutionProvider"], runs=2)

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fer_nb import capture, cli, deploy, realtime
+from fer_nb import capture, cli, deploy, window
 from fer_nb.artifacts import CLASSES, Box, FerError, GateError, UsageError
 from fer_nb.capture import CameraSource, SourceLost, SyntheticSource, open_source
 from fer_nb.detectors import Detection, Haar, YuNet
@@ -161,6 +161,11 @@ def test_changes_in_mid_stream_keep_what_was_seen(stream, window):
         s.set(window=window if i % 2 else 15)
         s.update(p, t)
         assert len(s.votes) <= s.window and abs(s.smoothed.sum() - 1) < 1e-9
+
+
+def test_the_old_spelling_stays_importable_for_one_version():
+    from fer_nb import realtime, stabiliser
+    assert stabiliser.Stabilizer is realtime.Stabilizer is Stabiliser
 
 
 def test_what_it_refuses():
@@ -436,7 +441,8 @@ SLOW = """
 import sys, time
 sys.path.insert(0, {root!r})
 from fer_nb.detectors import Haar
-from fer_nb.realtime import SyntheticSource, open_pipeline
+from fer_nb.capture import SyntheticSource
+from fer_nb.realtime import open_pipeline
 p = open_pipeline(SyntheticSource(600, 30), {model!r}, Haar(60), {out!r}, say=print)
 p.label(3)
 while p.step(): print(p.last.index, time.time(), flush=True)
@@ -494,7 +500,7 @@ class Unplugged:
 
 
 def test_a_camera_that_vanishes(demo_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(realtime, "_capture", Unplugged)
+    monkeypatch.setattr(capture, "_capture", Unplugged)
     source = CameraSource(0, patience=0.1)
     said = []
     with pytest.raises(SourceLost, match="camera 0 gives no more pictures .after frame 5.: was it unplugged"):
@@ -523,7 +529,7 @@ class Screen:
     "OpenCV's windows without a screen: keys come from a list, and what is shown is kept."
     def __init__(self, keys, clicks=()): self.keys, self.clicks, self.views, self.mouse = list(keys), dict(clicks), [], None
     def install(self, monkeypatch):
-        monkeypatch.setattr(realtime, "window_problem", lambda: None)
+        monkeypatch.setattr(window, "window_problem", lambda: None)
         for name, f in {"namedWindow": lambda *a: None, "setMouseCallback": lambda title, f: setattr(self, "mouse", f),
                         "imshow": lambda title, view: self.views.append(view), "waitKey": self.wait,
                         "getWindowProperty": lambda *a: 1.0, "destroyAllWindows": lambda: None}.items():
@@ -597,7 +603,9 @@ def test_the_command_without_a_window(demo_model, tmp_path, capsys, monkeypatch)
     out = capsys.readouterr().out
     assert "40 frames in" in out and "p99" in out and "No picture is stored" in out
     assert SessionInfo.load(tmp_path/"s").settings["ema"] == 0.5
-    for bad, says in ((["--source", "nowhere.mp4"], "nowhere.mp4 doesn't exist"), (["--ema", "2"], "ema is 2"),
+    with pytest.raises(SystemExit, match="2"): cli.main([*args, "--headless", "--out", str(tmp_path/"t"), "--ema", "2"])
+    assert "--ema: '2': give a number from 0 to 0.99" in capsys.readouterr().err and not (tmp_path/"t").exists()
+    for bad, says in ((["--source", "nowhere.mp4"], "nowhere.mp4 doesn't exist"),
                       (["--detector", "best"], "there is no detector 'best'"), (["--save-clips"], "--save-clips and --consent together")):
         assert cli.main([*args, "--headless", "--out", str(tmp_path/"t"), *bad]) == 2
         assert says in capsys.readouterr().err and not (tmp_path/"t").exists()
@@ -709,7 +717,7 @@ class Stamped:
 @given(st.lists(st.one_of(st.floats(0, 1e4), st.just(float("nan"))), min_size=1, max_size=30), st.data())
 def test_time_runs_forwards_whatever_a_container_says(stamps, data):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(realtime, "_capture", type("Reader", (Stamped,), {"stamps": stamps}))
+        patch.setattr(capture, "_capture", type("Reader", (Stamped,), {"stamps": stamps}))
         source = capture.VideoSource("film.mp4")
         frames = [(f.index, f.time_sec) for f in iter(source.read, None)]
         times = [t for _, t in frames]

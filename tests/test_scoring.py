@@ -462,7 +462,7 @@ def test_the_artifact_reads_back_and_the_result_reads_well(sessions):
     assert ScoreResults.load(score.session.folder) == score.results
     text = str(score)
     assert "truth: manual labels" in text and "\x1b" not in text and "macro-F1" in text
-    assert sum(x.startswith("| --- ") for x in score._repr_markdown_().splitlines()) == 3  # kinds of label, classes, stages
+    assert sum(x.startswith("|:---") for x in score._repr_markdown_().splitlines()) == 3  # kinds of label, classes, stages
 
 
 # ---- replay

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from fer_nb import callbacks, distillation, students, teachers, training
 from fer_nb.artifacts import CLASSES, GateError, UsageError
 from fer_nb.calibration import macro_f1
-from fer_nb.callbacks import TrainConfig, load_checkpoint, save_checkpoint
+from fer_nb.callbacks import TrainConfig, load_checkpoint, save_checkpoint, seed_everything
 from fer_nb.distillation import Distillation, StudentLoss, Supervision, dkd_loss, kd_loss
 from fer_nb.ensembles import SplitTargets
 from fer_nb.geometry import Geometry
@@ -24,9 +24,8 @@ from fer_nb.images import pack_cache
 from fer_nb.integrity import VIEWS, Softlabels, load_softlabels, save_softlabels
 from fer_nb.leaves import seal_folder
 from fer_nb.loading import FaceBatches, eval_loader
-from fer_nb.manifests import load_manifest
+from fer_nb.manifests import labels_of, load_manifest
 from fer_nb.records import SelectiveReport
-from fer_nb.run_report import labels_of
 from fer_nb.students import start_from
 from fer_nb.training import predict
 
@@ -115,7 +114,7 @@ def test_autocast_does_not_reach_the_losses():
 ])
 def test_the_unit_test_fails_where_a_loss_is_wrong(monkeypatch, broken):
     assert distillation.dkd_unit_test().passed
-    monkeypatch.setattr(students, "kd_loss", broken)
+    monkeypatch.setattr(distillation, "kd_loss", broken)
     assert not distillation.dkd_unit_test().passed
 
 
@@ -128,11 +127,11 @@ def test_the_unit_test_notices_t_squared_on_the_labels(monkeypatch):
 
 def test_the_unit_test_notices_a_target_class_term_of_its_own_kind(monkeypatch):
     def half(s, t, y, T):  # -p_t log p_s alone in place of the binary KL
-        right = students.__dict__["_right"](s, t, y, T)
+        right = distillation.__dict__["_right"](s, t, y, T)
         own = F.log_softmax(s.double()/T, -1).gather(-1, y[:, None])[:, 0]
         return -(t.double()/T).softmax(-1).gather(-1, y[:, None])[:, 0]*own, right[1]
-    monkeypatch.setattr(students, "_right", distillation.tckd_nckd, raising=False)
-    monkeypatch.setattr(students, "tckd_nckd", half)
+    monkeypatch.setattr(distillation, "_right", distillation.tckd_nckd, raising=False)
+    monkeypatch.setattr(distillation, "tckd_nckd", half)
     assert not distillation.dkd_unit_test().passed
 
 
@@ -258,7 +257,7 @@ CONFIG = dict(lr=2e-3, warmup_epochs=0, seed=3, clip=5.0)
 
 
 def fit(folder, data, stage, soft=None, epochs=1, init="", targets=None, callbacks=(), sizes=(), stem_stride=2, **more):
-    callbacks.seed_everything(3)
+    seed_everything(3)
     model = distillation.make_student(stem_stride=stem_stride)
     start_from(model, init)
     meta = {"backbone": distillation.STUDENT_BACKBONE, "head": "linear", "stage": stage, "geometry": data.geometry.to_dict(),
@@ -334,7 +333,7 @@ def test_the_whole_recipe_resumes_bit_equal(stages, data, tmp_path, stage):
     recipe = dict(soft=None if stage == "CE" else soft, epochs=2, sizes=[[0, 24], [1, 32]], stem_stride=1, optimizer="sgd", lr=0.05,
                   best_by="nll")
 
-    class Cut(training.Callback):
+    class Cut(callbacks.Callback):
         order = 5
         def before_batch(self):
             if self.training and self.epoch == 1 and self.iter == 2: raise ConnectionError("power cut")
@@ -375,7 +374,7 @@ def test_foreign_starting_weights_are_refused_before_any_is_loaded(data, tmp_pat
 def finished(tmp_path_factory, data):
     "A run whose student knows something: random features, and a classifier fitted to them."
     folder = tmp_path_factory.mktemp("finished") / "ce"
-    callbacks.seed_everything(3)
+    seed_everything(3)
     model = distillation.make_student().eval()
     with torch.no_grad(): x, y = (torch.cat(v) for v in zip(*[(model.forward_head(model.forward_features(x), pre_logits=True), y)
                                                              for faces in (data.train, data.val) for x, y, *_ in eval_loader(faces)]))

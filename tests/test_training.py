@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fer_nb import training
+from fer_nb import callbacks
 from fer_nb.artifacts import GateError
 from fer_nb.callbacks import TrainConfig, choose_amp, load_checkpoint, seed_everything
 from fer_nb.loading import FaceBatches, eval_loader
@@ -25,10 +25,12 @@ warnings.filterwarnings("ignore")
 import torch
 from torch.nn import functional as F
 from fer_nb.geometry import Geometry
-from fer_nb.images import Augment, FaceBatches, eval_loader
-from fer_nb.students import make_student
+from fer_nb.augment import Augment
+from fer_nb.loading import FaceBatches, eval_loader
+from fer_nb.distillation import make_student
 from fer_nb.synthetic import render_faces
-from fer_nb.training import TrainConfig, seed_everything, train
+from fer_nb.callbacks import TrainConfig, seed_everything
+from fer_nb.training import train
 from tests.test_training import Faces
 
 torch.set_num_threads(1)
@@ -49,7 +51,7 @@ class Faces:
     "Embedded faces in memory, with what a loader needs of a dataset."
     def __init__(self, n):
         from fer_nb.geometry import Geometry
-        from fer_nb.run_report import labels_of
+        from fer_nb.manifests import labels_of
         from fer_nb.synthetic import render_faces
         images, table = render_faces(n, size=32, seed=3)
         self.images, self.labels, self.geometry = images, labels_of(table), Geometry(size=32)
@@ -150,7 +152,7 @@ def test_bf16_ends_within_noise_of_fp32(tmp_path, optimizer, lr):
 
 def test_auto_precision_is_chosen_once_a_run(tmp_path, monkeypatch):
     seconds = {"no": 2.0, "bf16": 1.0}
-    monkeypatch.setattr(training, "step_seconds", lambda model, x, amp: seconds[amp])
+    monkeypatch.setattr(callbacks, "step_seconds", lambda model, x, amp: seconds[amp])
     net, shape = small_net(), (4, 3, 32, 32)
     assert choose_amp("auto", net, shape) == "bf16"
     data = Faces(40)

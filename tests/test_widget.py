@@ -2,6 +2,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,12 +19,12 @@ import pytest
 
 from fer_nb import page, widget
 from fer_nb.artifacts import CLASSES, FerError, GateError, UsageError
-from fer_nb.browser import Camera, LabelBar
+from fer_nb.browser import STATIC, Camera, LabelBar, Picture, as_jpeg
 from fer_nb.capture import SyntheticSource
 from fer_nb.detectors import Haar
 from fer_nb.evidence import SessionInfo
 from fer_nb.page import cell_notebook
-from fer_nb.runner import Picture, Runner, as_jpeg
+from fer_nb.runner import Runner
 from fer_nb.widget import WebcamCell
 from tests.conftest import picture
 
@@ -171,6 +172,18 @@ def test_a_page_that_falls_silent_ends_the_session_unless_it_is_paused(demo_mode
     assert SessionInfo.load(cell.folder).end_reason == "the page was closed"
 
 
+def test_a_cell_that_starts_once_more_ends_the_other_one_s_session(demo_model, tmp_path):
+    first = cell_of(demo_model, tmp_path)
+    first.run(1)
+    second = cell_of(demo_model, tmp_path)
+    second.run(1)
+    first.run(1)  # its page is still there, and somebody presses New session
+    assert [c.runner.closed for c in (first, second)] == [False, True]
+    assert SessionInfo.load(second.folder).end_reason == "another cell was started"
+    widget.end_earlier()
+    assert first.runner.closed
+
+
 def test_pictures_go_as_messages_and_are_gone_at_the_end(demo_model, tmp_path):
     cell = cell_of(demo_model, tmp_path)
     sent = []
@@ -253,9 +266,45 @@ def test_wishes_are_granted_between_frames_in_the_session_s_thread(demo_model, t
 
 def test_serving_is_refused_in_a_line(demo_model, tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="doesn't exist"): page.serve_cell(demo_model, tmp_path/"none.mp4")
-    monkeypatch.setattr(widget, "VOILA", ("--no-such-flag=1",))
-    monkeypatch.setattr(widget.sys, "executable", shutil.which("false"))
+    monkeypatch.setattr(page, "VOILA", ("--no-such-flag=1",))
+    monkeypatch.setattr(page.sys, "executable", shutil.which("false"))
     with pytest.raises(GateError, match="Voilà has ended"): page.serve_cell(demo_model, "synthetic", out=tmp_path, show=False)
+
+
+# Scripts and styles
+
+
+def bare(text: str, javascript: bool) -> str:
+    "A script or a style without its comments, strings and templates' words; what stands in `${…}` of a template stays out, too."
+    parts = [r"/\*.*?\*/", r'"(?:\\.|[^"\\\n])*"', *([r"//[^\n]*", r"`(?:\\.|[^`\\])*`"] if javascript else [])]
+    return re.sub("|".join(parts), "", text, flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("path", sorted(STATIC.iterdir()), ids=lambda p: p.name)
+def test_scripts_and_styles_are_well_formed(path, tmp_path):
+    "Brackets close in the order in which they open, and node, where it is at hand, can parse a script."
+    text, script = path.read_text(encoding="utf-8"), path.suffix == ".js"
+    assert text.endswith("}\n") or text.endswith(";\n")
+    for n, line in enumerate(text.splitlines(), 1): assert len(line) <= 140 and line == line.rstrip() and "\t" not in line, f"line {n}"
+    rest, ends = bare(text, script), []
+    for c in rest:
+        if c in "([{": ends.append(")]}"["([{".index(c)])
+        elif c in ")]}": assert ends and ends.pop() == c, f"a {c} that closes nothing"
+    assert not ends and not re.search(r"[\"'`]", rest), "a bracket or a string is left open"
+    if not script: return
+    assert not re.search(r"\bvar\b|console\.|debugger|[^=!]==[^=]|!=[^=]|\beval\b", rest)
+    assert re.search(r"^export default \{.*\brender\};$", text, re.MULTILINE)
+    if node := shutil.which("node"):
+        module = shutil.copy(path, tmp_path/"script.mjs")
+        said = subprocess.run([node, "--check", module], capture_output=True, text=True, timeout=60)
+        assert said.returncode == 0, said.stderr
+
+
+def test_scripts_and_styles_come_with_the_package():
+    assert {p.suffix for p in STATIC.iterdir()} == {".js", ".css"} and '"static/*"' in (ROOT/"setup.py").read_text()
+    for part in (Camera, LabelBar, Picture):
+        there = part()
+        assert "export default" in there._esm and there._css.startswith(".fer-")
 
 
 # In a browser
@@ -572,7 +621,7 @@ def test_a_session_in_jupyterlab(chromium, lab, demo_model, tmp_path):
 def test_a_session_on_a_page_of_its_own(chromium, demo_model, tmp_path, how):
     pytest.importorskip("voila", reason="Voilà is not installed: pip install voila")
     told = f"{str(demo_model)!r}, detector='haar', out={str(tmp_path/'demo')!r}, show=False"
-    code = f"from fer_nb.widget import serve_cell; serve_cell({told})"
+    code = f"from fer_nb.page import serve_cell; serve_cell({told})"
     process = subprocess.Popen([sys.executable, "-u", "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
                                env={**os.environ, "OMP_NUM_THREADS": "1"},
                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # it may be ignored where tests run
