@@ -15,7 +15,6 @@ import numpy as np
 from fastai.callback.core import Callback
 from torch import nn
 
-from .archives import SPLITS
 from .artifacts import UsageError
 from .audit import audit_manifest, validate_manifest
 from .augment import Augment
@@ -28,6 +27,7 @@ from .likeness import MAX_HAMMING
 from .loading import FaceBatches, eval_loader
 from .manifests import Manifest, build_manifest, dataset_index, draw_validation, freeze_manifest, load_manifest
 from .records import TrainingHistory
+from .sources import SPLITS
 from .training import is_trained, train
 
 # %% ../nbs/08i_finetune.ipynb #08i-finetune-005
