@@ -23,7 +23,6 @@ from textwrap import indent
 from typing import Any, ClassVar, Self
 
 import numpy as np
-import pandas as pd
 from pydantic import BaseModel, ConfigDict, ValidationError
 from tabulate import tabulate
 
@@ -219,7 +218,11 @@ def write_json(path, obj) -> Path:
     return write_text(path, json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 # %% ../nbs/00_artifacts.ipynb #00-artifacts-031
-def write_csv(path, df: pd.DataFrame, **kwargs) -> Path:
+def write_csv(
+    path,
+    df,  # a DataFrame, or Columns
+    **kwargs,  # of its to_csv
+) -> Path:
     "Write a table as CSV atomically, without its index unless asked."
     return write_text(path, df.to_csv(**{"index": False, "lineterminator": "\n", **kwargs}))
 

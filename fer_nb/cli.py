@@ -17,11 +17,12 @@ from typing import NamedTuple
 
 from fer_nb.artifacts import STAGES, FerError, GateError, UsageError
 
-NEEDS = {"notebooks": ("matplotlib", "anywidget", "ipywidgets", "voila"),
+NEEDS = {"notebooks": ("pandas", "scipy", "matplotlib", "anywidget", "ipywidgets", "voila"),
          "train": ("torch", "timm", "fastai", "pandas", "pyarrow", "scipy", "sklearn", "matplotlib", "onnx", "onnxscript",
                    "onnxconverter_common", "threadpoolctl", "papermill", "nbformat", "ipykernel", "IPython", "snakemake", "yaml",
                    "pypandoc", "PIL")}  # what each extra of settings.ini brings, by the names that are imported
-CORE = {"bench", "predict", "demo", "score", "replay", "tune", "gates"}  # commands that need no extra
+CORE = {"bench", "predict", "demo", "score", "gates"}  # commands that need no extra
+TABLES = {"replay", "tune"}  # commands that need pandas, and nothing else that is large
 
 EPILOG = """examples:
   fer-nb run --profile embedded                                    the whole chain on faces that it draws itself
@@ -40,12 +41,12 @@ exit codes: 0 done, 1 a gate stays shut or a run failed, 2 a wrong argument"""
 def missing(module, extra, what): return f"{what} needs {module}, which is not installed: pip install 'fer_nb[{extra}]'"
 
 
-def require_extra(extra, what):
+def require_extra(extra, what, modules=None):
     "Stop where a module of an extra is not installed, with the line that installs it."
     def there(module):
         try: return importlib.util.find_spec(module) is not None
         except ImportError: return False
-    gone = next((m for m in NEEDS[extra] if not there(m)), None)
+    gone = next((m for m in modules or NEEDS[extra] if not there(m)), None)
     if gone: raise GateError(missing(gone, extra, what))
 
 
@@ -531,10 +532,10 @@ COMMANDS = {  # name -> (what is called, whose docstring is its help, its flags)
 }
 
 
-def _checked(fill, name):
+def _checked(fill, name, extra):
     "Flags that are made only where the command can run."
     def checked(c):
-        require_extra("train", name)
+        require_extra(extra, name, ("pandas",) if name in TABLES else NEEDS[extra])
         fill(c)
     return checked
 
@@ -552,7 +553,7 @@ def parser():
         c = places.get(group, sub).add_parser(action, help=about[0].lower() + about[1:].rstrip("."), description=about)
         c.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
         c.set_defaults(func=func)
-        c.fill = fill if name in CORE else _checked(fill, name)
+        c.fill = fill if name in CORE else _checked(fill, name, "notebooks" if name in TABLES else "train")
     return p
 
 

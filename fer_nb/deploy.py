@@ -6,7 +6,7 @@
 __all__ = ['SCHEMA', 'MAX_BIAS', 'OPENERS', 'BATCH', 'SHIPPED', 'ModelFacts', 'read_facts', 'provider_name', 'node_counts',
            'assert_provider', 'open_session', 'class_values', 'probabilities', 'read_class_values',
            'write_class_values', 'open_onnx', 'checkpoint_facts', 'open_checkpoint', 'prepared', 'check_prepared',
-           'Favours', 'Predictor']
+           'Predictor']
 
 # %% ../nbs/05b_predictor.ipynb #05b-deploy-002
 import copy
@@ -28,7 +28,7 @@ from .integrity import own_calibration, run_convention
 from .records import Calibration
 
 # %% ../nbs/05b_predictor.ipynb #05b-deploy-005
-SCHEMA = "1"
+SCHEMA = "1"  # the version of this table
 
 # %% ../nbs/05b_predictor.ipynb #05b-deploy-006
 @dataclass(frozen=True)
@@ -77,6 +77,13 @@ def _parsed(metadata: dict, key: str, path):
     except json.JSONDecodeError: raise ArtifactError(path, "is not JSON: export the model again", key=key, got=metadata[key][:40],
                                                      expected="JSON") from None
 
+# %% ../nbs/05b_predictor.ipynb #05b-deploy-011
+def _stride(metadata: dict[str, str], path) -> int:
+    "The stride that a file names; 0 where it names none."
+    said = metadata.get("fer_nb.stem_stride", "0")
+    if not said.isdecimal(): raise ArtifactError(path, "is no stride: export the model again", key="fer_nb.stem_stride", got=said)
+    return int(said)
+
 # %% ../nbs/05b_predictor.ipynb #05b-deploy-010
 def read_facts(
     metadata: dict[str, str],  # of an ONNX file
@@ -102,13 +109,6 @@ def read_facts(
         rest[k] = metadata[f"fer_nb.{k}"]
     return ModelFacts(geometry, float(temperature), **rest, convention=metadata.get("fer_nb.convention", ""),
                       framing=read_framing(metadata.get("fer_nb.framing"), path), stem_stride=_stride(metadata, path))
-
-# %% ../nbs/05b_predictor.ipynb #05b-deploy-011
-def _stride(metadata: dict[str, str], path) -> int:
-    "The stride that a file names; 0 where it names none."
-    said = metadata.get("fer_nb.stem_stride", "0")
-    if not said.isdecimal(): raise ArtifactError(path, "is no stride: export the model again", key="fer_nb.stem_stride", got=said)
-    return int(said)
 
 # %% ../nbs/05b_predictor.ipynb #05b-deploy-016
 def provider_name(
@@ -360,7 +360,7 @@ def _told_model(p: "Predictor") -> str:
     return f"Predictor({p.name!r}, {whose}{p.geometry.size} px, T = {p.temperature:.4g}, {p.path.name} with {p.provider}{biased})"
 
 # %% ../nbs/05b_predictor.ipynb #05b-deploy-054
-class Favours:
+class _Favours:
     "A model's bias: what it adds to the logits, and on whose word."
     @property
     def bias(self) -> np.ndarray:
@@ -385,7 +385,7 @@ class Favours:
         return other
 
 # %% ../nbs/05b_predictor.ipynb #05b-deploy-055
-class Predictor(Favours):
+class Predictor(_Favours):
     "A model with its geometry and temperature: faces in, calibrated probabilities out."
     def __init__(
         self,

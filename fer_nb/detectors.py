@@ -17,7 +17,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import platformdirs
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .artifacts import ArtifactError, Box, GateError, UsageError, atomic_path, sha256_file
 

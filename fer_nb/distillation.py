@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import timm
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -217,39 +218,48 @@ class StudentLoss:
         "Called by the loop with the optimiser steps done and planned."
         self.alpha, self.share = self.how.at(step, total)
 
-    def answers(self, y, index, view):
-        "The teachers' logits (M, B, K) for what the batch shows; None where nobody teaches."
-        if self.soft is None: return None
-        t, _ = self.soft.of(index, view, y)
-        return t if self.mixed is None else blend_logits(t, *self.mixed)
+# %% ../nbs/05_distillation.ipynb #05-distillation-n08
+@patch
+def answers(self: StudentLoss, y, index, view):
+    "The teachers' logits (M, B, K) for what the batch shows; None where nobody teaches."
+    if self.soft is None: return None
+    t, _ = self.soft.of(index, view, y)
+    return t if self.mixed is None else blend_logits(t, *self.mixed)
 
-    def distil(self, logits, y, t):
-        "The distillation terms of a batch whose labels are y: a weighted sum over the teachers."
-        T, w = self.how.T, self.soft.weights[:, y]
-        if self.stage == "KD": return {"kd": (w*torch.stack([kd_rows(logits, z, T) for z in t])).sum(0).mean()}
-        members = torch.stack([torch.stack(tckd_nckd(logits, z, y, T)) for z in t])  # (M, 2, B)
-        return dict(zip(("tckd", "nckd"), T*T*(w[:, None]*members).sum(0).mean(-1)))
+# %% ../nbs/05_distillation.ipynb #05-distillation-n09
+@patch
+def distil(self: StudentLoss, logits, y, t):
+    "The distillation terms of a batch whose labels are y: a weighted sum over the teachers."
+    T, w = self.how.T, self.soft.weights[:, y]
+    if self.stage == "KD": return {"kd": (w*torch.stack([kd_rows(logits, z, T) for z in t])).sum(0).mean()}
+    members = torch.stack([torch.stack(tckd_nckd(logits, z, y, T)) for z in t])  # (M, 2, B)
+    return dict(zip(("tckd", "nckd"), T*T*(w[:, None]*members).sum(0).mean(-1)))
 
-    def parts(self, logits, y, index, t):
-        "All terms, if the labels were y and the targets those of the rows `index`."
-        adjusted = logits if self.prior is None else logits + self.prior.to(logits)
-        ce = F.cross_entropy(adjusted, y if self.targets is None else self.targets[index], label_smoothing=self.smoothing)
-        return {"ce": ce} if t is None else {"ce": ce, **self.distil(logits, y, t)}
+# %% ../nbs/05_distillation.ipynb #05-distillation-n12
+@patch
+def parts(self: StudentLoss, logits, y, index, t):
+    "All terms, if the labels were y and the targets those of the rows `index`."
+    adjusted = logits if self.prior is None else logits + self.prior.to(logits)
+    if self.targets is not None: self.targets = self.targets.to(logits.device)
+    ce = F.cross_entropy(adjusted, y if self.targets is None else self.targets[index], label_smoothing=self.smoothing)
+    return {"ce": ce} if t is None else {"ce": ce, **self.distil(logits, y, t)}
 
-    def __call__(self, logits, y, index, view):
-        if not torch.is_grad_enabled(): return F.cross_entropy(logits, y)  # validation rows stand in no table
-        if self.targets is not None: self.targets = self.targets.to(logits.device)
-        t = self.answers(y, index, view)
-        parts = self.parts(logits, y, index, t)
-        if self.mixed is not None:
-            order, share = self.mixed
-            other = self.parts(logits, y[order], index[order], t)
-            parts = {k: share*v + (1 - share)*other[k] for k, v in parts.items()}
-        self.terms = {k: v.detach() for k, v in parts.items()}
-        if self.stage == "CE": return parts["ce"]
-        self.terms["alpha"] = self.alpha
-        kd = self.alpha*parts["kd"] if self.stage == "KD" else self.alpha*parts["tckd"] + self.how.beta*parts["nckd"]
-        return (1 - self.alpha)*parts["ce"] + (self.share*kd).to(parts["ce"].dtype)
+# %% ../nbs/05_distillation.ipynb #05-distillation-n15
+@patch
+def __call__(self: StudentLoss, logits, y, index, view):
+    if not torch.is_grad_enabled(): return F.cross_entropy(logits, y)  # validation rows stand in no table
+    if self.targets is not None: self.targets = self.targets.to(logits.device)
+    t = self.answers(y, index, view)
+    parts = self.parts(logits, y, index, t)
+    if self.mixed is not None:
+        order, share = self.mixed
+        other = self.parts(logits, y[order], index[order], t)
+        parts = {k: share*v + (1 - share)*other[k] for k, v in parts.items()}
+    self.terms = {k: v.detach() for k, v in parts.items()}
+    if self.stage == "CE": return parts["ce"]
+    self.terms["alpha"] = self.alpha
+    kd = self.alpha*parts["kd"] if self.stage == "KD" else self.alpha*parts["tckd"] + self.how.beta*parts["nckd"]
+    return (1 - self.alpha)*parts["ce"] + (self.share*kd).to(parts["ce"].dtype)
 
 # %% ../nbs/05_distillation.ipynb #05-distillation-041
 def _dkd_gradient(zs: Tensor, zt: Tensor, y: Tensor, how: Distillation) -> Tensor:  # (B, K)
@@ -262,6 +272,7 @@ def _dkd_gradient(zs: Tensor, zt: Tensor, y: Tensor, how: Distillation) -> Tenso
 
 # %% ../nbs/05_distillation.ipynb #05-distillation-042
 def _gradient(loss, z: Tensor) -> Tensor:
+    "The gradient of a loss at z."
     z = z.clone().requires_grad_()
     return torch.autograd.grad(loss(z), z)[0]
 

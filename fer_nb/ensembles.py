@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EXPORTED', 'EVALUATED', 'SEARCHED', 'Panel', 'panel', 'config_weights', 'open_members', 'replay', 'search_ensemble',
            'Exported', 'export_ensemble', 'SplitTargets', 'split_targets', 'gains', 'gains_by_source',
-           'error_correlation', 'evaluate_ensemble', 'seal', 'member_logits', 'recount_ensemble', 'recount']
+           'error_correlation', 'seal', 'evaluate_ensemble', 'member_logits', 'recount_ensemble', 'recount']
 
 # %% ../nbs/04_ensembles.ipynb #04-ensembles-002
 from dataclasses import dataclass, fields, replace
@@ -367,6 +367,22 @@ def _ensemble_metrics(
         benchmark=config.benchmark, ensemble=_model_metrics(config.name, fused[own], test, config.temperature, **how), members=each,
         gains=gains_by_source(fused, members, rows, judge, config.benchmark, **how), error_correlation=errors.tolist(), **how)
 
+# %% ../nbs/04_ensembles.ipynb #04-ensembles-036
+def _require_replay(config: EnsembleConfig, members: list[Member], soft: Softlabels):
+    "Refuse exported softlabels that the configuration does not give."
+    again = _fused_softlabels(panel(members), config_weights(config), config.space, config.temperature)
+    if not (np.array_equal(again.ids, soft.ids) and np.array_equal(again.logits, soft.logits) and again.temperature == soft.temperature):
+        raise GateError(f"{config.name}: its softlabels are not what ensemble_config.json gives: export the ensemble again")
+
+# %% ../nbs/04_ensembles.ipynb #04-ensembles-037
+def seal(folder):
+    "Close a finished ensemble's folder; executed notebooks stay outside, they may still be written."
+    folder = Path(folder)
+    needed = ("ensemble_config.json", "ensemble_alignment_gate.json", *EXPORTED, *EVALUATED, "softlabels/hash_manifest.json")
+    missing = [n for n in needed if not (folder/n).is_file()]
+    if missing: raise GateError(f"{folder} is unfinished: {missing[0]} is missing; search, export and evaluate it first")
+    return seal_folder(folder, EnsembleConfig.load(folder).dataset_index_id)
+
 # %% ../nbs/04_ensembles.ipynb #04-ensembles-035
 def evaluate_ensemble(
     folder,  # an exported ensemble's folder
@@ -396,22 +412,6 @@ def evaluate_ensemble(
     metrics.save(folder)
     seal(folder)
     return metrics
-
-# %% ../nbs/04_ensembles.ipynb #04-ensembles-036
-def _require_replay(config: EnsembleConfig, members: list[Member], soft: Softlabels):
-    "Refuse exported softlabels that the configuration does not give."
-    again = _fused_softlabels(panel(members), config_weights(config), config.space, config.temperature)
-    if not (np.array_equal(again.ids, soft.ids) and np.array_equal(again.logits, soft.logits) and again.temperature == soft.temperature):
-        raise GateError(f"{config.name}: its softlabels are not what ensemble_config.json gives: export the ensemble again")
-
-# %% ../nbs/04_ensembles.ipynb #04-ensembles-037
-def seal(folder):
-    "Close a finished ensemble's folder; executed notebooks stay outside, they may still be written."
-    folder = Path(folder)
-    needed = ("ensemble_config.json", "ensemble_alignment_gate.json", *EXPORTED, *EVALUATED, "softlabels/hash_manifest.json")
-    missing = [n for n in needed if not (folder/n).is_file()]
-    if missing: raise GateError(f"{folder} is unfinished: {missing[0]} is missing; search, export and evaluate it first")
-    return seal_folder(folder, EnsembleConfig.load(folder).dataset_index_id)
 
 # %% ../nbs/04_ensembles.ipynb #04-ensembles-043
 def member_logits(
@@ -444,7 +444,8 @@ def recount_ensemble(
     logits, old = member_logits(folder, config, z["test_ids"]), EnsembleMetrics.load(folder)
     metrics = _ensemble_metrics(config, z["test_logits"].astype(np.float64), logits, rows, judge, old.resamples)
     note = f"{datetime.now(UTC):%Y-%m-%d}: by convention and picture" + ", from logits in half precision"*small
-    metrics.model_copy(update={"recomputed": note}).save(folder)
+    metrics = metrics.model_copy(update={"recomputed": note})
+    metrics.save(folder)
     reseal(folder, [EnsembleMetrics.filename])
     return metrics
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OPSET', 'PRECISIONS', 'LOGIT_LIMIT', 'OUTPUTS', 'LIMITS', 'describe', 'to_fp32', 'require_trained_on', 'reframe',
-           'to_fp16', 'to_int8', 'save_checked', 'model_file', 'embedded_faces', 'torch_logits', 'quick_parity',
+           'to_fp16', 'to_int8', 'model_file', 'save_checked', 'embedded_faces', 'torch_logits', 'quick_parity',
            'open_run', 'export_model', 'in_points', 'compare_logits', 'check_parity', 'require_parity', 'parity_plot',
            'in_colour', 'packed_faces', 'answers_file', 'ExportResult', 'export_checkpoint']
 
@@ -146,6 +146,9 @@ def to_int8(
 PRECISIONS = ("fp32", "fp16", "int8")
 
 
+def model_file(precision: str) -> str: return f"model_{precision}.onnx"
+
+# %% ../nbs/09_onnx_export.ipynb #09-exporting-023
 def save_checked(graph: onnx.ModelProto, path) -> Path:
     "Write a model atomically once the checker and the loader accept it."
     with atomic_path(path) as tmp:
@@ -153,9 +156,6 @@ def save_checked(graph: onnx.ModelProto, path) -> Path:
         onnx.checker.check_model(str(tmp), full_check=True)
         open_onnx(tmp, "CPUExecutionProvider", 1)
     return Path(path)
-
-# %% ../nbs/09_onnx_export.ipynb #09-exporting-023
-def model_file(precision: str) -> str: return f"model_{precision}.onnx"
 
 # %% ../nbs/09_onnx_export.ipynb #09-exporting-025
 LOGIT_LIMIT = 1e-4  # |Δ logit| of fp32, for logits up to ten
@@ -224,6 +224,15 @@ def _choose(precisions, calibration_faces) -> list[str]:
 OUTPUTS = (*map(model_file, PRECISIONS), "onnx_export_report.json", "onnx_parity.json", "latency_benchmarks.csv",
            "latency_reference.csv", "hash_manifest.json")
 
+# %% ../nbs/09_onnx_export.ipynb #09-exporting-033
+def _report(facts: ModelFacts, files: dict, check: ParityCheck) -> ExportReport:
+    size, packages = facts.geometry.size, ("torch", "onnx", "onnxscript", "onnxruntime", "onnxconverter-common")
+    return ExportReport(
+        model_name=facts.model_name, checkpoint_hash=facts.checkpoint_sha256, dataset_index_id=facts.dataset_index_id,
+        convention=facts.convention or None, opset=OPSET,
+        precision=list(files), input_shape=["batch", 3, size, size], temperature=facts.temperature, geometry=facts.geometry.to_dict(),
+        files=files, parity_check=check, versions=package_versions(packages), date=datetime.now(UTC).isoformat(timespec="seconds"))
+
 # %% ../nbs/09_onnx_export.ipynb #09-exporting-032
 def export_model(
     checkpoint,  # a run's folder, or its best.pt
@@ -251,15 +260,6 @@ def export_model(
         for name in OUTPUTS: (out/name).unlink(missing_ok=True)
         for name in (*(f.file for f in files.values()), ExportReport.filename): os.replace(f"{d}/{name}", out/name)
     return report
-
-# %% ../nbs/09_onnx_export.ipynb #09-exporting-033
-def _report(facts: ModelFacts, files: dict, check: ParityCheck) -> ExportReport:
-    size, packages = facts.geometry.size, ("torch", "onnx", "onnxscript", "onnxruntime", "onnxconverter-common")
-    return ExportReport(
-        model_name=facts.model_name, checkpoint_hash=facts.checkpoint_sha256, dataset_index_id=facts.dataset_index_id,
-        convention=facts.convention or None, opset=OPSET,
-        precision=list(files), input_shape=["batch", 3, size, size], temperature=facts.temperature, geometry=facts.geometry.to_dict(),
-        files=files, parity_check=check, versions=package_versions(packages), date=datetime.now(UTC).isoformat(timespec="seconds"))
 
 # %% ../nbs/09_onnx_export.ipynb #09-exporting-036
 LIMITS = {  # what may differ, by precision; fp32 in its logits, by `_logit_limit`

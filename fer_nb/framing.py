@@ -150,6 +150,11 @@ def sight(
     wide = short(*(np.quantile(np.abs(v), 0.9) for v in (*shift, roll)))
     return Sight(**about, zoom=short(*np.quantile(zoom, (0.05, 0.95))), shift=wide[:2], roll=wide[2] if shape else None)
 
+# %% ../nbs/01c_framing.ipynb #01c-framing-025
+def _open(name: str, width: int, models=None):
+    "A detector for canvases."
+    return open_detector(name, models, min_face=FACE/2, width=width or 640, download=False)[0]
+
 # %% ../nbs/01c_framing.ipynb #01c-framing-024
 WIDTHS = {"yunet": (640, 320), "haar": (0,), "dnn": (0,)}  # detector -> what it is asked to look with
 
@@ -165,11 +170,6 @@ def at_hand(
         except (UsageError, ArtifactError): continue
         found += [(name, w) for w in widths]
     return found
-
-# %% ../nbs/01c_framing.ipynb #01c-framing-025
-def _open(name: str, width: int, models=None):
-    "A detector for canvases."
-    return open_detector(name, models, min_face=FACE/2, width=width or 640, download=False)[0]
 
 # %% ../nbs/01c_framing.ipynb #01c-framing-026
 def _look(
@@ -221,6 +221,20 @@ def draw_sample(
     if "group" in rows: rows = rows[~rows["group"].duplicated() | rows["box"].notna()].reset_index(drop=True)
     return rows.iloc[np.sort(np.random.default_rng(seed).permutation(len(rows))[:n])]
 
+# %% ../nbs/01c_framing.ipynb #01c-framing-034
+def _match_sources(
+    rows: pd.DataFrame,
+    ask,  # (rows, how many) -> sights
+    sample: int,
+) -> dict[str, Crop]:  # source -> how its boxes are cut
+    "Bring sources with boxes of their own to the framing of the others."
+    boxed = rows["box"].notna() if "box" in rows else pd.Series(False, index=rows.index)
+    if not boxed.any(): return {}
+    whole = [] if boxed.all() else ask(rows[~boxed], sample)
+    reference = [s for s in whole if s.measured] or DEFAULT_SIGHTS
+    pairs = {name: _best_pair(reference, ask(part, max(LEAST_FOUND, sample//4))) for name, part in rows[boxed].groupby("source")}
+    return {name: box_crop(*pair) for name, pair in pairs.items() if pair}
+
 # %% ../nbs/01c_framing.ipynb #01c-framing-033
 def measure_framing(
     rows: pd.DataFrame,  # of a manifest: what will be packed
@@ -239,20 +253,6 @@ def measure_framing(
         return [sight(*d, found) for d, found in _look(draw_sample(part, n, seed), detectors, crops, models, **kwargs).items()]
     crops = _all_crops(rows, margin, _match_sources(rows, ask, sample) if crops is None else crops)
     return Framing(sights=ask(rows, sample, crops), crops=crops, seed=seed)
-
-# %% ../nbs/01c_framing.ipynb #01c-framing-034
-def _match_sources(
-    rows: pd.DataFrame,
-    ask,  # (rows, how many) -> sights
-    sample: int,
-) -> dict[str, Crop]:  # source -> how its boxes are cut
-    "Bring sources with boxes of their own to the framing of the others."
-    boxed = rows["box"].notna() if "box" in rows else pd.Series(False, index=rows.index)
-    if not boxed.any(): return {}
-    whole = [] if boxed.all() else ask(rows[~boxed], sample)
-    reference = [s for s in whole if s.measured] or DEFAULT_SIGHTS
-    pairs = {name: _best_pair(reference, ask(part, max(LEAST_FOUND, sample//4))) for name, part in rows[boxed].groupby("source")}
-    return {name: box_crop(*pair) for name, pair in pairs.items() if pair}
 
 # %% ../nbs/01c_framing.ipynb #01c-framing-036
 class Through(NamedTuple):

@@ -9,6 +9,7 @@ __all__ = ['PACKAGES', 'VIEWS', 'SOFTLABEL_FILES', 'package_versions', 'environm
            'class_order_holds', 'require_go']
 
 # %% ../nbs/01_integrity_checks.ipynb #01-integrity-002
+import csv
 import json
 import math
 import os
@@ -21,7 +22,6 @@ from importlib import metadata
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 
 from fer_nb.artifacts import (
     CLASSES, ArtifactError, FerError, GateError, class_order_hash, convention_of, conventions_of, find_artifact,
@@ -49,10 +49,10 @@ def package_versions(
 def _git_state(
     folder=".",  # any folder of the checkout
 ) -> tuple[str | None, bool | None]:  # commit, and whether tracked files differ from it
-    "The commit that the code stands at, or (None, None) outside a checkout."
+    "The commit that the code stands at; of a copy without its history, the commit that FER_NB_COMMIT names, or none."
     def git(*args): return subprocess.run(["git", "-C", str(folder), *args], capture_output=True, text=True, check=True).stdout.strip()
     try: return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
-    except (OSError, subprocess.CalledProcessError): return None, None
+    except (OSError, subprocess.CalledProcessError): return os.environ.get("FER_NB_COMMIT"), None
 
 # %% ../nbs/01_integrity_checks.ipynb #01-integrity-007
 def environment(
@@ -105,8 +105,10 @@ def own_test_rows(
     "The test rows that judge it: those with the labels that it learned; all of them where nothing tells."
     learned, table = run_convention(folder), Path(folder)/"metrics_by_source.csv"
     if not learned or "test_ids" not in evaluation: return np.full(len(evaluation["test_labels"]), True)
-    by_source = pd.read_csv(table) if table.is_file() else pd.DataFrame()
-    known = dict(zip(by_source["source"], by_source["convention"])) if "convention" in by_source else {}
+    known = {}
+    if table.is_file():
+        with open(table, newline="", encoding="utf-8") as f:
+            known = {r["source"]: r["convention"] for r in csv.DictReader(f) if "convention" in r}
     whose = [convention_of(i.split("/")[0], known) for i in evaluation["test_ids"].tolist()]  # an id begins with its source
     return np.isin(whose, learned.split("+"))
 
@@ -150,6 +152,7 @@ class Softlabels:
         ids,  # (M,) wanted sample ids
     ) -> np.ndarray:  # (M,) row numbers here
         "Where the wanted samples stand; a missing one is an error."
+        import pandas as pd  # those who only use a model needn't have it
         where = pd.Index(self.ids).get_indexer(np.asarray(ids))
         if (where < 0).any():
             raise GateError(f"softlabels hold no row for sample '{np.asarray(ids)[where < 0][0]}' ({int((where < 0).sum())} rows missing)")
@@ -239,6 +242,7 @@ def check_alignment(
 # %% ../nbs/01_integrity_checks.ipynb #01-integrity-024
 def _compare_rows(s: Softlabels, ids: np.ndarray, sha256: np.ndarray, notes: list[str]) -> tuple[bool, bool]:
     "Whether counts agree, and whether every wanted row is there with the same bytes."
+    import pandas as pd
     if len(s.ids) != len(ids): notes.append(f"softlabels hold {len(s.ids)} rows, the dataset has {len(ids)}")
     theirs = pd.Series(s.sha256, index=s.ids).reindex(ids)
     missing, changed = theirs.isna().to_numpy(), (theirs.to_numpy() != sha256)

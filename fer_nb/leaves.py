@@ -9,13 +9,13 @@ __all__ = ['SEAL', 'MANIFEST_LEAVES', 'CACHE_LEAVES', 'SOFTLABEL_LEAVES', 'TRAIN
 
 # %% ../nbs/00_artifacts_table.ipynb #00-leaves-002
 from pathlib import Path
-from typing import NamedTuple
-
-import pandas as pd
+from typing import NamedTuple, TYPE_CHECKING
 
 from .artifacts import Artifact, ArtifactError, UsageError, find_artifact, plain_key, read_npz, sha256_file
 from .evidence import ClassValues
 from .records import ClassOrder, HashManifest
+
+if TYPE_CHECKING: import pandas as pd
 
 # %% ../nbs/00_artifacts_table.ipynb #00-leaves-t1
 class Leaf(NamedTuple):
@@ -135,8 +135,9 @@ def declared(
     return [f for f in leaves_of(kind, *holds) if f not in leaves_of(kind, *holds, steps=RESUMED)]
 
 # %% ../nbs/00_artifacts_table.ipynb #00-leaves-t12
-def leaves_table() -> pd.DataFrame:  # folder, file, written by, only where, kept, what it holds
+def leaves_table() -> "pd.DataFrame":  # folder, file, written by, only where, kept, what it holds
     "The table for people; softlabels stand once, not in every folder that has them."
+    import pandas as pd
     rows = [(kind, x.file, x.step, x.when, x.kept, x.about) for kind, leaves in LEAVES.items() for x in leaves
             if kind == "softlabels" or not x.file.startswith("softlabels/")]
     return pd.DataFrame(rows, columns=["folder", "file", "step", "only where", "kept", "what it holds"])
@@ -235,8 +236,9 @@ OTHER_NAMES = {"classes.json": ClassOrder, "thresholds.json": ClassValues, "logi
 # %% ../nbs/00_artifacts_table.ipynb #00-leaves-016
 def inventory(
     runs_dir,  # a folder of runs
-) -> pd.DataFrame:  # one row a JSON artifact: folder, file, model, state
+) -> "pd.DataFrame":  # one row a JSON artifact: folder, file, model, state
     "Read every known JSON artifact below a folder and say whether it is whole."
+    import pandas as pd
     models = {plain_key(name): cls for name, cls in (artifact_models() | OTHER_NAMES).items()}
     rows = []
     for path in sorted(Path(runs_dir).rglob("*.json")):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METRICS', 'SOFT_METRICS', 'METRIC_NAMES', 'FEW', 'evaluate', 'metrics_table', 'flat_row', 'reliability_table',
            'draw_bars', 'reliability_diagram', 'classwise_diagram', 'draw_confusion', 'confusion_plot',
-           'confusion_table', 'confidence_groups']
+           'confusion_table']
 
 # %% ../nbs/02_calibration_reliability.ipynb #02-reliability-002
 import matplotlib.pyplot as plt
@@ -57,9 +57,9 @@ def evaluate(
             **({} if votes is None else _soft_record(z, votes, temperature, resamples, seed, groups))}
 
 # %% ../nbs/02_calibration_reliability.ipynb #02-reliability-010
-METRIC_NAMES = {"accuracy": "accuracy", "macro_f1": "macro-F1", "nll": "NLL", "brier": "Brier", "ece": "ECE",
-          "ece_equal_mass": "ECE, equal mass", "classwise_ece": "ECE, classwise", "soft_nll": "NLL against votes",
-          "soft_ece": "ECE against votes"}
+METRIC_NAMES = {
+    "accuracy": "accuracy", "macro_f1": "macro-F1", "nll": "NLL", "brier": "Brier", "ece": "ECE", "ece_equal_mass": "ECE, equal mass",
+    "classwise_ece": "ECE, classwise", "soft_nll": "NLL against votes", "soft_ece": "ECE against votes"}
 
 # %% ../nbs/02_calibration_reliability.ipynb #02-reliability-011
 def metrics_table(
@@ -223,17 +223,3 @@ def confusion_table(
     "Confusion counts with the class names, as confusion.csv has them."
     names = class_names(len(counts))
     return pd.DataFrame(np.asarray(counts), index=pd.Index(names, name="true"), columns=names)
-
-# %% ../nbs/02_calibration_reliability.ipynb #02-reliability-031
-def confidence_groups(
-    logits: np.ndarray,  # (N, K)
-    labels: np.ndarray,  # (N,)
-    temperature=1.0,
-    weights: np.ndarray | None = None,  # (..., N) how often each row counts; once where None
-) -> tuple[np.ndarray, np.ndarray]:  # rows and errors of each group of equal confidence, most confident first: (..., G)
-    "Count rows and errors at each confidence."
-    c, hit = top_label(logits, labels, temperature)
-    order = np.argsort(-c, kind="stable")
-    starts = np.flatnonzero(np.diff(c[order], prepend=2.0))
-    w = np.ones(len(c)) if weights is None else np.asarray(weights, dtype=np.float64)[..., order]
-    return np.add.reduceat(w, starts, axis=-1), np.add.reduceat(w*(1 - hit[order]), starts, axis=-1)

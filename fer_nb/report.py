@@ -153,12 +153,6 @@ def per_class_table(runs) -> pd.DataFrame:
     f1 = pd.DataFrame(rows).groupby("model", sort=False).mean().round(3)
     return pd.concat([f1, pd.DataFrame([support], index=["support"])]).rename_axis("F1").reset_index()
 
-# %% ../nbs/09b_report.ipynb #09b-report-015
-def by_source_table(runs) -> pd.DataFrame:
-    "Accuracy, macro-F1, NLL and ECE on the test rows of each source of the model's convention, mean over seeds."
-    parts = [_own_sources(pd.read_csv(r.folder/"metrics_by_source.csv"), r.convention).assign(model=r.key) for r in runs]
-    return _source_columns(pd.concat(parts).groupby(["model", "source"], sort=False).mean(numeric_only=True).reset_index())
-
 # %% ../nbs/09b_report.ipynb #09b-report-016
 def _source_columns(t: pd.DataFrame) -> pd.DataFrame:
     "What a table by source shows; columns that older runs don't have stay out."
@@ -167,6 +161,12 @@ def _source_columns(t: pd.DataFrame) -> pd.DataFrame:
     t = t[[c for c in shown if c in t]].astype({"n": int})
     t = t.round({c: 2 if c == "own_temperature" else 3 for c in t.select_dtypes("float")})
     return t.astype(object).where(t.notna(), "–").rename(columns=shown)  # a source without validation rows has no T of its own
+
+# %% ../nbs/09b_report.ipynb #09b-report-015
+def by_source_table(runs) -> pd.DataFrame:
+    "Accuracy, macro-F1, NLL and ECE on the test rows of each source of the model's convention, mean over seeds."
+    parts = [_own_sources(pd.read_csv(r.folder/"metrics_by_source.csv"), r.convention).assign(model=r.key) for r in runs]
+    return _source_columns(pd.concat(parts).groupby(["model", "source"], sort=False).mean(numeric_only=True).reset_index())
 
 # %% ../nbs/09b_report.ipynb #09b-report-018
 def find_ensembles(

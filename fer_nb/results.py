@@ -7,8 +7,8 @@ __all__ = ['SAID', 'RARE', 'CHOSEN', 'OPENING', 'PENDING', 'MARKS', 'GROUP', 'CO
            'md_table', 'said', 'Kept', 'find_kept', 'conventions_in', 'label', 'how_trained', 'how_fused',
            'models_section', 'gains_section', 'chain_of', 'find_arms', 'taught_by', 'students_section',
            'comparisons_section', 'sets_section', 'shown', 'shipped_section', 'tuning_section', 'older_section',
-           'session_section', 'measured_section', 'results_page', 'readme_table', 'between_marks', 'drawn_group',
-           'write_picture']
+           'session_section', 'measured_section', 'results_page', 'readme_table', 'between_marks', 'write_results',
+           'drawn_group', 'write_picture']
 
 # %% ../nbs/09c_results.ipynb #09c-002
 from dataclasses import dataclass
@@ -20,7 +20,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from .artifacts import CLASSES, ArtifactError, UsageError, convention_of, read_npz, write_bytes, write_text
+from fer_nb.artifacts import (
+    AMBER, CLASS_COLOURS, CLASSES, SKY, ArtifactError, UsageError, convention_of, read_npz, write_bytes, write_text,
+)
 from .evidence import EnsembleConfig, EnsembleGate, EnsembleMetrics, ExportReport, OnnxParity
 from .records import DatasetIndex, Environment, HashManifest, LeakageReport, RunArgs, SelectiveReport, ThroughDetector
 from .calibration import macro_f1
@@ -32,26 +34,25 @@ from .detectors import open_detector
 from .integrity import own_test_rows, run_convention
 from .pictures import faces_of
 from .anatomy import EMOTION_AUS, make_identity, parse_aus
-from .painting import Shot
-from .painting import paint_background, render_face
+from .painting import Shot, paint_background, render_face
 
 # %% ../nbs/09c_results.ipynb #09c-005
 def span(value: float, low: float, high: float) -> str:
     "A share with its interval."
     return f"{value:.3f} [{low:.3f}, {high:.3f}]"
 
-
+# %% ../nbs/09c_results.ipynb #09c-points
 def points(value: float, low: float, high: float) -> str:
     "A difference of shares in points, with its interval and a sign."
     return f"{100*value:+.1f} [{100*low:+.1f}, {100*high:+.1f}]".replace("-", "−")
 
-
+# %% ../nbs/09c_results.ipynb #09c-spread
 def spread(values) -> str:
     "Mean ± standard deviation; of one value, the value."
     v = np.asarray(values, float)
     return f"{v.mean():.3f}" + (f" ± {v.std(ddof=1):.3f}" if len(v) > 1 else "")
 
-
+# %% ../nbs/09c_results.ipynb #09c-reach
 def reach(values, digits: int) -> str:
     "The smallest and the largest of some values."
     low, high = (f"{f(values):.{digits}f}" for f in (min, max))
@@ -67,7 +68,7 @@ def md_table(
     lines = [columns, ["---"]*len(columns), *rows]
     return "\n".join("| " + " | ".join(str(c).replace("|", "\\|") for c in line) + " |" for line in lines)
 
-
+# %% ../nbs/09c_results.ipynb #09c-section
 def _section(title: str, *parts: str, level: int = 2) -> str:
     "A heading and its paragraphs; empty ones are left out."
     return "\n\n".join(["#"*level + " " + title, *filter(None, parts)])
@@ -80,7 +81,7 @@ def said(convention: str) -> str:
     "A convention as people write it."
     return SAID.get(convention, convention)
 
-
+# %% ../nbs/09c_results.ipynb #09c-Kept
 @dataclass(frozen=True)
 class Kept:
     "What is kept of a teacher, a student or an ensemble."
@@ -113,7 +114,7 @@ def find_kept(
     found = [Kept(p.parent) for p in sorted(Path(root).glob(f"{kind}/*/metrics_by_source.csv"))]
     return [k for k in found if convention in ("", k.convention)]
 
-
+# %% ../nbs/09c_results.ipynb #09c-conventions-in
 def conventions_in(root) -> list[str]:
     "The conventions that were learned, the most frequent first."
     learned = [k.convention for kind in ("teachers", "ensembles", "students") for k in find_kept(root, kind)]
@@ -125,12 +126,12 @@ def label(name: str) -> str:
     head, _, rest = name.partition("_seed")
     return f"{head}, seed {rest.split('_')[0]}" + (", stage B" if "stageB" in rest else "") if rest else name
 
-
+# %% ../nbs/09c_results.ipynb #09c-link
 def _link(run: Kept, reference, text: str = "") -> str:
     "A Markdown link from the page of results to a run's folder."
     return f"[{text or label(run.name)}]({run.folder.relative_to(reference).as_posix()})"
 
-
+# %% ../nbs/09c_results.ipynb #09c-started
 def _started(args: dict) -> str:
     "What a network's first weights were."
     init = str(args.get("init_from", "")).removesuffix("/best.pt")
@@ -138,10 +139,10 @@ def _started(args: dict) -> str:
     weights = args.get("weights", "none")
     return "from scratch" if weights in ("none", "") else f"pretrained ({Path(weights).name})"
 
-
+# %% ../nbs/09c_results.ipynb #09c-epochs-of
 def _epochs_of(args: dict) -> str: return f"{args['epochs']} epoch{'s' if args['epochs'] > 1 else ''}"
 
-
+# %% ../nbs/09c_results.ipynb #09c-minutes
 def _minutes(run: Kept) -> int:
     "How long its epochs took."
     history = pd.read_csv(run.folder/"history.csv")
@@ -157,7 +158,7 @@ def how_trained(run: Kept) -> str:
     return ", ".join([a["arch"], _started(a), f"{a['img_size']} px", f"{_epochs_of(a)}", *extra,
                       f"{_minutes(run)} min on {threads} thread{'s' if threads > 1 else ''}"])
 
-
+# %% ../nbs/09c_results.ipynb #09c-how-fused
 def how_fused(run: Kept) -> str:
     "An ensemble's members and weights in a line."
     c = EnsembleConfig.load(run.folder)
@@ -167,17 +168,17 @@ def how_fused(run: Kept) -> str:
     return f"{'weights searched' if c.preset is None else f'preset {c.preset}'}: {'; '.join(told)}{idle}"
 
 # %% ../nbs/09c_results.ipynb #09c-018
-def _other_columns(root, convention: str) -> list[str]:
-    "The conventions whose labels don't judge these models, but are there to be agreed with."
-    return [c for c in _find_scores(root) if c != convention]
-
-
 def _find_scores(root) -> list[str]:
     "The conventions of the test rows."
     runs = [k for kind in ("teachers", "ensembles", "students") for k in find_kept(root, kind)]
     return sorted({c for k in runs for c in k.scores.index})
 
+# %% ../nbs/09c_results.ipynb #09c-other-columns
+def _other_columns(root, convention: str) -> list[str]:
+    "The conventions whose labels don't judge these models, but are there to be agreed with."
+    return [c for c in _find_scores(root) if c != convention]
 
+# %% ../nbs/09c_results.ipynb #09c-judged-cells
 RARE = ("Disgust", "Fear")  # whose F1 the means hide
 
 
@@ -189,7 +190,7 @@ def _judged_cells(run: Kept, convention: str, others: list[str]) -> list[str]:
     rare = [f"{own[f'f1_{c}']:.2f}" for c in RARE]
     return [run.shown("accuracy", convention), run.shown("macro_f1", convention), *rare, *scaled, *agreed]
 
-
+# %% ../nbs/09c_results.ipynb #09c-models-section
 def models_section(reference, root, convention: str) -> str:
     "Teachers and ensembles by the labels that they learned."
     others = _other_columns(root, convention)
@@ -224,7 +225,7 @@ def _gain_rows(run: Kept, reference) -> list[list[str]]:
         rows.append([_link(run, reference), judge, f"{label(dirs.get(over, over))} (best on {best})", *gains])
     return rows
 
-
+# %% ../nbs/09c_results.ipynb #09c-gains-section
 def gains_section(reference, root, convention: str) -> str:
     "What the ensembles gain."
     rows = [r for k in find_kept(root, "ensembles", convention) for r in _gain_rows(k, reference)]
@@ -240,14 +241,14 @@ def _arm_name(run: Kept) -> str:
     init = Path(str(run.args.get("init_from", "")).removesuffix("/best.pt")).name.partition("_seed")[2].partition("_")[2]
     return tail if " from " in tail or not init else f"{tail} from {init.split('_')[0]}"
 
-
+# %% ../nbs/09c_results.ipynb #09c-chain-of
 def chain_of(run: Kept) -> list[int]:
     "Epochs of a run and of those that it goes on from, the first one first."
     init = Path(str(run.args.get("init_from", "")).removesuffix("/best.pt")).name
     before = run.folder.parent/init
     return [*(chain_of(Kept(before)) if init and before.is_dir() else []), run.args["epochs"]]
 
-
+# %% ../nbs/09c_results.ipynb #09c-find-arms
 def find_arms(root, convention: str) -> dict[str, list[Kept]]:  # arm -> its seeds
     "The students that learned a convention, by arm; short chains first."
     arms: dict = {}
@@ -262,7 +263,7 @@ def taught_by(args: dict) -> str:
     how = f" (T {args['kd_temperature']:g}, α {args['alpha']:g}{beta})" if "kd_temperature" in args else ""
     return label(Path(args["softlabels"]).parent.name) + how
 
-
+# %% ../nbs/09c_results.ipynb #09c-arm-row
 def _arm_row(name: str, runs: list[Kept], convention: str, others: list[str]) -> list[str]:
     "An arm's means at T*, by the labels that it learned, then agreement with others."
     seeds = ", ".join(str(s) for s in sorted(k.args["seed"] for k in runs))
@@ -270,7 +271,7 @@ def _arm_row(name: str, runs: list[Kept], convention: str, others: list[str]) ->
     agreed = [spread([k.by(c)[m] for k in runs]) for c in others for m in ("accuracy", "macro_f1")]
     return [name, " + ".join(map(str, chain_of(runs[0]))), taught_by(runs[0].args), seeds, *cells, *agreed]
 
-
+# %% ../nbs/09c_results.ipynb #09c-students-section
 def students_section(root, convention: str) -> str:
     "Students by way of teaching, means over seeds."
     arms, others = find_arms(root, convention), _other_columns(root, convention)
@@ -293,7 +294,7 @@ def _comparison_rows(table: pd.DataFrame) -> list[list[str]]:
         rows.append([a, b, int(by["n_seeds"].iloc[0]), *cells])
     return rows
 
-
+# %% ../nbs/09c_results.ipynb #09c-comparisons-section
 def comparisons_section(root, convention: str) -> str:
     "What one way of teaching gains over another."
     path = Path(root)/"students"/"comparisons_students.csv"
@@ -314,7 +315,7 @@ def _own_answers(run: Kept):  # (logits (N, 7), labels (N,), pictures (N,))
     index = SelectiveReport.load(run.folder).dataset_index_id
     return z["test_logits"].astype(float)[own], z["test_labels"].astype(int)[own], kept_groups(run.folder, z["test_ids"], index)[own]
 
-
+# %% ../nbs/09c_results.ipynb #09c-one-seed
 def _one_seed(root, convention: str, seed: int = 1337) -> str:
     "The comparison that most people publish: DKD over CE, one seed."
     last = {a.split()[0]: k for a, runs in reversed(find_arms(root, convention).items()) for k in runs if k.args["seed"] == seed}
@@ -331,7 +332,17 @@ def _shipped_run(root) -> Kept:
         if HashManifest.load(k.folder).files.get("best.pt") == hashed: return k
     raise ArtifactError(Path(root)/"onnx", "was exported from a checkpoint that no student here has", key="checkpoint_hash", got=hashed)
 
+# %% ../nbs/09c_results.ipynb #09c-class-sets
+def _class_sets(root, convention: str) -> str:
+    "The shipped student's sets, class by class."
+    run = _shipped_run(root)
+    if run.convention != convention: return ""
+    by = SelectiveReport.load(run.folder).by_class
+    rows = [["coverage", *(f"{by[c].coverage:.2f}" for c in CLASSES)], ["classes in a set", *(f"{by[c].mean_size:.1f}" for c in CLASSES)]]
+    return ("On average is not class by class. The student that ships, by true class (`--class-sets` promises to each, with larger "
+            "sets):\n\n" + md_table(["", *(f"{c}, n = {by[c].n:,}" for c in CLASSES)], rows))
 
+# %% ../nbs/09c_results.ipynb #09c-sets-section
 def sets_section(root, convention: str) -> str:
     "Whether prediction sets keep their promise."
     runs = [s for s in (SelectiveReport.load(p.parent) for p in sorted(Path(root).rglob("selective.json"))) if s.convention == convention]
@@ -346,27 +357,17 @@ def sets_section(root, convention: str) -> str:
                         f"they cover {reach([o.coverage.value for o in others], 2)}.")
     return _section("Prediction sets", told, _class_sets(root, convention), level=3)
 
-
-def _class_sets(root, convention: str) -> str:
-    "The shipped student's sets, class by class."
-    run = _shipped_run(root)
-    if run.convention != convention: return ""
-    by = SelectiveReport.load(run.folder).by_class
-    rows = [["coverage", *(f"{by[c].coverage:.2f}" for c in CLASSES)], ["classes in a set", *(f"{by[c].mean_size:.1f}" for c in CLASSES)]]
-    return ("On average is not class by class. The student that ships, by true class (`--class-sets` promises to each, with larger "
-            "sets):\n\n" + md_table(["", *(f"{c}, n = {by[c].n:,}" for c in CLASSES)], rows))
-
 # %% ../nbs/09c_results.ipynb #09c-037
+def shown(interval) -> str: return span(interval.value, interval.low, interval.high)
+
+# %% ../nbs/09c_results.ipynb #09c-shipped-scores
 def _shipped_scores(root) -> dict:  # accuracy, macro_f1, nll, ece and others as intervals
     "The scores of the file that ships, from its kept answers."
     z = read_npz(Path(root)/"onnx"/"answers_int8.npz", ["test_logits", "test_labels", "test_groups"])
     return evaluate(z["test_logits"].astype(float), z["test_labels"].astype(int), ExportReport.load(Path(root)/"onnx").temperature,
                     resamples=1000, seed=1337, groups=z["test_groups"])
 
-
-def shown(interval) -> str: return span(interval.value, interval.low, interval.high)
-
-
+# %% ../nbs/09c_results.ipynb #09c-through-section
 def _through_section(root) -> str:
     "What is left of it behind a detector."
     t, rows = ThroughDetector.load(Path(root)/"onnx"), []
@@ -388,7 +389,7 @@ def _precision_rows(root) -> list[list[str]]:
     report, parity = ExportReport.load(Path(root)/"onnx"), OnnxParity.load(Path(root)/"onnx").variants
     return [[p, f"{report.files[p].bytes/1e6:.1f} MB", f"{parity[p].argmax_agreement:.2%}"] for p in report.precision]
 
-
+# %% ../nbs/09c_results.ipynb #09c-int8-cost
 def _int8_cost(root) -> str:
     "What int8 costs by the labels that the student learned, in pairs on the same rows."
     path = Path(root)/"onnx"/"answers_int8.npz"
@@ -398,7 +399,7 @@ def _int8_cost(root) -> str:
     change = points(cost.value, cost.low, cost.high)
     return f"By the labels that it learned, int8 changes macro-F1 by {change} points, n = {len(y):,}, in pairs."
 
-
+# %% ../nbs/09c_results.ipynb #09c-latency-section
 def _latency_section(root) -> str:
     "How fast it is, with the machine that said so."
     parts = []
@@ -410,7 +411,7 @@ def _latency_section(root) -> str:
                   md_table(["model", "threads", "faces at once", "p50, ms", "p99, ms", "faces/s"], rows)]
     return _section("Latency", *parts, level=3)
 
-
+# %% ../nbs/09c_results.ipynb #09c-shipped-section
 def shipped_section(reference, root) -> str:
     "All about the student that ships."
     run, s = _shipped_run(root), _shipped_scores(root)
@@ -441,7 +442,7 @@ def tuning_section(root) -> str:
                    f"The best epoch of each, on validation rows (FERPlus, n = {t['n_valid'].iloc[0]:,}), seed 1337, from CE's best. "
                    "T 1 was taken for its NLL, which macro-F1 does not contradict.", md_table(columns, rows))
 
-
+# %% ../nbs/09c_results.ipynb #09c-older-section
 def older_section(reference) -> str:
     "Earlier and unfinished runs, so that nothing is forgotten."
     first, wide = Path(reference)/"fer2013_first", Path(reference)/"fer2013"/"reference224"
@@ -466,7 +467,7 @@ def session_section(root) -> str:
     return _section("A session on a drawn face", "It shows that the way works. It says nothing about people: the student learned "
                    "photographs, and drawn faces are foreign to it.", md_table(columns, rows))
 
-
+# %% ../nbs/09c_results.ipynb #09c-measured-section
 def measured_section(reference) -> str:
     "What no artifact holds."
     t = pd.read_csv(Path(reference)/"measured_by_hand.csv", dtype=str, keep_default_na=False)
@@ -480,7 +481,7 @@ def _perfect_rows(root) -> list[list[str]]:
              f"{p.accuracy:.3f}", f"{p.macro_f1:.3f}", *("–" if p.recall[c] is None else f"{p.recall[c]:.2f}" for c in CLASSES)]
             for p in LeakageReport.load(Path(root)/"manifests").perfect_scores]
 
-
+# %% ../nbs/09c_results.ipynb #09c-ground-section
 def _ground_section(root) -> str:
     "What all numbers stand on."
     d, any_run = DatasetIndex.load(Path(root)/"manifests"), find_kept(root, "students")[0]
@@ -507,11 +508,13 @@ def _reading_section(reference, convention: str) -> str:
     path = Path(reference)/f"reading_{convention}.md"
     return _section("What this shows, and what not", path.read_text(encoding="utf-8").strip(), level=3) if path.is_file() else ""
 
-
+# %% ../nbs/09c_results.ipynb #09c-results-page
 OPENING = """# Results
 
 Made from the artifacts in this folder by `make results` (`fer_nb.results.write_results`); a test makes it again and compares.
 Don't edit it: what was measured by hand stands in `measured_by_hand.csv`, what people make of the tables in `reading_ferplus.md`."""
+
+
 PENDING = "## What comes next\n\n[The plan of training](PENDING.md) has the bars that are not reached yet, and what a GPU will add."
 
 
@@ -538,7 +541,10 @@ def _mean_row(text: str, runs: list[Kept], convention: str) -> list[str]:
     return [f"{text}, {sum(chain_of(runs[0]))} epochs; mean ± sd of seeds {seeds}",
             *(spread([k.by(convention)[m] for k in runs]) for m in ("accuracy", "macro_f1", "ece"))]
 
+# %% ../nbs/09c_results.ipynb #09c-said-detector
+def _said_detector(name: str) -> str: return {"yunet": "YuNet", "haar": "Haar", "dnn": "SSD"}.get(name, name)
 
+# %% ../nbs/09c_results.ipynb #09c-readme-rows
 def _readme_rows(root) -> list[list[str]]:
     "What ships, what is left of it behind a detector, its network taught by labels and by an ensemble, and that ensemble."
     run, s, through = _shipped_run(root), _shipped_scores(root), ThroughDetector.load(root/"onnx").rows[0]
@@ -552,16 +558,13 @@ def _readme_rows(root) -> list[list[str]]:
             _mean_row("students by labels alone", arms[_arm_name(run)], c), _mean_row("students by DKD", arms[taught], c),
             [f"the ensemble that taught them ({len(config.members)} networks, seed {config.seed})", *(best.shown(k, c) for k in every)]]
 
-
+# %% ../nbs/09c_results.ipynb #09c-readme-table
 def readme_table(reference) -> str:
     "The README's five rows; numbers don't break from their intervals."
     root = Path(reference)/"fer2013"
     run, n = _shipped_run(root), _shipped_scores(root)["n"]
     rows = [[text, *(cell.replace(" ", "\u00a0") for cell in cells)] for text, *cells in _readme_rows(root)]
     return md_table([f"judged by {said(run.convention)}'s labels, n\u00a0=\u00a0{n:,}", "accuracy", "macro-F1", "ECE"], rows)
-
-
-def _said_detector(name: str) -> str: return {"yunet": "YuNet", "haar": "Haar", "dnn": "SSD"}.get(name, name)
 
 # %% ../nbs/09c_results.ipynb #09c-050
 def between_marks(text: str, new: str) -> str:
@@ -570,8 +573,8 @@ def between_marks(text: str, new: str) -> str:
     before, rest = text.split(MARKS[0])
     return f"{before}{MARKS[0]}\n{new}\n{MARKS[1]}{rest.split(MARKS[1])[1]}"
 
-
-def _write_results(
+# %% ../nbs/09c_results.ipynb #09c-write-results
+def write_results(
     reference="runs/reference",
     readme="",  # the README whose table is renewed; empty: none
 ) -> Path:  # the page
@@ -596,8 +599,7 @@ def drawn_group(size: int = 200) -> np.ndarray:  # uint8 (h, w, 3) RGB
     return scene
 
 # %% ../nbs/09c_results.ipynb #09c-054
-COLOURS = {"Angry": "#D55E00", "Disgust": "#009E73", "Fear": "#CC79A7", "Happy": "#E69F00", "Sad": "#0072B2", "Surprise": "#56B4E9",
-           "Neutral": "#6E6E6E"}  # safe for the colour-blind
+COLOURS = dict(zip(CLASSES, CLASS_COLOURS)) | {"Happy": AMBER, "Surprise": SKY, "Neutral": "#6E6E6E"}  # white words are read on these
 
 
 def _draw_bars_of(ax, probs: np.ndarray):
@@ -612,7 +614,7 @@ def _draw_bars_of(ax, probs: np.ndarray):
     ax.tick_params(length=0, labelsize=9)
     ax.spines[:].set_visible(False)
 
-
+# %% ../nbs/09c_results.ipynb #09c-answer-figure
 def _answer_figure(detector: str = "auto"):  # a matplotlib figure
     "The drawn group with its boxes and answers, probabilities beneath."
     group = drawn_group()
@@ -629,7 +631,7 @@ def _answer_figure(detector: str = "auto"):  # a matplotlib figure
         _draw_bars_of(fig.add_axes([0.25*i + 0.065, 0.02, 0.175, 0.35]), f.probs)
     return fig
 
-
+# %% ../nbs/09c_results.ipynb #09c-write-picture
 def write_picture(
     out="docs/predict.webp",
     detector: str = "auto",  # yunet where its file is at hand, else haar

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import pandas as pd
 
 from .artifacts import BLUE, CLASS_COLOURS, CLASSES, ORANGE, Lines, UsageError, write_csv
 from .calibration import prf
+from .columns import Columns
 from .evidence import LabelScores, LockTimes, ScoreResults, SessionClass, StageLatency
 from .records import Interval
 from .resampling import percentile_interval, weight_chunks
@@ -106,8 +106,8 @@ def track_of(
     "A session as a track."
     at, (codes, source, notes) = session.order, truth_of(session, truth)
     raw = np.where(session.main["raw_label"] < 0, CODES[NO_FACE], session.main["raw_label"])
-    time_us = np.rint(session.main["time_sec"].to_numpy()*1e6).astype(np.int64)
-    return make_track(time_us[at], codes[at], session.main["pred_label"].to_numpy()[at], raw[at]), source, notes
+    time_us = np.rint(session.main["time_sec"]*1e6).astype(np.int64)
+    return make_track(time_us[at], codes[at], session.main["pred_label"][at], raw[at]), source, notes
 
 # %% ../nbs/06a_session_scores.ipynb #06a-scoring-017
 def count_labels(
@@ -219,16 +219,16 @@ def lock_times(track: LabelTrack, labels: np.ndarray) -> LockTimes:
                      p90_ms=when_locked(*curve, 0.9), restricted_mean_ms=restricted_mean(*curve, horizon), horizon_ms=horizon)
 
 # %% ../nbs/06a_session_scores.ipynb #06a-scoring-036
-def stage_latencies(latency: pd.DataFrame | None) -> dict[str, StageLatency]:
+def stage_latencies(latency: Columns | None) -> dict[str, StageLatency]:
     "Mean and percentiles of every stage, and of their sum."
-    if latency is None or latency.empty: return {}
-    stages = latency[[c for c in latency if c.endswith("_ms")]].rename(columns=lambda c: c.removesuffix("_ms"))
-    stages = stages.assign(total=stages.sum(axis=1)) if "total" not in stages else stages
+    if latency is None or not len(latency): return {}
+    stages = {c.removesuffix("_ms"): latency[c] for c in latency if c.endswith("_ms")}
+    if "total" not in stages: stages["total"] = np.sum(list(stages.values()), axis=0)
     def one(v): return StageLatency(n=len(v), mean=v.mean(), **dict(zip(("p50", "p90", "p99"), np.quantile(v, [0.5, 0.9, 0.99]).tolist())))
     return {name: one(v) for name, v in stages.items()}
 
 # %% ../nbs/06a_session_scores.ipynb #06a-scoring-037
-def frame_rate(latency: pd.DataFrame | None) -> float | None:
+def frame_rate(latency: Columns | None) -> float | None:
     "Frames a second of wall time; None with fewer than two."
     if latency is None or len(latency) < 2 or np.ptp(latency["wall_sec"]) <= 0: return None
     return (len(latency) - 1)/float(np.ptp(latency["wall_sec"]))
@@ -244,18 +244,15 @@ def label_scores(track: LabelTrack, labels: np.ndarray, estimates: tuple) -> Lab
 # %% ../nbs/06a_session_scores.ipynb #06a-scoring-041
 def class_table(
     track: LabelTrack,
-) -> pd.DataFrame:  # a row a class; NaN where the scored truth doesn't hold it
+) -> Columns:  # a row a class; NaN where the scored truth doesn't hold it
     "Precision, recall and F1 by class, of the shown and the raw label."
     shown, raw = (count_labels(track, x).sum(0) for x in (track.shown, track.raw))
     def named(counts, prefix): return {f"{prefix}{k}": v for k, v in zip(("precision", "recall", "f1"), class_scores(counts))}
     support = shown.sum(1)
-    table = pd.DataFrame({**named(shown, ""), **named(raw, "raw_")}, index=pd.Index(CLASSES, name="class"))
-    table[support == 0] = np.nan
+    scores = {k: np.where(support == 0, np.nan, v) for k, v in {**named(shown, ""), **named(raw, "raw_")}.items()}
     segments = np.bincount([s.code for s in track.scored_segments], minlength=len(CLASSES))
     more = {"predicted": shown[:, :7].sum(0), "correct": np.diag(shown), "unstable": shown[:, 7], "no_face": shown[:, 8]}
-    table = table.assign(**more)
-    table.insert(0, "support", support); table.insert(1, "segments", segments)
-    return table
+    return Columns({"class": CLASSES, "support": support, "segments": segments, **scores, **more})
 
 # %% ../nbs/06a_session_scores.ipynb #06a-scoring-043
 def why_unscored(track: LabelTrack) -> list[str]:
@@ -276,17 +273,18 @@ def score_results(
     (track, source, notes), info = track_of(session, truth), session.info
     counts, table = [count_labels(track, x) for x in (track.shown, track.raw)], class_table(track)
     found = segment_intervals(*counts, resamples, seed)
-    seen = table[table["support"] > 0].reset_index().rename(columns={"class": "name"})
+    seen = [r | {"name": r["class"]} for r in table[table["support"] > 0].records()]
     return ScoreResults(
         session=session.name, truth=source, source=f"{info.source}: {info.source_name}" if info else "", detector=session.about("detector"),
         model=session.about("model"), settings=info.settings if info else {},
-        tuned_live=bool(session.changes["name"].isin(REPLAYED).any()), frames=len(track.truth), seconds=float(np.ptp(track.time_us))/1e6,
+        tuned_live=bool(np.isin(session.changes["name"], REPLAYED).any()), frames=len(track.truth),
+        seconds=float(np.ptp(track.time_us))/1e6,
         labelled_frames=int((track.truth >= 0).sum()), scored_frames=int(track.scored.sum()), segments=len(track.segments),
         short_segments=len(track.segments) - len(track.scored_segments), scored_segments=len(track.scored_segments),
         shown=label_scores(track, track.shown, found["shown"]), raw=label_scores(track, track.raw, found["raw"]),
         gain_accuracy=found["gain"][0], gain_macro_f1=found["gain"][1], truth_changes_per_min=jitter(track, track.truth),
         unstable_frames=int((track.shown == CODES[UNSTABLE]).sum()), no_face_frames=int((track.shown == CODES[NO_FACE]).sum()),
-        per_class=[SessionClass(**{k: r[k] for k in SessionClass.model_fields}) for r in seen.to_dict("records")],
+        per_class=[SessionClass(**{k: r[k] for k in SessionClass.model_fields}) for r in seen],
         confusion=counts[0].sum(0).tolist(), fps=frame_rate(session.latency), latency_ms=stage_latencies(session.latency),
         notes=[*session.notes, *notes, *why_unscored(track)], resamples=resamples, seed=seed, pause_ms=PAUSE_MS,
         scored_at=datetime.now(UTC).isoformat(timespec="seconds")), track
@@ -376,13 +374,13 @@ def add_to_summary(
     row: dict,
 ) -> Path:
     "Put a session's row into the summary, in place of its old one."
-    path, fresh = Path(path), pd.DataFrame([row])
-    if not path.is_file(): return write_csv(path, fresh)
-    old = read_table(path, ["session"])[0]
-    columns = [*fresh, *(c for c in old if c not in fresh)]
-    rows = [row if r["session"] == row["session"] else r for r in old.to_dict("records")]
-    if row["session"] not in set(old["session"]): rows.append(row)
-    return write_csv(path, pd.DataFrame(rows, columns=columns).fillna(""))
+    path, rows = Path(path), [row]
+    if path.is_file():
+        old = read_table(path, ["session"])[0].records()
+        rows = [row if r["session"] == row["session"] else r for r in old]
+        if row not in rows: rows.append(row)
+    columns = dict.fromkeys(c for r in [row, *rows] for c in r)
+    return write_csv(path, Columns({c: [r.get(c, "") for r in rows] for c in columns}))
 
 # %% ../nbs/06a_session_scores.ipynb #06a-scoring-054
 def score_session(
@@ -397,7 +395,7 @@ def score_session(
     session = load_session(folder)
     results, track = score_results(session, truth, resamples, seed)
     if write:
-        write_csv(session.folder/"per_class_correctness.csv", class_table(track).reset_index())
+        write_csv(session.folder/"per_class_correctness.csv", class_table(track))
         results.save(session.folder)
         add_to_summary(session.folder.resolve().parent/SUMMARY, summary_row(results))
     return SessionScore(results, track, session)

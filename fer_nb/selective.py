@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['COVERAGES', 'CHANCE', 'RiskCoverage', 'risk_coverage', 'aurc', 'excess_aurc', 'accuracy_at_coverage',
            'risk_coverage_plot', 'conformal_rank', 'conformal_threshold', 'prediction_sets', 'set_coverage',
-           'conformal_thresholds', 'coverage_chance', 'refuse_same_rows', 'check_ids', 'cross_fitted_logits',
-           'check_seven', 'SetRule', 'set_rule', 'set_coverages', 'sets_report', 'selective_report', 'set_size_plot']
+           'conformal_thresholds', 'coverage_chance', 'refuse_same_rows', 'check_ids', 'check_seven',
+           'cross_fitted_logits', 'SetRule', 'set_rule', 'set_coverages', 'sets_report', 'selective_report',
+           'set_size_plot']
 
 # %% ../nbs/02_calibration_selective.ipynb #02-selective-002
 from fractions import Fraction
@@ -23,11 +24,24 @@ from scipy.special import digamma
 
 from .artifacts import BLUE, CLASSES, GREEN, GREY, ORANGE, GateError, UsageError
 from fer_nb.calibration import (
-    check, check_logits, class_names, fit_temperature, group_codes, mean_over_rows, predictions, softmax,
+    check, check_logits, class_names, fit_temperature, group_codes, mean_over_rows, predictions, softmax, top_label,
 )
 from .records import ClassCoverage, CoveragePromise, SelectiveReport, SetCoverage
-from .reliability import confidence_groups
 from .resampling import bootstrap_interval, check_folds, one_a_picture, stratified_folds
+
+# %% ../nbs/02_calibration_selective.ipynb #02-selective-003b
+def _confidence_groups(
+    logits: np.ndarray,  # (N, K)
+    labels: np.ndarray,  # (N,)
+    temperature=1.0,
+    weights: np.ndarray | None = None,  # (..., N) how often each row counts; once where None
+) -> tuple[np.ndarray, np.ndarray]:  # rows and errors of each group of equal confidence, most confident first: (..., G)
+    "Count rows and errors at each confidence."
+    c, hit = top_label(logits, labels, temperature)
+    order = np.argsort(-c, kind="stable")
+    starts = np.flatnonzero(np.diff(c[order], prepend=2.0))
+    w = np.ones(len(c)) if weights is None else np.asarray(weights, dtype=np.float64)[..., order]
+    return np.add.reduceat(w, starts, axis=-1), np.add.reduceat(w*(1 - hit[order]), starts, axis=-1)
 
 # %% ../nbs/02_calibration_selective.ipynb #02-selective-004
 class RiskCoverage(NamedTuple):
@@ -43,7 +57,7 @@ def risk_coverage(
 ) -> RiskCoverage:
     "The risk at each coverage; rows of equal confidence in expectation over their orders."
     z, y = check(logits, labels)
-    rows, errors = confidence_groups(z, y, temperature)
+    rows, errors = _confidence_groups(z, y, temperature)
     count = np.arange(1, len(y) + 1)
     return RiskCoverage(count/len(y), np.repeat(errors/rows, rows.astype(int)).cumsum()/count)
 
@@ -61,13 +75,13 @@ def _ranked_area(
 # %% ../nbs/02_calibration_selective.ipynb #02-selective-013
 def aurc(logits, labels, temperature=1.0, weights=None):
     "Area under the risk-coverage curve (Geifman & El-Yaniv 2017), 0 to 1; `weights` are counts of rows."
-    area = _ranked_area(*confidence_groups(*check(logits, labels), temperature, weights))
+    area = _ranked_area(*_confidence_groups(*check(logits, labels), temperature, weights))
     return float(area) if weights is None else area
 
 # %% ../nbs/02_calibration_selective.ipynb #02-selective-014
 def excess_aurc(logits, labels, temperature=1.0, weights=None):
     "AURC above that of the best order, with every error last (E-AURC, Geifman et al. 2019); 0 is a perfect order."
-    rows, errors = confidence_groups(*check(logits, labels), temperature, weights)
+    rows, errors = _confidence_groups(*check(logits, labels), temperature, weights)
     wrong = errors.sum(-1)
     best = _ranked_area(np.stack([rows.sum(-1) - wrong, wrong], -1), np.stack([np.zeros_like(wrong), wrong], -1))
     excess = _ranked_area(rows, errors) - best
@@ -203,6 +217,13 @@ def check_ids(ids, labels: np.ndarray, name: str):
     if len(ids) != len(labels): raise UsageError(f"{len(ids)} {name} for {len(labels)} rows: give one id for each row")
     if len(set(map(str, ids))) != len(ids): raise UsageError(f"{name} hold repeats: give one id for each row")
 
+# %% ../nbs/02_calibration_selective.ipynb #02-selective-047
+def check_seven(logits, labels, name: str) -> tuple[np.ndarray, np.ndarray]:
+    "Checked logits and labels of the canonical seven classes."
+    z, y = check(logits, labels)
+    if z.shape[1] != len(CLASSES): raise UsageError(f"{name} logits have {z.shape[1]} columns: give {len(CLASSES)}, in the order {CLASSES}")
+    return z, y
+
 # %% ../nbs/02_calibration_selective.ipynb #02-selective-045
 def cross_fitted_logits(
     logits: np.ndarray,  # (N, K)
@@ -218,26 +239,6 @@ def cross_fitted_logits(
         mine = fold == f
         out[mine] = logits[mine]/fit_temperature(logits[~mine], labels[~mine]).temperature
     return out
-
-# %% ../nbs/02_calibration_selective.ipynb #02-selective-047
-def check_seven(logits, labels, name: str) -> tuple[np.ndarray, np.ndarray]:
-    "Checked logits and labels of the canonical seven classes."
-    z, y = check(logits, labels)
-    if z.shape[1] != len(CLASSES): raise UsageError(f"{name} logits have {z.shape[1]} columns: give {len(CLASSES)}, in the order {CLASSES}")
-    return z, y
-
-# %% ../nbs/02_calibration_selective.ipynb #02-selective-049
-def _class_coverage(
-    sets: np.ndarray,  # (N, K) bool
-    labels: np.ndarray,  # (N,)
-) -> dict[str, ClassCoverage]:
-    "Coverage and mean size of the sets of each true class; null where a class has no row."
-    inside, size = sets[np.arange(len(labels)), labels], sets.sum(1)
-    def of(c):
-        rows = labels == c
-        if not rows.any(): return ClassCoverage(n=0, coverage=None, mean_size=None)
-        return ClassCoverage(n=int(rows.sum()), coverage=float(inside[rows].mean()), mean_size=float(size[rows].mean()))
-    return {name: of(c) for c, name in enumerate(class_names(sets.shape[1]))}
 
 # %% ../nbs/02_calibration_selective.ipynb #02-selective-050
 class SetRule(NamedTuple):
@@ -284,6 +285,19 @@ def _promise_of(
     p = min(1.0, len(names)*min(by_class.values())) if by_class else chance(np.full(len(labels), True), rule.pictures.sum())
     return CoveragePromise(promised=1 - rule.miss, pictures=len(labels), covered=int(inside.sum()), level=CHANCE,
                            calibration_pictures=int(rule.pictures.sum()), p_value=p), by_class
+
+# %% ../nbs/02_calibration_selective.ipynb #02-selective-049
+def _class_coverage(
+    sets: np.ndarray,  # (N, K) bool
+    labels: np.ndarray,  # (N,)
+) -> dict[str, ClassCoverage]:
+    "Coverage and mean size of the sets of each true class; null where a class has no row."
+    inside, size = sets[np.arange(len(labels)), labels], sets.sum(1)
+    def of(c):
+        rows = labels == c
+        if not rows.any(): return ClassCoverage(n=0, coverage=None, mean_size=None)
+        return ClassCoverage(n=int(rows.sum()), coverage=float(inside[rows].mean()), mean_size=float(size[rows].mean()))
+    return {name: of(c) for c, name in enumerate(class_names(sets.shape[1]))}
 
 # %% ../nbs/02_calibration_selective.ipynb #02-selective-053
 def set_coverages(

@@ -22,11 +22,11 @@ from functools import cached_property, wraps
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 from fastcore.basics import patch
 
 from .artifacts import CLASSES, ArtifactError, Box, GateError, Lines, UsageError, atomic_path, find_artifact
 from .calibration import softmax
+from .columns import Columns
 from .deploy import MAX_BIAS, write_class_values
 from .detectors import Detection
 from .evidence import SessionInfo
@@ -335,7 +335,7 @@ def _apply_changes(stabiliser: Stabiliser, log: SessionLog, changes: dict, frame
 # %% ../nbs/06_demo_log.ipynb #06-sessions-030
 def simulate_session(
     folder,  # the session's; must hold none yet
-    events: pd.DataFrame,  # start_ms, end_ms, label ("": unlabelled), gapless from 0: the truth, and the labels by hand
+    events,  # a table, Columns or DataFrame: start_ms, end_ms, label ("": unlabelled), gapless from 0: the truth, and the labels by hand
     fps: float = 20,
     seed: int = 1337,
     skill: float = 2.5,  # how far the true class stands out of the noise
@@ -348,7 +348,7 @@ def simulate_session(
 ) -> Path:
     "A session with a simulated classifier, the real stabiliser and the real log, for examples and tests."
     rng, stabiliser, last = np.random.default_rng(seed), Stabiliser(**settings or {}), None
-    time = np.round(np.arange(int(np.ceil(events["end_ms"].iloc[-1]*fps/1000 - 1e-9)))/fps, 6)
+    time = np.round(np.arange(int(np.ceil(np.asarray(events["end_ms"])[-1]*fps/1000 - 1e-9)))/fps, 6)
     label = np.array(events["label"])[np.searchsorted(events["start_ms"], time*1000 + 1e-6, side="right") - 1]
     truth = [CLASSES.index(x) if x else 6 for x in label]  # who isn't labelled has a face all the same
     probs = [simulate_probs(truth, fps, rng, skill) for _ in range(faces)]
@@ -387,7 +387,7 @@ def read_table(
     path,  # a CSV file
     required,  # columns that must be there
     appended: bool = False,  # written line by line: its last line may be cut off
-) -> tuple[pd.DataFrame, list[str]]:  # text as it stands, index: line in the file; what was left out
+) -> tuple[Columns, list[str]]:  # text as it stands; what was left out
     "A CSV file as text, or what is wrong with it in one line."
     path, notes = Path(path), []
     if not path.is_file(): raise ArtifactError(path, "is missing", expected="a CSV file with a header")
@@ -402,11 +402,12 @@ def read_table(
     if appended and rows and not notes and len(rows[-1]) < len(head): rows.pop(); notes = [_cut(path)]
     for n, row in enumerate(rows, 2):
         if len(row) != len(head): raise ArtifactError(path, f"line {n} is broken", expected=f"{len(head)} fields", got=len(row))
-    return pd.DataFrame(rows, columns=head, index=range(2, len(rows) + 2), dtype=str), notes
+    columns = zip(*rows) if rows else [()]*len(head)
+    return Columns({k: np.array(v, str) for k, v in zip(head, columns)}, range(2, len(rows) + 2)), notes
 
 # %% ../nbs/06_demo_log.ipynb #06-sessions-038
 def numbers(
-    table: pd.DataFrame,  # of `read_table`
+    table: Columns,  # of `read_table`
     column: str,
     path: Path,  # for the message
     blank: bool = False,  # may be empty: NaN
@@ -415,16 +416,16 @@ def numbers(
     def number(text):
         try: return float(text) if text or not blank else np.nan
         except ValueError: return np.inf
-    values = np.array([number(x) for x in table[column]], float)
-    bad = np.isinf(values) | (np.isnan(values) & (table[column] != "").to_numpy())
+    values = np.array([number(x) for x in table[column].tolist()], float)
+    bad = np.isinf(values) | (np.isnan(values) & (table[column] != ""))
     if bad.any():
-        line = table.index[bad.argmax()]
-        raise ArtifactError(path, f"line {line} holds no number", key=column, expected="a number", got=f"'{table[column][line]}'")
+        k = bad.argmax()
+        raise ArtifactError(path, f"line {table.line_of[k]} holds no number", key=column, expected="a number", got=f"'{table[column][k]}'")
     return values
 
 # %% ../nbs/06_demo_log.ipynb #06-sessions-039
 def label_codes(
-    table: pd.DataFrame,
+    table: Columns,
     column: str,
     path: Path,
     known=LABELS,  # the names that may stand there
@@ -432,12 +433,12 @@ def label_codes(
 ) -> np.ndarray:  # (N,) places in LABELS, -1 for none
     "A column of labels."
     names = (*known, "") if blank else known
-    bad = ~table[column].isin(names).to_numpy()
+    bad = ~np.isin(table[column], names)
     if bad.any():
-        line = table.index[bad.argmax()]
-        raise ArtifactError(path, f"line {line} holds an unknown label", key=column, expected=f"one of {', '.join(known)}",
-                            got=f"'{table[column][line]}'")
-    return table[column].map(CODES).to_numpy(np.int64)
+        k = bad.argmax()
+        raise ArtifactError(path, f"line {table.line_of[k]} holds an unknown label", key=column, expected=f"one of {', '.join(known)}",
+                            got=f"'{table[column][k]}'")
+    return np.array([CODES[x] for x in table[column].tolist()], np.int64)
 
 # %% ../nbs/06_demo_log.ipynb #06-sessions-042
 OURS, EARLIER = ("face_id", "box", "raw_label"), ("frame_index", "time_sec", "manual_label", "pred_label", *PROBS)
@@ -448,11 +449,11 @@ SUM_TOLERANCE = 0.005  # probabilities of a row may miss 1 by so much: logs roun
 class LoadedSession(Lines):
     "What a session left behind."
     folder: Path
-    faces: pd.DataFrame  # every row, as text
-    main: pd.DataFrame  # one row a frame, in the order of processing; labels as places in LABELS
+    faces: Columns  # every row, as text
+    main: Columns  # one row a frame, in the order of processing; labels as places in LABELS
     probs: np.ndarray  # (N, 7) of the main rows, NaN without a face
-    changes: pd.DataFrame  # frame_index, update, name, value: tuning.csv
-    latency: pd.DataFrame | None
+    changes: Columns  # frame_index, update, name, value: tuning.csv
+    latency: Columns | None
     info: SessionInfo | None
     earlier: bool  # of the earlier system
     notes: list[str]
@@ -462,7 +463,7 @@ class LoadedSession(Lines):
     @property
     def order(self) -> np.ndarray:  # (N,)
         "Places of the main rows in the order of time."
-        return np.argsort(self.main["frame_index"].to_numpy(), kind="stable")
+        return np.argsort(self.main["frame_index"], kind="stable")
     @cached_property
     def updates(self) -> list[tuple]:
         "What the stabiliser was given: (number of updates before, seconds, probabilities or None)."
@@ -470,7 +471,7 @@ class LoadedSession(Lines):
         return [(i, t, None if gone else p) for i, (t, p, gone) in enumerate(zip(times, self.probs, np.isnan(self.probs[:, 0]).tolist()))]
     def about(self, column: str) -> str:
         "Detector or model, by the rows."
-        return "; ".join(x for x in dict.fromkeys(self.faces[column]) if x) if column in self.faces else ""
+        return "; ".join(x for x in dict.fromkeys(self.faces[column].tolist()) if x) if column in self.faces else ""
 
     def lines(self):
         n, seconds = len(self.main), np.ptp(self.main["time_sec"])
@@ -480,7 +481,7 @@ class LoadedSession(Lines):
                 *(f"Note: {n}." for n in self.notes)]
 
 # %% ../nbs/06_demo_log.ipynb #06-sessions-044
-def _read_probs(table: pd.DataFrame, path: Path) -> np.ndarray:  # (N, 7), NaN where all are empty
+def _read_probs(table: Columns, path: Path) -> np.ndarray:  # (N, 7), NaN where all are empty
     "Probabilities by the names of their columns; refused where they are none."
     p = np.stack([numbers(table, c, path, blank=True) for c in PROBS], 1)
     none, some = np.isnan(p).all(1), np.isnan(p).any(1)
@@ -488,34 +489,36 @@ def _read_probs(table: pd.DataFrame, path: Path) -> np.ndarray:  # (N, 7), NaN w
     if wrong.any():
         k = wrong.argmax()
         got = f"a sum of {np.nansum(p[k]):.4g}" + (" with gaps" if some[k] else "")
-        raise ArtifactError(path, f"line {table.index[k]} holds no probabilities", key="prob_*", expected="seven numbers from 0 to 1 that "
-                            "sum to 1", got=got)
+        raise ArtifactError(path, f"line {table.line_of[k]} holds no probabilities", key="prob_*",
+                            expected="seven numbers from 0 to 1 that sum to 1", got=got)
     return p
 
 # %% ../nbs/06_demo_log.ipynb #06-sessions-045
-def _earlier_rows(table: pd.DataFrame, probs: np.ndarray) -> tuple[pd.DataFrame, list[str]]:
+def _earlier_rows(table: Columns, probs: np.ndarray) -> tuple[Columns, list[str]]:
     "The earlier system's rows in today's form."
-    face, blank = ~np.isnan(probs[:, 0]), (table["pred_label"] == "").to_numpy()
+    face, blank = ~np.isnan(probs[:, 0]), table["pred_label"] == ""
     raw = np.where(face, np.array(CLASSES)[np.nan_to_num(probs).argmax(1)], "")
     shown = np.where(blank, np.where(face, UNSTABLE, NO_FACE), table["pred_label"])
     note = f"{blank.sum()} rows without a label shown count as {UNSTABLE} or {NO_FACE}"
     return table.assign(raw_label=raw, pred_label=shown), [note]*bool(blank.any())
 
 # %% ../nbs/06_demo_log.ipynb #06-sessions-046
-def _refuse_rows(bad, table: pd.DataFrame, path: Path, problem: str):
+def _refuse_rows(bad, table: Columns, path: Path, problem: str):
     "Name the first line that is wrong."
-    if np.any(bad): raise ArtifactError(path, f"line {table.index[np.argmax(bad)]}: {problem}")
+    if np.any(bad): raise ArtifactError(path, f"line {table.line_of[np.argmax(bad)]}: {problem}")
 
 # %% ../nbs/06_demo_log.ipynb #06-sessions-047
-def _check_main(main: pd.DataFrame, probs: np.ndarray, frames: np.ndarray, path: Path):
+def _check_main(main: Columns, probs: np.ndarray, frames: np.ndarray, path: Path):
     "Refuse main rows that don't fit together: one row a frame, time that runs with the frames, a label only where a face is."
     shown, raw, face = main["pred_label"], main["raw_label"], ~np.isnan(probs).any(1)
-    _refuse_rows(main["frame_index"].duplicated(), main, path, "this frame has had a label shown before; a frame is logged once")
+    again = np.full(len(main), True)
+    again[np.unique(main["frame_index"], return_index=True)[1]] = False
+    _refuse_rows(again, main, path, "this frame has had a label shown before; a frame is logged once")
     _refuse_rows(face == (shown == CODES[NO_FACE]), main, path, f"probabilities and '{NO_FACE}' contradict each other")
     _refuse_rows(face & (raw < 0), main, path, "a face without a raw_label")
-    ordered = main.sort_values("frame_index")
+    ordered = main.sorted_by("frame_index")
     _refuse_rows(np.r_[False, np.diff(ordered["time_sec"]) < 0], ordered, path, "time_sec is smaller than on the frame before")
-    without = sorted(set(frames.tolist()) - set(main["frame_index"]) - {frames[-1]})  # the last one may have been cut off
+    without = sorted(set(frames.tolist()) - set(main["frame_index"].tolist()) - {frames[-1]})  # the last one may have been cut off
     if without: raise ArtifactError(path, f"frame {without[0]:.0f} has no row with a label shown", key="pred_label")
 
 # %% ../nbs/06_demo_log.ipynb #06-sessions-048
@@ -524,39 +527,38 @@ def _read_rows(path: Path) -> tuple:  # table, main, probs, earlier, notes
     table, notes = read_table(path, EARLIER, appended=True)
     earlier = not any(c in table for c in OURS)
     if not earlier: _require_columns(table, OURS, path)
-    if table.empty: raise ArtifactError(path, "holds no frame: the session ended before its first one was logged")
-    if earlier: table.loc[table["pred_label"] == NO_FACE, PROBS] = ""
+    if not len(table): raise ArtifactError(path, "holds no frame: the session ended before its first one was logged")
+    if earlier: table = table.assign(**{c: np.where(table["pred_label"] == NO_FACE, "", table[c]) for c in PROBS})
     probs = _read_probs(table, path)
     if earlier: table, more = _earlier_rows(table, probs); notes += more
     codes = {c: label_codes(table, c, path, LABELS if c == "pred_label" else CLASSES) for c in ("manual_label", "raw_label", "pred_label")}
     plain = {c: numbers(table, c, path) for c in ("frame_index", "time_sec")}
-    main = pd.DataFrame(plain | codes, index=table.index)
+    main = Columns(plain | codes, table.line_of)
     at = codes["pred_label"] >= 0
     _check_main(main[at], probs[at], plain["frame_index"], path)
     return table, main[at], probs[at], earlier, notes
 
 # %% ../nbs/06_demo_log.ipynb #06-sessions-050
-def read_changes(path: Path) -> tuple[pd.DataFrame, list[str]]:
+def read_changes(path: Path) -> tuple[Columns, list[str]]:
     "tuning.csv; empty where there is none."
     columns = ["frame_index", "update", "name", "value"]
-    if not path.is_file(): return pd.DataFrame(columns=columns), []
+    if not path.is_file(): return Columns(dict.fromkeys(columns, ())), []
     table, notes = read_table(path, columns, appended=True)
-    _refuse_rows(~table["name"].isin((*REPLAYED, *UPSTREAM, "reset")), table, path, "a setting that no stabiliser has")
-    for c in ("frame_index", "update"): table[c] = numbers(table, c, path).astype(np.int64)
-    acts = table["name"].isin(REPLAYED)
-    values = table["value"].astype(object)
+    _refuse_rows(~np.isin(table["name"], (*REPLAYED, *UPSTREAM, "reset")), table, path, "a setting that no stabiliser has")
+    whole = {c: numbers(table, c, path).astype(np.int64) for c in ("frame_index", "update")}
+    acts, values = np.isin(table["name"], REPLAYED), table["value"].astype(object)
     values[acts] = numbers(table[acts], "value", path)
-    for line, name in table["name"][acts].items():
-        try: Stabiliser().set(**{name: values[line]})
-        except UsageError as e: raise ArtifactError(path, f"line {line}: {e}") from None
-    return table.assign(value=values), notes
+    for k in np.flatnonzero(acts):
+        try: Stabiliser().set(**{str(table["name"][k]): values[k]})
+        except UsageError as e: raise ArtifactError(path, f"line {table.line_of[k]}: {e}") from None
+    return table.assign(**whole, value=values), notes
 
 # %% ../nbs/06_demo_log.ipynb #06-sessions-051
-def read_latency(path: Path) -> tuple[pd.DataFrame | None, list[str]]:
+def read_latency(path: Path) -> tuple[Columns | None, list[str]]:
     "latency.csv as numbers; None where there is none."
     if not path.is_file(): return None, []
     table, notes = read_table(path, ["frame_index", "wall_sec"], appended=True)
-    return pd.DataFrame({c: numbers(table, c, path) for c in table if c in ("frame_index", "wall_sec") or c.endswith("_ms")}), notes
+    return Columns({c: numbers(table, c, path) for c in table if c in ("frame_index", "wall_sec") or c.endswith("_ms")}), notes
 
 # %% ../nbs/06_demo_log.ipynb #06-sessions-052
 def stabiliser_of(
@@ -597,7 +599,7 @@ def load_session(
 # %% ../nbs/06_demo_log.ipynb #06-sessions-060
 def read_events(
     path,  # events.csv of a session (start_frame, end_frame, both inside) or of a synthetic video (start_ms, end_ms)
-) -> tuple[pd.DataFrame, str]:  # start, end (first outside), code; "frame" or "ms"
+) -> tuple[Columns, str]:  # start, end (first outside), code; "frame" or "ms"
     "Stretches of one true label, in order."
     path = Path(path)
     table, _ = read_table(path, ["label"])
@@ -606,19 +608,19 @@ def read_events(
     if unit == "frame": table = table[table["source"] == "manual"]
     start, end = (numbers(table, f"{x}_{unit}", path) for x in ("start", "end"))
     code = label_codes(table, "label", path, CLASSES, blank=unit == "ms")
-    events = pd.DataFrame({"start": start, "end": end + (unit == "frame"), "code": code}, index=table.index)
+    events = Columns({"start": start, "end": end + (unit == "frame"), "code": code}, table.line_of)
     _refuse_rows(events["start"] >= events["end"], events, path, "this stretch ends before it starts")
-    events = events.sort_values("start", kind="stable")
-    over = np.r_[False, events["start"].to_numpy()[1:] < events["end"].to_numpy()[:-1]][:len(events)]
+    events = events.sorted_by("start")
+    over = np.r_[False, events["start"][1:] < events["end"][:-1]][:len(events)]
     _refuse_rows(over, events, path, "this stretch overlaps another")
     return events, unit
 
 # %% ../nbs/06_demo_log.ipynb #06-sessions-061
-def labels_at(events: pd.DataFrame, where: np.ndarray) -> np.ndarray:  # (N,) codes, -1 outside of all stretches
+def labels_at(events: Columns, where: np.ndarray) -> np.ndarray:  # (N,) codes, -1 outside of all stretches
     "The true label at frames or milliseconds."
-    if events.empty: return np.full(len(where), -1)
+    if not len(events): return np.full(len(where), -1)
     k = np.searchsorted(events["start"], where, side="right") - 1
-    return np.where((k >= 0) & (where < events["end"].to_numpy()[k]), events["code"].to_numpy()[k], -1)
+    return np.where((k >= 0) & (where < events["end"][k]), events["code"][k], -1)
 
 # %% ../nbs/06_demo_log.ipynb #06-sessions-062
 def truth_of(
@@ -626,13 +628,13 @@ def truth_of(
     truth=None,  # an events.csv to use in place of the session's own labels
 ) -> tuple[np.ndarray, str, list[str]]:  # (N,) codes of the main rows as they stand, where from, notes
     "The true label of every main row."
-    rows, own, drawn = session.main["manual_label"].to_numpy(), session.folder/"events.csv", session.folder/TRUTH
+    rows, own, drawn = session.main["manual_label"], session.folder/"events.csv", session.folder/TRUTH
     if truth is None and drawn.is_file() and (rows < 0).all(): truth = drawn  # a drawn face, whose expressions are known
     if truth is None and (session.earlier or not own.is_file()): return rows, "manual labels", []
     if truth is not None and not Path(truth).is_file(): raise UsageError(f"'{truth}' is no file: give an events.csv")
     events, unit = read_events(own if truth is None else truth)
-    time_us = np.rint(session.main["time_sec"].to_numpy()*1e6)
-    codes = labels_at(events, time_us/1000 if unit == "ms" else session.main["frame_index"].to_numpy())
+    time_us = np.rint(session.main["time_sec"]*1e6)
+    codes = labels_at(events, time_us/1000 if unit == "ms" else session.main["frame_index"])
     if truth == drawn: return codes, f"what was drawn ({TRUTH})", []
     if truth is not None: return codes, f"events of {Path(truth).resolve().parent.name}/{Path(truth).name}", []
     differ = int((codes != rows).sum())

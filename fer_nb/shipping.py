@@ -33,6 +33,64 @@ def _card_template() -> str:
     "The card's text, with the names of what is measured in braces."
     return (files("fer_nb")/"templates"/"MODEL_CARD.md").read_text(encoding="utf-8")
 
+# %% ../nbs/09_onnx_shipping.ipynb #09-shipping-016
+def _own_answers(
+    run_dir,  # the run that the file was exported from
+    path,  # answers_int8.npz or its like
+    model,  # the file that it answers for
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:  # (N, 7) logits, (N,) labels, pictures and sources
+    "What a file answers to the test rows with the labels that its run learned."
+    if not Path(path).is_file(): raise ArtifactError(path, "is missing: export the run again, with a manifest and its cache")
+    z = read_npz(path, ["test_ids", "test_logits", "test_labels", "test_groups", "sha256"])
+    if (got := str(z["sha256"])) != sha256_file(model):
+        raise ArtifactError(path, f"was answered by another file than {Path(model).name}: export again", key="sha256",
+                            expected=sha256_file(model)[:12] + "…", got=got[:12] + "…")
+    sources = np.array([i.split("/")[0] for i in z["test_ids"].tolist()])  # an id begins with its source
+    own = own_test_rows(run_dir, z)
+    return z["test_logits"][own].astype(np.float64), z["test_labels"][own].astype(np.int64), z["test_groups"][own], sources[own]
+
+# %% ../nbs/09_onnx_shipping.ipynb #09-shipping-017
+def _source_scores(logits, labels, groups, sources, temperature: float, resamples: int = 1000, seed: int = 1337) -> list[tuple]:
+    "Accuracy, macro-F1 and ECE of each source with their intervals, as text."
+    def told(at):
+        found = evaluate(logits[at], labels[at], temperature, None, resamples, seed, groups[at])
+        return [f"{v.value:.3f} [{v.low:.3f}, {v.high:.3f}]" for v in (found["accuracy"], found["macro_f1"], found["ece"])]
+    return [(s, f"{(sources == s).sum():,}", *told(sources == s)) for s in sorted(set(sources.tolist()))]
+
+# %% ../nbs/09_onnx_shipping.ipynb #09-shipping-015
+def _judged_sources(run_dir, learned: str) -> tuple[pd.DataFrame, list[str]]:  # rows of metrics_by_source.csv; conventions left out
+    "A run's test sources with the labels that it learned, and the other conventions, which can't judge it."
+    table = pd.read_csv(Path(run_dir)/"metrics_by_source.csv")
+    whose = table["convention"] if "convention" in table else table["source"].map(convention_of)
+    own = whose.isin(learned.split("+"))
+    return table[own], sorted(set(whose[~own]))
+
+# %% ../nbs/09_onnx_shipping.ipynb #09-shipping-018
+def _told_others(others: list[str], learned: str) -> str:
+    "Why there are no numbers by other conventions; nothing where there are none."
+    if not others: return ""
+    return (f"No numbers by the labels of {' and '.join(others)} stand here: these call many of the same pictures something else, so\n"
+            f"they would say how far they agree with {learned}'s, and not how good this model is. The audit of the data has that\n"
+            "agreement (`leakage_report.json`: `perfect_scores`).\n\n")
+
+# %% ../nbs/09_onnx_shipping.ipynb #09-shipping-019
+def _told_parity(
+    run_dir,  # the run, with the logits of its checkpoint
+    path,  # answers_int8.npz or its like
+    resamples: int = 1000,
+    seed: int = 1337,
+) -> str:
+    "How far a file's answers are from its checkpoint's, on the test rows that judge it, by picture."
+    file, parent = read_npz(path), read_npz(Path(run_dir)/"evaluation.npz")
+    own = own_test_rows(run_dir, file)
+    at = pd.Index(parent["test_ids"]).get_indexer(file["test_ids"][own])
+    if (at < 0).any(): raise ArtifactError(path, f"holds rows that {run_dir} was not judged on: export the run again")
+    got, truth, labels = file["test_logits"][own], parent["test_logits"][at].astype(np.float32), file["test_labels"][own]
+    groups, same = file["test_groups"][own], (got.argmax(1) == truth.argmax(1)).mean()
+    change = in_points(paired_interval(macro_f1, truth, got, labels, resamples=resamples, seed=seed, groups=groups))
+    told = f"{same:.1%} the same label, macro-F1 {change.show(2, signed=True)} points"
+    return f"Against the fp32 checkpoint, on the same {len(got):,} faces: {told}."
+
 # %% ../nbs/09_onnx_shipping.ipynb #09-shipping-006
 def class_f1_intervals(
     logits,  # (N, 7)
@@ -44,6 +102,19 @@ def class_f1_intervals(
     "F1 by class under the bootstrap over pictures."
     drawn = resampled_scores(labels, [np.asarray(logits).argmax(1)], resamples, seed, groups)[1][0]
     return np.percentile(drawn[:, -len(CLASSES):], [2.5, 97.5], axis=0).T
+
+# %% ../nbs/09_onnx_shipping.ipynb #09-shipping-011
+def _weights_of(p: dict) -> str:  # parameters of a teacher's args.json
+    "What a teacher started from, in words."
+    if p.get("init_from"): return f"from {folder_of(p['init_from'])}"
+    loaded = p.get("weights_loaded", p.get("weights", "none"))
+    return "from scratch" if loaded == "none" else f"weights {loaded.split(' ')[0]}"
+
+# %% ../nbs/09_onnx_shipping.ipynb #09-shipping-010
+def _told_teachers(folders) -> str:
+    "The teachers that are there, and the weights they started from."
+    known = [(f.resolve().name, RunArgs.load(f).parameters) for f in folders if (f/RunArgs.filename).is_file()]
+    return f": {'; '.join(f'{name} ({_weights_of(p)})' for name, p in known)}"*bool(known)
 
 # %% ../nbs/09_onnx_shipping.ipynb #09-shipping-009
 def _told_training(
@@ -60,19 +131,6 @@ def _told_training(
     try: members = [teacher/m.dir for m in EnsembleConfig.load(teacher).members]
     except ArtifactError: members = [teacher]
     return f"{told} Taught by the soft labels of `{teacher.name}`{_told_teachers(members)}; others' weights keep their own licences."
-
-# %% ../nbs/09_onnx_shipping.ipynb #09-shipping-010
-def _told_teachers(folders) -> str:
-    "The teachers that are there, and the weights they started from."
-    known = [(f.resolve().name, RunArgs.load(f).parameters) for f in folders if (f/RunArgs.filename).is_file()]
-    return f": {'; '.join(f'{name} ({_weights_of(p)})' for name, p in known)}"*bool(known)
-
-# %% ../nbs/09_onnx_shipping.ipynb #09-shipping-011
-def _weights_of(p: dict) -> str:  # parameters of a teacher's args.json
-    "What a teacher started from, in words."
-    if p.get("init_from"): return f"from {folder_of(p['init_from'])}"
-    loaded = p.get("weights_loaded", p.get("weights", "none"))
-    return "from scratch" if loaded == "none" else f"weights {loaded.split(' ')[0]}"
 
 # %% ../nbs/09_onnx_shipping.ipynb #09-shipping-012
 def _told_framing(
@@ -120,64 +178,6 @@ def told_latency(
         table = tabulate(rows, head, "pipe", disable_numparse=True)
         told += [f"Beside {t.model[0]}, trained as well; one face, one thread:", table, about(t)]
     return told
-
-# %% ../nbs/09_onnx_shipping.ipynb #09-shipping-015
-def _judged_sources(run_dir, learned: str) -> tuple[pd.DataFrame, list[str]]:  # rows of metrics_by_source.csv; conventions left out
-    "A run's test sources with the labels that it learned, and the other conventions, which can't judge it."
-    table = pd.read_csv(Path(run_dir)/"metrics_by_source.csv")
-    whose = table["convention"] if "convention" in table else table["source"].map(convention_of)
-    own = whose.isin(learned.split("+"))
-    return table[own], sorted(set(whose[~own]))
-
-# %% ../nbs/09_onnx_shipping.ipynb #09-shipping-016
-def _own_answers(
-    run_dir,  # the run that the file was exported from
-    path,  # answers_int8.npz or its like
-    model,  # the file that it answers for
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:  # (N, 7) logits, (N,) labels, pictures and sources
-    "What a file answers to the test rows with the labels that its run learned."
-    if not Path(path).is_file(): raise ArtifactError(path, "is missing: export the run again, with a manifest and its cache")
-    z = read_npz(path, ["test_ids", "test_logits", "test_labels", "test_groups", "sha256"])
-    if (got := str(z["sha256"])) != sha256_file(model):
-        raise ArtifactError(path, f"was answered by another file than {Path(model).name}: export again", key="sha256",
-                            expected=sha256_file(model)[:12] + "…", got=got[:12] + "…")
-    sources = np.array([i.split("/")[0] for i in z["test_ids"].tolist()])  # an id begins with its source
-    own = own_test_rows(run_dir, z)
-    return z["test_logits"][own].astype(np.float64), z["test_labels"][own].astype(np.int64), z["test_groups"][own], sources[own]
-
-# %% ../nbs/09_onnx_shipping.ipynb #09-shipping-017
-def _source_scores(logits, labels, groups, sources, temperature: float, resamples: int = 1000, seed: int = 1337) -> list[tuple]:
-    "Accuracy, macro-F1 and ECE of each source with their intervals, as text."
-    def told(at):
-        found = evaluate(logits[at], labels[at], temperature, None, resamples, seed, groups[at])
-        return [f"{v.value:.3f} [{v.low:.3f}, {v.high:.3f}]" for v in (found["accuracy"], found["macro_f1"], found["ece"])]
-    return [(s, f"{(sources == s).sum():,}", *told(sources == s)) for s in sorted(set(sources.tolist()))]
-
-# %% ../nbs/09_onnx_shipping.ipynb #09-shipping-018
-def _told_others(others: list[str], learned: str) -> str:
-    "Why there are no numbers by other conventions; nothing where there are none."
-    if not others: return ""
-    return (f"No numbers by the labels of {' and '.join(others)} stand here: these call many of the same pictures something else, so\n"
-            f"they would say how far they agree with {learned}'s, and not how good this model is. The audit of the data has that\n"
-            "agreement (`leakage_report.json`: `perfect_scores`).\n\n")
-
-# %% ../nbs/09_onnx_shipping.ipynb #09-shipping-019
-def _told_parity(
-    run_dir,  # the run, with the logits of its checkpoint
-    path,  # answers_int8.npz or its like
-    resamples: int = 1000,
-    seed: int = 1337,
-) -> str:
-    "How far a file's answers are from its checkpoint's, on the test rows that judge it, by picture."
-    file, parent = read_npz(path), read_npz(Path(run_dir)/"evaluation.npz")
-    own = own_test_rows(run_dir, file)
-    at = pd.Index(parent["test_ids"]).get_indexer(file["test_ids"][own])
-    if (at < 0).any(): raise ArtifactError(path, f"holds rows that {run_dir} was not judged on: export the run again")
-    got, truth, labels = file["test_logits"][own], parent["test_logits"][at].astype(np.float32), file["test_labels"][own]
-    groups, same = file["test_groups"][own], (got.argmax(1) == truth.argmax(1)).mean()
-    change = in_points(paired_interval(macro_f1, truth, got, labels, resamples=resamples, seed=seed, groups=groups))
-    told = f"{same:.1%} the same label, macro-F1 {change.show(2, signed=True)} points"
-    return f"Against the fp32 checkpoint, on the same {len(got):,} faces: {told}."
 
 # %% ../nbs/09_onnx_shipping.ipynb #09-shipping-020
 def model_card(

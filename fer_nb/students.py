@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
-from .artifacts import GateError, UsageError, read_npz, write_csv, write_npz
+from .artifacts import GateError, Lines, UsageError, read_npz, write_csv, write_npz
 from .audit import answers, perfect_score
 from .callbacks import load_checkpoint, load_matching, load_whole
 from .distillation import STUDENT_BACKBONE, make_student
@@ -24,7 +24,6 @@ from .integrity import backbone_guard, own_calibration, require_backbone, requir
 from .leaves import check_seal, seal_folder
 from .loading import PackedFaces, eval_loader
 from .manifests import Manifest, labels_of, load_manifest, votes_of
-from .artifacts import Lines
 from .records import Calibration, ReliabilityMetrics, SelectiveReport
 from .reliability import confusion_table, evaluate, metrics_table
 from .run_report import groups_of, judged_as, kept_groups, reliability_artifact, source_table
@@ -142,6 +141,16 @@ class ViewReport(Lines):
         whom = "each class" if s.class_thresholds else "all"
         return f"promised to {whom}, {'kept' if p.kept else 'NOT kept'} (p = {p.p_value:.2g} on {p.pictures:,} pictures)"
 
+# %% ../nbs/05_students.ipynb #05-students-021
+def _write_view(out: Path, report: ViewReport, rows: pd.DataFrame, z):
+    "The files of a run's report, for this view."
+    report.metrics.save(out); report.selective.save(out)
+    write_csv(out/"confusion.csv", confusion_table(report.metrics.confusion), index=True)
+    write_csv(out/"metrics_by_source.csv", report.by_source)
+    write_npz(out/"evaluation.npz", test_ids=rows["id"].to_numpy(str), test_logits=z, test_labels=labels_of(rows),
+              test_groups=pd.factorize(groups_of(rows))[0].astype(np.int32))
+    seal_folder(out, report.metrics.dataset_index_id)
+
 # %% ../nbs/05_students.ipynb #05-students-020
 def evaluate_checkpoint(
     checkpoint,  # a run's folder, or its best.pt
@@ -183,13 +192,3 @@ def evaluate_checkpoint(
     report = ViewReport(title, notes, metrics, raw, selective, by_source)
     if out: _write_view(Path(out), report, rows, z)
     return report
-
-# %% ../nbs/05_students.ipynb #05-students-021
-def _write_view(out: Path, report: ViewReport, rows: pd.DataFrame, z):
-    "The files of a run's report, for this view."
-    report.metrics.save(out); report.selective.save(out)
-    write_csv(out/"confusion.csv", confusion_table(report.metrics.confusion), index=True)
-    write_csv(out/"metrics_by_source.csv", report.by_source)
-    write_npz(out/"evaluation.npz", test_ids=rows["id"].to_numpy(str), test_logits=z, test_labels=labels_of(rows),
-              test_groups=pd.factorize(groups_of(rows))[0].astype(np.int32))
-    seal_folder(out, report.metrics.dataset_index_id)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCALED', 'F1_NAMES', 'SUMMARISED', 'RESULTS', 'COMPARISONS', 'CLASS_GAINS', 'SCORES', 'COMPARED', 'SeedInterval',
-           'seed_interval', 'seed_table', 'results_table', 'score_counts', 'resampled_scores', 'Pair', 'compare_arms',
+           'seed_interval', 'seed_table', 'results_table', 'score_counts', 'resampled_scores', 'compare_arms',
            'remarks', 'StudentSummary', 'Summaries', 'compare_students', 'summarise_students']
 
 # %% ../nbs/05a_student_summary.ipynb #05a-summary-002
@@ -16,15 +16,15 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from fastcore.basics import patch
 from scipy.special import stdtrit
 
 from .arms import DISTILLATION, StudentRun, arm_labels, folder_of, recipe, students_by_convention
 from .artifacts import CLASSES, Lines, UsageError, write_csv
 from .calibration import group_codes, per_class, predictions, prf
 from .records import Interval
-from .reliability import METRICS
+from .reliability import METRIC_NAMES, METRICS
 from .resampling import mcnemar, percentile_interval, weight_chunks
-from .reliability import METRIC_NAMES
 
 # %% ../nbs/05a_student_summary.ipynb #05a-summary-005
 class SeedInterval(NamedTuple):
@@ -127,7 +127,7 @@ def resampled_scores(
     return scores(np.ones((1, len(cells))))[0], np.concatenate(drawn).swapaxes(0, 1)
 
 # %% ../nbs/05a_student_summary.ipynb #05a-summary-022
-class Pair(NamedTuple):
+class _Pair(NamedTuple):
     "Two arms on the seeds that both have."
     a: str
     b: str
@@ -136,16 +136,16 @@ class Pair(NamedTuple):
     runs_b: list[int]
 
 # %% ../nbs/05a_student_summary.ipynb #05a-summary-023
-def _arm_pairs(runs: list[StudentRun]) -> list[Pair]:
+def _arm_pairs(runs: list[StudentRun]) -> list[_Pair]:
     "Every pair of arms, the earlier one first."
     names, at = arm_labels(r.arm for r in runs), {(r.arm, r.seed): i for i, r in enumerate(runs)}
     def pair(a, b):
         seeds = sorted(s for x, s in at if x == a and (b, s) in at)
-        return Pair(names[a], names[b], seeds, [at[a, s] for s in seeds], [at[b, s] for s in seeds])
+        return _Pair(names[a], names[b], seeds, [at[a, s] for s in seeds], [at[b, s] for s in seeds])
     return [pair(a, b) for a, b in combinations(names, 2)]
 
 # %% ../nbs/05a_student_summary.ipynb #05a-summary-024
-def _mcnemar_columns(pair: Pair, runs: list[StudentRun], source: str) -> dict:
+def _mcnemar_columns(pair: _Pair, runs: list[StudentRun], source: str) -> dict:
     "Exact p of McNemar's test, seed by seed."
     def p(i, j):
         at = runs[i].at(source)
@@ -154,7 +154,7 @@ def _mcnemar_columns(pair: Pair, runs: list[StudentRun], source: str) -> dict:
     return {"mcnemar_p": ";".join(f"{v:.3g}" for v in values), "mcnemar_largest_p": max(values, default=np.nan)}
 
 # %% ../nbs/05a_student_summary.ipynb #05a-summary-025
-def _compare_pair(pair: Pair, metric: str, here: np.ndarray, drawn: np.ndarray) -> dict:
+def _compare_pair(pair: _Pair, metric: str, here: np.ndarray, drawn: np.ndarray) -> dict:
     "Difference b - a of the seeds' means with its interval over pictures, and over seeds."
     i, nan = SCORES.index(metric), float("nan")
     a, b = here[pair.runs_a, i], here[pair.runs_b, i]
@@ -244,52 +244,78 @@ class StudentSummary(Lines):
     resamples: int
     seed: int
 
-    @property
-    def convention(self) -> str: return self.runs[0].convention
-    @property
-    def parts(self) -> list["StudentSummary"]:
-        "The summaries, one a convention: itself."
-        return [self]
-    @property
-    def arms(self) -> dict[str, list[StudentRun]]:
-        "The runs of every arm, by its name."
-        return {n: [r for r in self.runs if r.arm == a] for a, n in arm_labels(r.arm for r in self.runs).items()}
-    @property
-    def sources(self) -> list[str]: return _sources_of(self.runs)
+# %% ../nbs/05a_student_summary.ipynb #05a-summary-035
+def _summary_of(runs: list[StudentRun], resamples: int, seed: int) -> StudentSummary:
+    "The summary of students of one convention."
+    if resamples < 2: raise UsageError(f"resamples {resamples}: give at least 2, better 10000")
+    per_seed = seed_table(runs)
+    return StudentSummary(runs, per_seed, results_table(per_seed), *compare_arms(runs, resamples, seed), remarks(runs), resamples, seed)
 
-    def get(self, arm: str, source: str, metric: str) -> SeedInterval:
-        "One mean over seeds."
-        t = self.table.set_index(["arm", "source", "metric"]).loc[(arm, source, metric)]
-        return SeedInterval(*(float(t[k]) for k in SeedInterval._fields))
+# %% ../nbs/05a_student_summary.ipynb #05a-summary-p1
+@patch(as_prop=True)
+def convention(self: StudentSummary) -> str:
+    "Whose labels judge."
+    return self.runs[0].convention
 
-    def results(self) -> tuple:
-        "Head and rows: every arm on every source."
-        raw = self.table.set_index(["arm", "source", "metric"])["raw_mean"]
-        def scaled(a, s, k): return f"{raw[a, s, k]:.3f} → {self.get(a, s, k).mean:.3f}"
-        rows = [(s, a, len(r), f"{int(r[0].at(s).sum()):,}", *(self.get(a, s, k).show() for k in ("accuracy", "macro_f1")),
-                 *(scaled(a, s, k) for k in SCALED)) for s in self.sources for a, r in self.arms.items()]
-        return ("source", "arm", "seeds", "n", "accuracy", "macro-F1", *(f"{METRIC_NAMES[k]}, T = 1 → T" for k in SCALED)), rows
+# %% ../nbs/05a_student_summary.ipynb #05a-summary-p2
+@patch(as_prop=True)
+def arms(self: StudentSummary) -> dict[str, list[StudentRun]]:
+    "The runs of every arm, by its name."
+    return {n: [r for r in self.runs if r.arm == a] for a, n in arm_labels(r.arm for r in self.runs).items()}
 
-    def differences(self) -> tuple:
-        "Head and rows: every pair of arms on every source."
-        rows, index = [], ["source", "arm_a", "arm_b"]
-        for (s, a, b), t in self.comparisons[self.comparisons["n_seeds"] > 0].groupby(index, sort=False):
-            t = t.set_index("metric")
-            cells = [x for k in ("macro_f1", "accuracy") for x in _two_intervals(t.loc[k])]
-            rows.append((s, f"{b} over {a}", *cells, f"{t['mcnemar_largest_p']['accuracy']:.2g}"))
-        head = [x for k in ("macro-F1", "accuracy") for x in (f"{k}, over pictures", "over seeds")]
-        return ("source", "pair", *head, "McNemar, largest p"), rows
+# %% ../nbs/05a_student_summary.ipynb #05a-summary-p3
+@patch(as_prop=True)
+def sources(self: StudentSummary) -> list[str]:
+    "'all', and each source where there are several."
+    return _sources_of(self.runs)
 
-    def lines(self):
-        seeds = "; ".join(f"{n}: {', '.join(str(r.seed) for r in runs)}" for n, runs in self.arms.items())
-        def count(n, word): return f"{n} {word}{'s'*(n > 1)}"
-        what = f"{count(len(self.runs), 'student')} of {count(len(self.arms), 'arm')} on {self.runs[0].dataset_index_id}"
-        judge = f" by the labels of {self.convention}" if self.convention else ""
-        out = [f"{what}, {len(self.runs[0].labels):,} test rows{judge}. Seeds: {seeds}",
-               "Mean ± sd over seeds [95% t interval over seeds]; NLL, ECE and Brier at T = 1 and at each run's T:", self.results()]
-        how = f"paired bootstrap over test pictures ({self.resamples:,} resamples), t over seeds"
-        if len(self.comparisons): out += [f"Differences with 95% intervals: {how}:", self.differences()]
-        return out + [f"Note: {r}." for r in self.remarks]
+# %% ../nbs/05a_student_summary.ipynb #05a-summary-p4
+@patch
+def get(
+    self: StudentSummary,
+    arm: str,
+    source: str,  # or 'all'
+    metric: str,  # one of SUMMARISED
+) -> SeedInterval:
+    "One mean over seeds."
+    t = self.table.set_index(["arm", "source", "metric"]).loc[(arm, source, metric)]
+    return SeedInterval(*(float(t[k]) for k in SeedInterval._fields))
+
+# %% ../nbs/05a_student_summary.ipynb #05a-summary-p7
+@patch
+def results(self: StudentSummary) -> tuple:  # head, rows
+    "Every arm on every source."
+    raw = self.table.set_index(["arm", "source", "metric"])["raw_mean"]
+    def scaled(a, s, k): return f"{raw[a, s, k]:.3f} → {self.get(a, s, k).mean:.3f}"
+    rows = [(s, a, len(r), f"{int(r[0].at(s).sum()):,}", *(self.get(a, s, k).show() for k in ("accuracy", "macro_f1")),
+             *(scaled(a, s, k) for k in SCALED)) for s in self.sources for a, r in self.arms.items()]
+    return ("source", "arm", "seeds", "n", "accuracy", "macro-F1", *(f"{METRIC_NAMES[k]}, T = 1 → T" for k in SCALED)), rows
+
+# %% ../nbs/05a_student_summary.ipynb #05a-summary-p9
+@patch
+def differences(self: StudentSummary) -> tuple:  # head, rows
+    "Every pair of arms on every source."
+    rows, index = [], ["source", "arm_a", "arm_b"]
+    for (s, a, b), t in self.comparisons[self.comparisons["n_seeds"] > 0].groupby(index, sort=False):
+        t = t.set_index("metric")
+        cells = [x for k in ("macro_f1", "accuracy") for x in _two_intervals(t.loc[k])]
+        rows.append((s, f"{b} over {a}", *cells, f"{t['mcnemar_largest_p']['accuracy']:.2g}"))
+    head = [x for k in ("macro-F1", "accuracy") for x in (f"{k}, over pictures", "over seeds")]
+    return ("source", "pair", *head, "McNemar, largest p"), rows
+
+# %% ../nbs/05a_student_summary.ipynb #05a-summary-pb
+@patch
+def lines(self: StudentSummary) -> list:
+    "Both tables, with what a reader must know."
+    seeds = "; ".join(f"{n}: {', '.join(str(r.seed) for r in runs)}" for n, runs in self.arms.items())
+    def count(n, word): return f"{n} {word}{'s'*(n > 1)}"
+    what = f"{count(len(self.runs), 'student')} of {count(len(self.arms), 'arm')} on {self.runs[0].dataset_index_id}"
+    judge = f" by the labels of {self.convention}" if self.convention else ""
+    out = [f"{what}, {len(self.runs[0].labels):,} test rows{judge}. Seeds: {seeds}",
+           "Mean ± sd over seeds [95% t interval over seeds]; NLL, ECE and Brier at T = 1 and at each run's T:", self.results()]
+    how = f"paired bootstrap over test pictures ({self.resamples:,} resamples), t over seeds"
+    if len(self.comparisons): out += [f"Differences with 95% intervals: {how}:", self.differences()]
+    return out + [f"Note: {r}." for r in self.remarks]
 
 # %% ../nbs/05a_student_summary.ipynb #05a-summary-034
 class Summaries(Lines):
@@ -297,12 +323,11 @@ class Summaries(Lines):
     def __init__(self, parts: list[StudentSummary]): self.parts = parts
     def lines(self): return [line for part in self.parts for line in part.lines()]
 
-# %% ../nbs/05a_student_summary.ipynb #05a-summary-035
-def _summary_of(runs: list[StudentRun], resamples: int, seed: int) -> StudentSummary:
-    "The summary of students of one convention."
-    if resamples < 2: raise UsageError(f"resamples {resamples}: give at least 2, better 10000")
-    per_seed = seed_table(runs)
-    return StudentSummary(runs, per_seed, results_table(per_seed), *compare_arms(runs, resamples, seed), remarks(runs), resamples, seed)
+# %% ../nbs/05a_student_summary.ipynb #05a-summary-pd
+@patch(as_prop=True)
+def parts(self: StudentSummary) -> list[StudentSummary]:
+    "The summaries, one a convention: itself."
+    return [self]
 
 # %% ../nbs/05a_student_summary.ipynb #05a-summary-036
 def compare_students(

@@ -10,17 +10,20 @@ __all__ = ['IMBALANCE_ORDER', 'PEOPLE', 'MISTAKEN_FOR', 'ONSET_MS', 'Recipe', 'c
 # %% ../nbs/00a_synthetic_faces.ipynb #00a-synthetic-002
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
-import pandas as pd
 from fastcore.meta import delegates
 from tqdm import tqdm
 
 from .anatomy import AU_NAMES, Identity, format_aus, make_identity, sample_expression, stream
 from .artifacts import CLASSES, UsageError, atomic_path, class_order_hash, sha256_file, write_csv
+from .columns import Columns
 from .painting import SOURCES, Shot, paint_background, render_face, sample_camera
 from .records import SyntheticDataset, SyntheticVideo
+
+if TYPE_CHECKING: import pandas as pd
 
 # %% ../nbs/00a_synthetic_faces.ipynb #00a-synthetic-005
 IMBALANCE_ORDER = ("Happy", "Neutral", "Sad", "Fear", "Angry", "Surprise", "Disgust")  # frequent to rare, as in FER2013
@@ -122,8 +125,9 @@ def draw(recipe: Recipe, plan: Plan) -> np.ndarray:  # uint8 (size, size, 3) RGB
                        stream(recipe.seed, "pixels", plan.index))
 
 # %% ../nbs/00a_synthetic_faces.ipynb #00a-synthetic-018
-def plan_table(plans: list[Plan]) -> pd.DataFrame:
+def plan_table(plans: list[Plan]) -> "pd.DataFrame":
     "One row a plan: labels, source, split, person, action units, camera."
+    import pandas as pd
     rows = [{k: getattr(p, k) for k in ("index", "label", "true_label", "source", "split", "identity")}
             | {"intensity": round(p.intensity, 4), "asymmetry": round(p.asymmetry, 4), "action_units": format_aus(p.aus)}
             | {k: round(v, 4) for k, v in asdict(p.camera).items()} for p in plans]
@@ -136,7 +140,7 @@ def render_faces(
     n: int,  # how many
     start: int = 0,  # index of the first
     **kwargs,
-) -> tuple[np.ndarray, pd.DataFrame]:  # uint8 (n, size, size, 3) RGB; a row an image
+) -> tuple[np.ndarray, "pd.DataFrame"]:  # uint8 (n, size, size, 3) RGB; a row an image
     "Images start to start + n of a recipe, in memory."
     _need(_whole(n) and n > 0 and start >= 0, "n, start", (n, start), "n > 0 and start >= 0")
     recipe = Recipe(**kwargs)
@@ -146,6 +150,7 @@ def render_faces(
 # %% ../nbs/00a_synthetic_faces.ipynb #00a-synthetic-023
 def _clear(out: Path):
     "Make an empty folder, or take an earlier synthetic dataset away; refuse anything else."
+    import pandas as pd
     out.mkdir(parents=True, exist_ok=True)
     if not any(out.iterdir()): return
     if not (out/"labels.csv").is_file(): raise UsageError(f"{out} is not empty and not a synthetic dataset: name a new folder")
@@ -162,7 +167,7 @@ def _save_png(path: Path, image: np.ndarray):
     path.write_bytes(cv2.imencode(".png", image[..., ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 1])[1].tobytes())
 
 # %% ../nbs/00a_synthetic_faces.ipynb #00a-synthetic-025
-def _describe_dataset(out: Path, recipe: Recipe, table: pd.DataFrame) -> SyntheticDataset:
+def _describe_dataset(out: Path, recipe: Recipe, table: "pd.DataFrame") -> SyntheticDataset:
     "What stands in synthetic.json."
     counts = {s: {c: int(((table.split == s) & (table.true_label == c)).sum()) for c in CLASSES} for s in ("train", "val", "test")}
     return SyntheticDataset(
@@ -178,7 +183,7 @@ def write_dataset(
     out,  # a new folder, or one of an earlier call
     n: int = 1400,  # images
     **kwargs,
-) -> pd.DataFrame:  # the table that stands in labels.csv
+) -> "pd.DataFrame":  # the table that stands in labels.csv
     "Write a folder of labelled synthetic faces that the manifests read as `synthetic=PATH`."
     _need(_whole(n) and n > 0, "n", n, "at least 1")
     out, recipe = Path(out), Recipe(**kwargs)
@@ -197,7 +202,7 @@ def make_timeline(
     seconds: float,
     rng: np.random.Generator,
     hold: tuple = (1.6, 2.6),  # seconds a segment lasts
-) -> pd.DataFrame:  # start_ms, end_ms, label; gapless from 0 to the end
+) -> Columns:  # start_ms, end_ms, label; gapless from 0 to the end
     "Segments in a random order in which every class comes once before one returns."
     rows, t, deck = [], 0.0, []
     while t < seconds - 1e-9:
@@ -208,7 +213,7 @@ def make_timeline(
         if seconds - end < hold[0]: end = seconds
         rows.append((round(t * 1000), round(end * 1000), deck.pop(0)))
         t = end
-    return pd.DataFrame(rows, columns=["start_ms", "end_ms", "label"])
+    return Columns(dict(zip(("start_ms", "end_ms", "label"), zip(*rows))))
 
 # %% ../nbs/00a_synthetic_faces.ipynb #00a-synthetic-030
 def smoothstep(x) -> float:
@@ -222,13 +227,13 @@ ONSET_MS = 400  # how long one expression takes to give way to the next
 # %% ../nbs/00a_synthetic_faces.ipynb #00a-synthetic-032
 def aus_at(
     ms: float,  # time in the video
-    events: pd.DataFrame,  # start_ms, end_ms, label
+    events,  # a table, Columns or DataFrame: start_ms, end_ms, label
     apexes: list[dict],  # action units of each event at its strongest
     blinks: list[float],  # ms at which the eyes are shut
 ) -> dict[int, float]:
     "Action units at a moment: onset, apex, offset, and blinks."
     aus = dict.fromkeys(AU_NAMES, 0.0)
-    for k, (start, end) in enumerate(zip(events.start_ms, events.end_ms, strict=True)):
+    for k, (start, end) in enumerate(zip(events["start_ms"], events["end_ms"], strict=True)):
         rise = 1.0 if k == 0 else smoothstep((ms - start) / ONSET_MS + 0.5)
         fall = 0.0 if k == len(events) - 1 else smoothstep((ms - end) / ONSET_MS + 0.5)
         relax = 1 - 0.25 * smoothstep((ms - end) / 800 + 1)
@@ -250,7 +255,7 @@ class Film:
     who: Identity
     camera: Shot
     background: np.ndarray  # uint8 (h, w, 3) RGB
-    events: pd.DataFrame
+    events: Columns
     apexes: list
     blinks: list
     phases: np.ndarray
@@ -261,7 +266,7 @@ def plan_film(seconds: float, size: tuple, seed: int, source: str = "studio") ->
     "Person, place and timeline of a video."
     rng = stream(seed, "video")
     events = make_timeline(seconds, rng)
-    apexes = [sample_expression(c, rng.uniform(0.8, 1.0), rng) for c in events.label]
+    apexes = [sample_expression(c, rng.uniform(0.8, 1.0), rng) for c in events["label"]]
     camera = replace(sample_camera(source, rng), zoom=1.0, occlusion=0.0, jpeg=0)
     blinks = np.cumsum(rng.uniform(2000, 4500, int(seconds / 2) + 1)).tolist()
     background = paint_background(size[1], size[0], max(0.5, camera.clutter), rng)
@@ -275,9 +280,12 @@ def film_frame(film: Film, k: int, ms: float) -> np.ndarray:  # uint8 (h, w, 3) 
                        rng=stream(film.seed, "pixels", k), background=film.background)
 
 # %% ../nbs/00a_synthetic_faces.ipynb #00a-synthetic-037
-def label_at(events: pd.DataFrame, ms: float) -> str:
+def label_at(
+    events,  # as for `aus_at`
+    ms: float,
+) -> str:
     "The true label at a moment."
-    return events.label.iloc[int(np.searchsorted(events.start_ms, ms, side="right")) - 1]
+    return str(np.asarray(events["label"])[int(np.searchsorted(events["start_ms"], ms, side="right")) - 1])
 
 # %% ../nbs/00a_synthetic_faces.ipynb #00a-synthetic-038
 def _write_frames(path: Path, film: Film, times, fps: float):
@@ -297,7 +305,7 @@ def write_video(
     size: tuple = (320, 240),  # width, height in pixels
     seed: int = 1337,
     source: str = "studio",  # whose light, noise and clutter
-) -> pd.DataFrame:  # the events
+) -> Columns:  # the events
     "Write a labelled video of one synthetic person."
     _need(0.5 <= seconds <= 3600, "seconds", seconds, "0.5 to 3600")
     _need(1 <= fps <= 120, "fps", fps, "1 to 120")
@@ -311,7 +319,7 @@ def write_video(
     _write_frames(out/"video.avi", film, times, fps)
     write_csv(out/"events.csv", film.events)
     labels = [label_at(film.events, t) for t in times]
-    write_csv(out/"frames.csv", pd.DataFrame({"frame": range(len(times)), "ms": np.round(times, 1), "label": labels}))
+    write_csv(out/"frames.csv", Columns({"frame": range(len(times)), "ms": np.round(times, 1), "label": labels}))
     SyntheticVideo(seconds=seconds, fps=fps, size=list(size), seed=seed, source=source, frames=len(times), events=len(film.events),
                    class_order_hash=class_order_hash()).save(out)
     return film.events

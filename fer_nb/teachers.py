@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 import timm
 import torch
+from fastcore.basics import patch
 from sklearn.model_selection import StratifiedGroupKFold
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
@@ -162,37 +163,47 @@ class ArcFaceLoss:
 
     def at_step(self, step: int, total: int): self.margin = margin_at(step, total, self.m, self.warmup, self.ramp)
 
-    def toward(self, logits, y):
-        "The loss if every picture of the batch had the label y."
-        z = add_margin(logits, y, self.s, self.margin)
-        if self.prior is not None: z = z + self.prior.to(z)
-        return F.cross_entropy(z, y, weight=None if self.weights is None else self.weights.to(z))
+# %% ../nbs/03_teachers.ipynb #03-teachers-n04
+@patch
+def toward(self: ArcFaceLoss, logits, y):
+    "The loss if every picture of the batch had the label y."
+    z = add_margin(logits, y, self.s, self.margin)
+    if self.prior is not None: z = z + self.prior.to(z)
+    return F.cross_entropy(z, y, weight=None if self.weights is None else self.weights.to(z))
 
-    def toward_shares(self, logits, q):
-        "The loss if every class had its share (B, K) of each picture's label."
-        each = torch.stack([self.rows(logits, torch.full(q.shape[:1], k, device=q.device)) for k in range(q.shape[-1])], -1)
-        w = q if self.weights is None else q*self.weights.to(q)
-        return (w*each).sum()/w.sum()
+# %% ../nbs/03_teachers.ipynb #03-teachers-n07
+@patch
+def rows(self: ArcFaceLoss, logits, y):
+    "The unweighted loss of every row, (B,)."
+    z = add_margin(logits, y, self.s, self.margin)
+    return F.cross_entropy(z if self.prior is None else z + self.prior.to(z), y, reduction="none")
 
-    def rows(self, logits, y):
-        "The unweighted loss of every row, (B,)."
-        z = add_margin(logits, y, self.s, self.margin)
-        return F.cross_entropy(z if self.prior is None else z + self.prior.to(z), y, reduction="none")
+# %% ../nbs/03_teachers.ipynb #03-teachers-n08
+@patch
+def toward_shares(self: ArcFaceLoss, logits, q):
+    "The loss if every class had its share (B, K) of each picture's label."
+    each = torch.stack([self.rows(logits, torch.full(q.shape[:1], k, device=q.device)) for k in range(q.shape[-1])], -1)
+    w = q if self.weights is None else q*self.weights.to(q)
+    return (w*each).sum()/w.sum()
 
-    def of(self, logits, y, index):
-        "The loss of a batch that shows the pictures `index` with the labels y."
-        if self.targets is None: return self.toward(logits, y)
-        self.targets = self.targets.to(logits.device)
-        return self.toward_shares(logits, self.targets[index])
+# %% ../nbs/03_teachers.ipynb #03-teachers-n11
+@patch
+def of(self: ArcFaceLoss, logits, y, index):
+    "The loss of a batch that shows the pictures `index` with the labels y."
+    if self.targets is None: return self.toward(logits, y)
+    self.targets = self.targets.to(logits.device)
+    return self.toward_shares(logits, self.targets[index])
 
-    def __call__(self, logits, y, index, view):
-        if not torch.is_grad_enabled(): return F.cross_entropy(logits, y)
-        loss = self.of(logits, y, index)
-        if self.mixed is not None:
-            order, share = self.mixed
-            loss = share*loss + (1 - share)*self.of(logits, y[order], None if index is None else index[order])
-        self.terms = {"arcface": loss.detach(), "margin": self.margin}
-        return loss
+# %% ../nbs/03_teachers.ipynb #03-teachers-n12
+@patch
+def __call__(self: ArcFaceLoss, logits, y, index, view):
+    if not torch.is_grad_enabled(): return F.cross_entropy(logits, y)
+    loss = self.of(logits, y, index)
+    if self.mixed is not None:
+        order, share = self.mixed
+        loss = share*loss + (1 - share)*self.of(logits, y[order], None if index is None else index[order])
+    self.terms = {"arcface": loss.detach(), "margin": self.margin}
+    return loss
 
 # %% ../nbs/03_teachers.ipynb #03-teachers-032
 def set_stem_stride(

@@ -42,10 +42,12 @@ def with_missed(
 
 # %% ../nbs/05e_through.ipynb #05e-through-007
 def _scores(z, y, resamples: int, seed: int) -> ThroughScores:
+    "Accuracy and macro-F1 with intervals; z has 7 columns, or 8."
     return ThroughScores(**bootstrap_intervals(SCORES, z, y, 1.0, resamples, seed))
 
 # %% ../nbs/05e_through.ipynb #05e-through-008
 def _change(a, b, y, resamples: int, seed: int) -> ThroughScores:
+    "What is gained from a to b, in pairs."
     return ThroughScores(**{k: paired_interval(m, a, b, y, resamples=resamples, seed=seed) for k, m in SCORES.items()})
 
 # %% ../nbs/05e_through.ipynb #05e-through-011
@@ -75,6 +77,17 @@ class ThroughReport(Lines):
     def lines(self):
         head = f"{self.artifact.model_name} through detectors, {self.artifact.dataset_index_id}"
         return [head, *self.notes, through_rows(self.artifact)]
+
+# %% ../nbs/05e_through.ipynb #05e-through-015
+def _merge(new: ThroughDetector, out: Path) -> ThroughDetector:
+    "The new rows, and those of an earlier report on the same model and dataset that they don't replace."
+    if not (out/ThroughDetector.filename).is_file(): return new
+    try: old = ThroughDetector.load(out)
+    except ArtifactError: return new
+    same = (old.checkpoint_sha256, old.dataset_index_id) == (new.checkpoint_sha256, new.dataset_index_id)
+    def key(r): return r.view, r.source, r.detector, r.width
+    kept = [r for r in old.rows if key(r) not in {key(n) for n in new.rows}] if same else []
+    return new.model_copy(update={"rows": sorted([*kept, *new.rows], key=lambda r: (r.view, r.source, r.detector, -r.width))})
 
 # %% ../nbs/05e_through.ipynb #05e-through-014
 def judge_through(
@@ -112,14 +125,3 @@ def judge_through(
                                dataset_index_id=manifest.dataset_index_id, rows=done, **how)
     if out: _merge(artifact, Path(out)).save(out)
     return ThroughReport(artifact, list(dict.fromkeys(notes)))
-
-# %% ../nbs/05e_through.ipynb #05e-through-015
-def _merge(new: ThroughDetector, out: Path) -> ThroughDetector:
-    "The new rows, and those of an earlier report on the same model and dataset that they don't replace."
-    if not (out/ThroughDetector.filename).is_file(): return new
-    try: old = ThroughDetector.load(out)
-    except ArtifactError: return new
-    same = (old.checkpoint_sha256, old.dataset_index_id) == (new.checkpoint_sha256, new.dataset_index_id)
-    def key(r): return r.view, r.source, r.detector, r.width
-    kept = [r for r in old.rows if key(r) not in {key(n) for n in new.rows}] if same else []
-    return new.model_copy(update={"rows": sorted([*kept, *new.rows], key=lambda r: (r.view, r.source, r.detector, -r.width))})

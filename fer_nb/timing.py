@@ -95,11 +95,6 @@ def open_variants(
     return opened, refused
 
 # %% ../nbs/05c_timing.ipynb #05c-timing-017
-def _cores() -> int:
-    "Cores that this process may run on."
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def summarised(
     job: dict,  # what was timed; `batch` is its number of faces
     seconds: np.ndarray,  # (N,)
@@ -147,6 +142,11 @@ def save(self: Times,
     writer.writeheader(); writer.writerows(self.rows)
     self.path = write_text(path, out.getvalue())
     return self
+
+# %% ../nbs/05c_timing.ipynb #05c-timing-cores
+def _cores() -> int:
+    "Cores that this process may run on."
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 # %% ../nbs/05c_timing.ipynb #05c-timing-021
 def measure_times(

@@ -246,6 +246,16 @@ def training_environment(device: str) -> Environment:
     cuda = device.startswith("cuda")
     return environment(device, torch.cuda.get_device_name(device) if cuda else "", torch.get_num_threads())
 
+# %% ../nbs/02b_training.ipynb #02b-training-037
+def _draw_phases(ax, h: pd.DataFrame):
+    "Where the training faces grow, with their size and the images/s of the phase."
+    if "size" not in h or h["size"].nunique() < 2: return
+    for size, phase in h.groupby("size"):
+        first = phase["epoch"].iloc[0]
+        if first: ax.axvline(first + 0.5, color="grey", lw=0.6)
+        said = f"{size:.0f} px\n{phase['images_per_second'].median():.0f}/s"
+        ax.text(first + 0.6, 0.02, said, fontsize=6, transform=ax.get_xaxis_transform())
+
 # %% ../nbs/02b_training.ipynb #02b-training-036
 def plot_history(
     history: TrainingHistory | pd.DataFrame,
@@ -267,15 +277,15 @@ def plot_history(
     if title: fig.suptitle(title, fontsize=10)
     return fig
 
-# %% ../nbs/02b_training.ipynb #02b-training-037
-def _draw_phases(ax, h: pd.DataFrame):
-    "Where the training faces grow, with their size and the images/s of the phase."
-    if "size" not in h or h["size"].nunique() < 2: return
-    for size, phase in h.groupby("size"):
-        first = phase["epoch"].iloc[0]
-        if first: ax.axvline(first + 0.5, color="grey", lw=0.6)
-        said = f"{size:.0f} px\n{phase['images_per_second'].median():.0f}/s"
-        ax.text(first + 0.6, 0.02, said, fontsize=6, transform=ax.get_xaxis_transform())
+# %% ../nbs/02b_training.ipynb #02b-training-041
+def _judged_epochs(logits, labels, half) -> list[dict]:
+    "What each rule chooses on one half and gets on the other."
+    def scores(at): return [{f"valid_{m.__name__}": m(z[at], labels[at]) for m in (macro_f1, nll, accuracy)} for z in logits]
+    chosen, judged = scores(half), scores(~half)
+    best = max(r["valid_macro_f1"] for r in judged)
+    at = {rule: best_epoch(chosen, rule) for rule in BEST_BY} | {"last": len(logits) - 1}
+    return [{"rule": rule, "epoch": e + 1, **{k.removeprefix("valid_"): v for k, v in judged[e].items()},
+             "regret": best - judged[e]["valid_macro_f1"]} for rule, e in at.items()]
 
 # %% ../nbs/02b_training.ipynb #02b-training-040
 def compare_rules(
@@ -293,13 +303,3 @@ def compare_rules(
         for half in (first, ~first): found += _judged_epochs(logits.astype(np.float32), labels, half)
     table = pd.DataFrame(found).groupby("rule", sort=False)
     return table.mean().assign(epoch_sd=table["epoch"].std())
-
-# %% ../nbs/02b_training.ipynb #02b-training-041
-def _judged_epochs(logits, labels, half) -> list[dict]:
-    "What each rule chooses on one half and gets on the other."
-    def scores(at): return [{f"valid_{m.__name__}": m(z[at], labels[at]) for m in (macro_f1, nll, accuracy)} for z in logits]
-    chosen, judged = scores(half), scores(~half)
-    best = max(r["valid_macro_f1"] for r in judged)
-    at = {rule: best_epoch(chosen, rule) for rule in BEST_BY} | {"last": len(logits) - 1}
-    return [{"rule": rule, "epoch": e + 1, **{k.removeprefix("valid_"): v for k, v in judged[e].items()},
-             "regret": best - judged[e]["valid_macro_f1"]} for rule, e in at.items()]

@@ -56,9 +56,9 @@ def replayed_codes(
 ) -> np.ndarray:  # (N,) places in LABELS, of the main rows as they stand
     "A session's labels once more."
     c = session.changes
-    acts = c[c["name"].isin((*REPLAYED, "reset")) & ~c["name"].isin(list(overrides))]
+    acts = c[np.isin(c["name"], (*REPLAYED, "reset")) & ~np.isin(c["name"], list(overrides))]
     settings = _with_overrides(session.info.settings if session.info else {}, overrides)
-    labels = replay_labels(session.updates, settings, acts[["update", "name", "value"]].itertuples(index=False, name=None))
+    labels = replay_labels(session.updates, settings, zip(*(acts[k].tolist() for k in ("update", "name", "value"))))
     return np.array([CODES[x] for x in labels])
 
 # %% ../nbs/06a_session_tuning.ipynb #06a-tuning-009
@@ -111,7 +111,7 @@ def replay(
     def names(c): return np.array([*LABELS, ""])[c]
     table = pd.DataFrame({"frame_index": main["frame_index"].astype(int), "time_sec": main["time_sec"], "true_label": names(truth_codes),
                           "raw_label": names(main["raw_label"]), "logged_label": names(main["pred_label"]), "replayed_label": names(codes)})
-    return Replay(session, table.reset_index(drop=True), given, track, codes[session.order])
+    return Replay(session, table, given, track, codes[session.order])
 
 # %% ../nbs/06a_session_tuning.ipynb #06a-tuning-020
 EMAS, DELTAS, WINDOWS = (0.0, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95), (0.0, 0.04, 0.08, 0.12, 0.16, 0.24), (1, 5, 9, 15, 21, 31)

@@ -131,7 +131,7 @@ def test_weights_are_repeated_rows(data, more):
 def test_a_global_temperature_only_rescales(data, t):
     z, y = data
     np.testing.assert_array_equal(cal.predictions(z, t), cal.predictions(z))
-    assert cal.same_predictions(z, t)
+    assert cal._same_predictions(z, t)
     assert cal.macro_f1(z, y, t) == cal.macro_f1(z, y)
     assert cal.nll(z, y, t) == pytest.approx(cal.nll(z/t, y), abs=1e-9)
     assert cal.nll(z + 5, y, t) == pytest.approx(cal.nll(z, y, t), abs=1e-9)
@@ -223,7 +223,7 @@ def test_macro_f1_that_changes_with_t_is_refused(monkeypatch):
 def test_predictions_that_change_with_t_are_refused(monkeypatch):
     z, y = cal.simulate_logits(200)
     monkeypatch.setattr(cal, "log_softmax", lambda z, t=1.0: -np.abs(np.asarray(z) - t))
-    assert not cal.same_predictions(z, 2.0)
+    assert not cal._same_predictions(z, 2.0)
 
 
 @pytest.mark.parametrize("grid", [[], [0, 1], [1, np.nan], [-1]])
@@ -425,7 +425,7 @@ def test_the_slope_is_the_derivative_by_log_t(t):
 
 def test_a_division_that_makes_a_tie_changes_no_prediction():
     z = np.array([[1.75, np.nextafter(1.75, 2)]])
-    assert (z/3).argmax(1) == [0] and cal.predictions(z, 3) == [1] and cal.same_predictions(z, 3)
+    assert (z/3).argmax(1) == [0] and cal.predictions(z, 3) == [1] and cal._same_predictions(z, 3)
     assert cal.accuracy(z, [1], 3) == 1
 
 

@@ -1,6 +1,8 @@
 """Ensembles: every way to be refused, fusion against longhand, the search, replay, and what a killed export leaves."""
+import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -11,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,6 +28,7 @@ from fer_nb.members import SPACES, benchmark_rows, check_members, fuse, log_prob
 from fer_nb.records import Calibration, ClassOrder, ManifestValidation, RunArgs
 from fer_nb.resampling import paired_interval
 from fer_nb.run_report import calibrate, report_run
+from fer_nb.runs import chain_config, complete_profile, load_profile, project_root
 
 ARCHS = ("RN18", "B3", "CNXT", "VIT")
 PARTS = {"train": 70, "val": 210, "test": 210}
@@ -446,6 +450,22 @@ def test_a_class_aware_ensemble_replays_and_reports(base, tmp_path, monkeypatch)
     assert np.array_equal(ensembles.replay(tmp_path/"c").logits, load_softlabels(tmp_path/"c"/"softlabels").logits)
     ensembles.evaluate_ensemble(tmp_path/"c", base/"manifests", resamples=20)
     assert "one weight a class accepted" in str(EnsembleConfig.load(tmp_path/"c"))
+
+
+def test_a_profile_asks_for_one_weight_a_class(tmp_path):
+    "The entry passes the profile's parser, and reaches the notebook of its ensemble alone."
+    config = chain_config(load_profile("full"))
+    assert config["ensembles"]["by_class"] == {"class_aware": True, "members": list(config["teachers"])}
+    (tmp_path/"profile.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    made = [f"ensembles/{e}/ensemble_config.json" for e in ("by_class", "searched")]
+    done = subprocess.run([sys.executable, "-m", "snakemake", *made, "--snakefile", str(project_root()/"workflow"/"Snakefile"),
+                           "--directory", str(tmp_path), "--configfile", str(tmp_path/"profile.yaml"), "--cores", "1", "--dry-run",
+                           "--printshellcmds"], capture_output=True, text=True)
+    commands = re.findall(r"notebook 04_ensembles .*--parameters '(\{.*\})'", done.stdout + done.stderr)
+    asked = {p["name"]: p.get("class_aware", False) for p in map(json.loads, commands)}
+    assert asked == {"by_class": True, "searched": False}, done.stderr
+    with pytest.raises(UsageError, match="04_ensembles has no parameter 'by_class'"):
+        complete_profile({"ensembles": {"mine": {"by_class": True}}}, "my.yaml")
 
 
 # --- the benchmark ---

@@ -39,6 +39,7 @@ def test_notebook_is_executed_small_and_clean(path):
         assert len("".join(cell["source"]).splitlines()) <= 60
         assert len(json.dumps(cell["outputs"])) < 100_000
         assert not [o for o in cell["outputs"] if o["output_type"] == "error"]
+    assert "widgets" not in nb["metadata"], "a progress bar left its state here"
     text = json.dumps(nb)
     assert str(ROOT) not in text and "/root/" not in text and "/home/" not in text
     tagged = sum("parameters" in c["metadata"].get("tags", []) for c in nb["cells"])

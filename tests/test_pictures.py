@@ -61,11 +61,17 @@ def test_the_student_that_ships_has_its_card():
     assert SHIPPED.stat().st_size < 6e6
 
 
-def test_the_answer_comes_without_torch(pictures):
-    code = ("import sys; from fer_nb.cli import main; rc = main(['predict', sys.argv[1], '--detector', 'haar']); "
-            "assert not any(m in sys.modules for m in ('torch', 'timm', 'fastai', 'matplotlib.pyplot')), 'a heavy import'; sys.exit(rc)")
+HEAVY = {"torch", "timm", "fastai", "fastcore", "matplotlib", "pandas", "pyarrow", "scipy", "sklearn", "onnx", "IPython", "asyncio"}
+
+
+@pytest.mark.parametrize("code", ["from fer_nb.deploy import Predictor; Predictor()", "from fer_nb.pictures import predict_pictures",
+                                  "from fer_nb.cli import main; assert main(['predict', sys.argv[1], '--detector', 'haar']) == 0"])
+def test_the_answer_comes_without_heavy_imports(pictures, code):
+    code = f"import sys; {code}; print(*sys.modules, file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", code, str(pictures/"person3.png")], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
+    loaded = set(done.stderr.splitlines()[-1].split())
+    assert "fer_nb.deploy" in loaded and not loaded & HEAVY
 
 
 def test_several_real_people(film_path, capsys):

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from sklearn.metrics import accuracy_score, f1_score, precision_recall_fscore_support
 
-from fer_nb.artifacts import CLASSES, ArtifactError, Box, FerError, GateError, UsageError
+from fer_nb.artifacts import CLASSES, ArtifactError, Box, FerError, GateError, UsageError, write_csv
 from fer_nb.capture import Frame, Source, open_source
 from fer_nb.detectors import Detection
 from fer_nb.evidence import ScoreResults, StabiliserChoice
@@ -612,7 +612,7 @@ def test_a_synthetic_video_through_the_pipeline_scores_as_its_truth_says(tmp_pat
     events = write_video(tmp_path/"video", seconds=6, fps=20, size=(160, 120), seed=3)
     rng, source = np.random.default_rng(0), open_source(tmp_path/"video"/"video.avi")
     def from_views(faces):
-        true = next(e.label for e in events.itertuples() if e.start_ms <= (source.index - 1)*50 < e.end_ms)
+        true = next(e.label for e in events.frame().itertuples() if e.start_ms <= (source.index - 1)*50 < e.end_ms)
         return rng.dirichlet(0.4 + 3*(np.array(CLASSES) == true), len(faces))
     detector, predictor = stand_ins(source, 0)
     predictor.from_views, stabilizer = from_views, Stabiliser(window=5, min_count=3)
@@ -621,7 +621,7 @@ def test_a_synthetic_video_through_the_pipeline_scores_as_its_truth_says(tmp_pat
     with Pipeline(source, detector, predictor, stabilizer, log) as p:
         while p.step(): pass
     rows = rows_of(tmp_path/"s")
-    for r in rows: r["truth"] = next(e.label for e in events.itertuples() if e.start_ms*1000 <= r["us"] < e.end_ms*1000)
+    for r in rows: r["truth"] = next(e.label for e in events.frame().itertuples() if e.start_ms*1000 <= r["us"] < e.end_ms*1000)
     hand = score_by_hand(rows)
     assert len(rows) == 120 and hand["scored"] > 60 and hand["shown"]["no_face"] > 0
     score = score_session(tmp_path/"s", tmp_path/"video"/"events.csv", resamples=50)
@@ -771,15 +771,15 @@ def test_broken_events_are_refused(plain, change, said):
 
 def test_truth_from_a_videos_events(plain, tmp_path):
     events = KINDS["plain"]["events"]
-    events.to_csv(tmp_path/"events.csv", index=False)
+    write_csv(tmp_path/"events.csv", events)
     by_hand = score_session(plain, write=False, resamples=20).results
     edit_events(plain, lambda t: t[t["source"] == "model"])
     by_truth = score_session(plain, tmp_path/"events.csv", write=False, resamples=20).results
     assert (by_truth.shown, by_truth.raw, by_truth.truth) == (by_hand.shown, by_hand.raw, f"events of {tmp_path.name}/events.csv")
     late = events.assign(start_ms=events["start_ms"] + 400, end_ms=events["end_ms"] + 400)
-    late.to_csv(tmp_path/"late.csv", index=False)
+    write_csv(tmp_path/"late.csv", late)
     rows = rows_of(plain)
-    for r in rows: r["truth"] = next((e.label for e in late.itertuples() if e.start_ms*1000 <= r["us"] < e.end_ms*1000), "")
+    for r in rows: r["truth"] = next((e.label for e in late.frame().itertuples() if e.start_ms*1000 <= r["us"] < e.end_ms*1000), "")
     same(score_session(plain, tmp_path/"late.csv", write=False, resamples=20), score_by_hand(rows))
     with pytest.raises(UsageError, match="is no file: give an events.csv"): score_session(plain, tmp_path/"none.csv")
 
@@ -822,7 +822,7 @@ def test_rows_of_the_earlier_system_without_a_label_are_errors(sessions, tmp_pat
         t.loc[t.index[30:40], PROBS] = "0.0"
         return t
     session = load_session(as_earlier(sessions["plain"], tmp_path/"old", change=mute))
-    assert [LABELS[c] for c in session.main["pred_label"].iloc[10:40:10]] == [UNSTABLE, NO_FACE, NO_FACE]
+    assert [LABELS[c] for c in session.main["pred_label"][10:40:10]] == [UNSTABLE, NO_FACE, NO_FACE]
     assert session.notes == [f"20 rows without a label shown count as {UNSTABLE} or {NO_FACE}"]
 
 
