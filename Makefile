@@ -1,5 +1,5 @@
 # make run    the whole chain on the embedded faces, and where its report lies
-# make test   every notebook as a test, the export check, ruff, pytest
+# make test   every notebook as a test, the export check, ruff, mypy, pytest
 # make help   the rest
 
 PYTHON ?= python3
@@ -30,6 +30,7 @@ sync:
 
 lint:
 	$(BIN)/ruff check fer_nb tests
+	$(BIN)/mypy
 
 notebooks:
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing
@@ -41,17 +42,17 @@ bench: install
 	$(BIN)/python -m pytest -q tests/benchmarks
 
 results: install
-	$(BIN)/python -c 'from fer_nb.results import write_results; print(write_results("runs/reference", readme="README.md"))'
+	$(BIN)/python -c 'from fer_nb.results import write_results; print(write_results("runs/reference", readme="README.md", guide="docs/USE.md"))'
 
 lab: install
 	$(BIN)/jupyter lab nbs
 
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .mypy_cache
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
 	@echo "make bench  measure speeds, such as those of runs/reference/RESULTS.md"
-	@echo "make results  make runs/reference/RESULTS.md and the README's table again from the artifacts"
+	@echo "make results  make runs/reference/RESULTS.md, the README's table and the guide's again"
 	@echo "make lab    open the notebooks in JupyterLab"
 	@echo "make clean  remove .venv and build leftovers (runs/ stays)"

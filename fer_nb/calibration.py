@@ -394,7 +394,7 @@ def _grow_grid(
     scores = {t: nll(logits, labels, t) for t in grid}
     while True:
         ts = sorted(scores)
-        best = min(ts, key=scores.get)
+        best = min(ts, key=lambda t: scores[t])
         if best not in (ts[0], ts[-1]): return ts
         new = ts[-1]*factor if best == ts[-1] else ts[0]/factor
         scores[new] = nll(logits, labels, new)

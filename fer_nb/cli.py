@@ -13,7 +13,7 @@ import warnings
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fer_nb.artifacts import STAGES, FerError, GateError, UsageError
 
@@ -310,8 +310,10 @@ def told(where: str) -> dict[str, Told]:
     if "." not in where: return _told_by_notebook(where)
     module, name = where.split(".")
     source = (HERE/f"{module}.py").read_text(encoding="utf-8")
-    found, about = next(n for n in ast.parse(source).body if getattr(n, "name", "") == name), _comments(source)
-    if isinstance(found, ast.ClassDef): named = [(n.target.id, n, n.value) for n in found.body if isinstance(n, ast.AnnAssign)]
+    about, defined = _comments(source), [n for n in ast.parse(source).body if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
+    found = next(n for n in defined if n.name == name)
+    named: list[tuple[str, ast.AnnAssign | ast.arg, ast.expr | None]]
+    if isinstance(found, ast.ClassDef): named = [(ast.unparse(n.target), n, n.value) for n in found.body if isinstance(n, ast.AnnAssign)]
     else:
         args, defaults = found.args, [None]*(len(found.args.args) - len(found.args.defaults))
         named = [(x.arg, x, d) for x, d in zip([*args.args, *args.kwonlyargs], [*defaults, *args.defaults, *args.kw_defaults])]
@@ -324,7 +326,7 @@ def _told_by_notebook(stage: str) -> dict[str, Told]:
     cells = json.loads(Path(notebook_path(stage)).read_text(encoding="utf-8"))["cells"]
     source = "".join(next(c["source"] for c in cells if "parameters" in c["metadata"].get("tags", [])))
     about, named = _comments(source), [n for n in ast.parse(source).body if isinstance(n, ast.Assign)]
-    return {n.targets[0].id: Told(about.get(n.lineno, ""), type(v := _literal(n.value)).__name__, v) for n in named}
+    return {ast.unparse(n.targets[0]): Told(about.get(n.lineno, ""), type(v := _literal(n.value)).__name__, v) for n in named}
 
 
 def _comments(source: str) -> dict[int, str]:
@@ -342,7 +344,7 @@ def _about(where: str) -> str:
     "The docstring of MODULE.NAME."
     module, name = where.split(".")
     source = (HERE/f"{module}.py").read_text(encoding="utf-8")
-    return re.search(rf'^def {name}\(.*?^    "(.+?)"$', source, re.MULTILINE | re.DOTALL)[1]
+    return re.findall(rf'^def {name}\(.*?^    "(.+?)"$', source, re.MULTILINE | re.DOTALL)[0]
 
 
 class Parser(argparse.ArgumentParser):
@@ -365,7 +367,7 @@ RANGES = {"seed": (0, 2**32 - 1), "epochs": (1, 100_000), "val_fraction": (0, 0.
           "resamples": (1, 10**7), "ties": (0, 100), "cores": (1, 4096), "batches": (1, 4096), "threads": (1, 4096), "runs": (1, 10**6),
           "min_face": (1, 10_000), "seconds": (0, 10**6), "ema": (0, 0.99), "delta": (0, 1), "window": (1, 120), "min_count": (1, 120),
           "jitter_limit": (0, 10_000)}  # least and most of a number
-MANY = {"*": {"action": "append"}, "+": {"nargs": "+"}, "!": {"required": True}, "?": {"default": None}}
+MANY: dict[str, dict[str, Any]] = {"*": {"action": "append"}, "+": {"nargs": "+"}, "!": {"required": True}, "?": {"default": None}}
 TYPES = {"int": int, "float": float}
 
 
@@ -396,7 +398,7 @@ def flags(
         name, _, parameter = word.strip("".join(MANY)).partition("<")
         positional, name = name.startswith("."), name.lstrip(".")
         t = known[parameter or name]
-        how = {"help": re.sub(r"\bNone\b", "not given", t.about).replace("%", "%%"), "default": t.default}
+        how: dict[str, Any] = {"help": re.sub(r"\bNone\b", "not given", t.about).replace("%", "%%"), "default": t.default}
         if t.kind == "bool": how["action"] = "store_true"
         else:
             number = TYPES.get(t.kind.split(" | ")[0])

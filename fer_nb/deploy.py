@@ -16,6 +16,7 @@ import math
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import onnxruntime as ort
@@ -131,7 +132,7 @@ def provider_name(
 def node_counts(session) -> dict[str, int] | None:  # None where this onnxruntime doesn't tell
     "How many nodes of the graph each provider computes."
     if not hasattr(session, "get_provider_graph_assignment_info"): return None
-    counts = {}
+    counts: dict[str, int] = {}
     for part in session.get_provider_graph_assignment_info():
         counts[part.ep_name] = counts.get(part.ep_name, 0) + len(part.get_nodes())
     return counts
@@ -242,7 +243,9 @@ def write_class_values(
 ) -> int:  # the version that it has now
     "Write one number a class; a new version only where something changed."
     new = dict(zip(CLASSES, class_values(values, low, high, Path(path).stem).tolist()))
-    if not Path(path).is_file(): return ClassValues(values=new).save(path) and 1
+    if not Path(path).is_file():
+        ClassValues(values=new).save(path)
+        return 1
     old = _class_values_file(path)
     if {c: old.values.get(c, 0.0) for c in CLASSES} == new: return old.version
     past = [*old.history, PastValues(version=old.version, values=old.values)]
@@ -378,7 +381,7 @@ class _Favours:
         "One line that says what is added to the logits; empty where nothing is."
         return _told_bias(self.bias, self.bias_file)
 
-    def with_bias(self, values) -> "Predictor":
+    def with_bias(self, values) -> Self:
         "The same model with another bias; this one keeps its own."
         other = copy.copy(self)
         other.bias = values

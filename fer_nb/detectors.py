@@ -17,6 +17,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import platformdirs
+from cv2.data import haarcascades
 from tqdm import tqdm
 
 from .artifacts import ArtifactError, Box, GateError, UsageError, atomic_path, sha256_file
@@ -74,7 +75,8 @@ def best_pairs(
     rows, columns = gain.shape
     price_r, price_c, taken = np.zeros(rows), np.zeros(columns), np.full(columns, -1)  # taken: the row that has a column
     for new in range(rows):
-        row, reached, length, cost, came = new, [], 0.0, np.full(columns, np.inf), np.full(columns, -1)
+        row, length, cost, came = new, 0.0, np.full(columns, np.inf), np.full(columns, -1)
+        reached: list[int] = []
         while row >= 0:  # until a free column is reached
             through = length - gain[row] - price_r[row] - price_c
             closer = through < cost
@@ -135,7 +137,7 @@ class Tracker:
         self.now, self.before, self.known = None, None, {}  # known: number -> Track
 
     def _match(self, boxes: list) -> dict[int, int]:  # place in the list -> id
-        found = {}
+        found: dict[int, int] = {}
         for fresh, place in ((f, p) for f in (True, False) for p in (Track.expected, Track.last)):
             rows = [r for r in range(len(boxes)) if r not in found]
             ids = [i for i, t in self.known.items() if i not in found.values() and fresh == (t.seen == self.before)]
@@ -185,7 +187,7 @@ def _is_face(box: Box, height: int, width: int, min_face: float) -> bool:
     "Large enough, of a face's shape, and in the frame."
     shorter = min(box.width, box.height)
     if shorter <= 0 or box.side < min_face or shorter < SLIMMEST*box.side: return False
-    return _intersection(np.asarray(box.xywh), np.array([0, 0, width, height])) >= VISIBLE*box.area
+    return bool(_intersection(np.asarray(box.xywh), np.array([0, 0, width, height])) >= VISIBLE*box.area)
 
 # %% ../nbs/01b_detectors.ipynb #01b-detectors-024
 def tidy(
@@ -195,7 +197,7 @@ def tidy(
     min_face: float,  # pixels of the frame, the longer side of a box
 ) -> list[Detection]:
     "One box a face, none too small, too slim or outside; the largest first."
-    kept = []
+    kept: list[Detection] = []
     for f in sorted((f for f in faces if _is_face(f.box, height, width, min_face)), key=lambda f: -f.score):
         shared = [_intersection(np.asarray(f.box.xywh), np.asarray(k.box.xywh))/min(f.area, k.area) for k in kept]
         if max(shared, default=0) <= SHARED: kept.append(f)
@@ -218,7 +220,7 @@ class Haar:
     ):
         _check_size(min_face)
         self.min_face = min_face
-        self.net = cv2.CascadeClassifier(str(Path(cv2.data.haarcascades)/"haarcascade_frontalface_default.xml"))
+        self.net = cv2.CascadeClassifier(str(Path(haarcascades)/"haarcascade_frontalface_default.xml"))
 
     def detect(self, frame: np.ndarray) -> list[Detection]:
         "The faces in a frame (uint8, BGR or grey), the largest first."
@@ -226,7 +228,7 @@ class Haar:
         least = (max(24, int(np.ceil(self.min_face))),)*2
         boxes, _, scores = self.net.detectMultiScale3(grey, 1.2, 5, minSize=least, outputRejectLevels=True)
         faces = [Detection(Box.from_xywh(b), float(s)) for b, s in zip(boxes, scores)]
-        return tidy(faces, *grey.shape, self.min_face)
+        return tidy(faces, grey.shape[0], grey.shape[1], self.min_face)
 
 # %% ../nbs/01b_detectors.ipynb #01b-detectors-031
 def shrink(
@@ -270,7 +272,7 @@ class YuNet:
         rows[:, :14] *= np.tile(scale, 7)
         rows = rows[np.isfinite(rows).all(1)]
         faces = [Detection(Box.from_xywh(r[:4]), float(r[14]), r[4:14].reshape(5, 2)) for r in rows]
-        return tidy(faces, *frame.shape[:2], self.min_face)
+        return tidy(faces, frame.shape[0], frame.shape[1], self.min_face)
 
 # %% ../nbs/01b_detectors.ipynb #01b-detectors-035
 class SSD:
@@ -424,8 +426,8 @@ def _foreign(file: ModelFile, path: Path) -> str:
 # %% ../nbs/01b_detectors.ipynb #01b-detectors-055
 def _make(name: str, paths: list[Path], min_face: float, width: int):
     "The detector of a name from its files."
-    if name == "yunet": return YuNet(*paths, width=width, min_face=min_face)
-    if name == "dnn": return SSD(*paths, min_face=min_face)
+    if name == "yunet": return YuNet(paths[0], width, min_face=min_face)
+    if name == "dnn": return SSD(paths[0], paths[1], min_face=min_face)
     return Haar(min_face)
 
 # %% ../nbs/01b_detectors.ipynb #01b-detectors-056

@@ -43,7 +43,8 @@ from .images import load_cache
 from .integrity import package_versions
 from .loading import PackedFaces
 from .manifests import load_manifest
-from .records import Interval
+from .leaves import leaves_of
+from .records import HashManifest, Interval
 from .resampling import paired_interval
 from .run_report import groups_of
 from .students import load_model
@@ -221,8 +222,7 @@ def _choose(precisions, calibration_faces) -> list[str]:
     return [p for p in PRECISIONS if p in precisions]
 
 # %% ../nbs/09_onnx_export.ipynb #09-exporting-031
-OUTPUTS = (*map(model_file, PRECISIONS), "onnx_export_report.json", "onnx_parity.json", "latency_benchmarks.csv",
-           "latency_reference.csv", "hash_manifest.json")
+OUTPUTS = (*leaves_of("export", "fp16", "int8", "reference", steps=("export", "compare", "time")), HashManifest.filename)
 
 # %% ../nbs/09_onnx_export.ipynb #09-exporting-033
 def _report(facts: ModelFacts, files: dict, check: ParityCheck) -> ExportReport:

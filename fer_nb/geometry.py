@@ -44,7 +44,7 @@ class Geometry(_Portable):
     size: int = Field(64, ge=16, le=1024)  # pixels, side of the square
     margin: float = Field(0.30, ge=0, le=2)  # added to the longer side of a box that nobody measured, as a share of it
     clahe: tuple[float, int] | None = (2.0, 4)  # clip limit and tiles a side, on luminance
-    interpolation: Literal[tuple(KERNELS)] = "area-cubic"
+    interpolation: Literal["area-cubic", "area-linear", "linear-linear"] = "area-cubic"
     colour_order: Literal["RGB"] = "RGB"
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
@@ -308,6 +308,7 @@ class Sight(BaseModel):
     @property
     def crop(self) -> Crop:
         "The squares that a network should see over this detector's box."
+        if self.ratio is None: raise UsageError(f"how to cut the boxes of {self.name} was not measured")
         return Crop(self.ratio[1], self.dx, self.dy, self.shape, None if self.shape else self.ratio[2])
 
     @property
@@ -350,7 +351,7 @@ class Framing(_Portable):
         "How to cut a detector's boxes."
         wanted, own = Sight(detector=detector, width=width, seen=0, found=0), self.sight(detector, width)
         if own and own.width == width: return own.crop, ""
-        near = own or _nearest(DEFAULT_SIGHTS, detector, width) or _nearest(DEFAULT_SIGHTS, "yunet", width)
+        near = own or _nearest(DEFAULT_SIGHTS, detector, width) or _nearest(DEFAULT_SIGHTS, "yunet", width) or DEFAULT_SIGHTS[0]
         whose = "this model's" if own else "the default, from FER2013's pictures,"
         return near.crop, f"How to cut the boxes of {wanted.name} was not measured for this model: {whose} for {near.name} is used."
 

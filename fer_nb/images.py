@@ -26,6 +26,7 @@ from .framing import measure_framing, row_box, row_crop, row_image
 from .geometry import Framing, Geometry, check_geometry, prepare_pixels, read_framing
 from .likeness import face_box
 from .manifests import Manifest
+from .leaves import leaves_of
 from .records import CacheIndex
 
 # %% ../nbs/02a_images.ipynb #02a-images-005
@@ -269,7 +270,7 @@ def load_cache(
     return cache
 
 # %% ../nbs/02a_images.ipynb #02a-images-030
-CACHE_FILES = {"images.npy", "rows.parquet", CacheIndex.filename}
+CACHE_FILES = frozenset(leaves_of("cache"))
 
 
 def _up_to_date(out: Path, geometry: Geometry, dataset_index_id: str, rows_are: str) -> ImageCache | None:

@@ -28,7 +28,7 @@ from fer_nb.artifacts import (
     read_json, read_npz, sha256_file, write_npz, write_text,
 )
 from .evidence import AlignmentReport, BackboneGuard, SmokeTest
-from .leaves import check_seal, seal_folder, unseal
+from .leaves import check_seal, leaves_of, seal_folder, unseal
 from .records import Calibration, ClassOrder, Environment, HashManifest, RunArgs
 
 # %% ../nbs/01_integrity_checks.ipynb #01-integrity-005
@@ -114,7 +114,7 @@ def own_test_rows(
 
 # %% ../nbs/01_integrity_checks.ipynb #01-integrity-015
 VIEWS = ("identity", "hflip")
-SOFTLABEL_FILES = ("softlabels.npz", "softlabels_index.jsonl", "class_order.json", "sample_count.txt")
+SOFTLABEL_FILES = tuple(leaves_of("softlabels", steps=["export"]))
 
 # %% ../nbs/01_integrity_checks.ipynb #01-integrity-016
 @dataclass

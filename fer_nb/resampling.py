@@ -56,7 +56,7 @@ def bootstrap_intervals(
     groups=None,  # (N,) the picture of each row
 ) -> dict[str, Interval]:
     "Percentile bootstrap intervals of several metrics, all from the same resamples."
-    samples = {name: [] for name in metrics}
+    samples: dict[str, list[np.ndarray]] = {name: [] for name in metrics}
     for w in weight_chunks(len(logits), resamples, seed, groups=groups):
         for name, metric in metrics.items(): samples[name].append(metric(logits, truth, temperature, w))
     return {name: percentile_interval(metric(logits, truth, temperature), np.concatenate(samples[name]), level)

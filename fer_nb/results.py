@@ -24,6 +24,7 @@ from fer_nb.artifacts import (
     AMBER, CLASS_COLOURS, CLASSES, SKY, ArtifactError, UsageError, convention_of, read_npz, write_bytes, write_text,
 )
 from .evidence import EnsembleConfig, EnsembleGate, EnsembleMetrics, ExportReport, OnnxParity
+from .leaves import leaves_markdown
 from .records import DatasetIndex, Environment, HashManifest, LeakageReport, RunArgs, SelectiveReport, ThroughDetector
 from .calibration import macro_f1
 from .reliability import evaluate
@@ -569,7 +570,7 @@ def readme_table(reference) -> str:
 # %% ../nbs/09c_results.ipynb #09c-050
 def between_marks(text: str, new: str) -> str:
     "A text with what stands between the two marks replaced."
-    if any(text.count(m) != 1 for m in MARKS): raise UsageError(f"the README must hold each of these marks once: {' and '.join(MARKS)}")
+    if any(text.count(m) != 1 for m in MARKS): raise UsageError(f"the page must hold each of these marks once: {' and '.join(MARKS)}")
     before, rest = text.split(MARKS[0])
     return f"{before}{MARKS[0]}\n{new}\n{MARKS[1]}{rest.split(MARKS[1])[1]}"
 
@@ -577,10 +578,12 @@ def between_marks(text: str, new: str) -> str:
 def write_results(
     reference="runs/reference",
     readme="",  # the README whose table is renewed; empty: none
+    guide="",  # the guide whose table of files is renewed; empty: none
 ) -> Path:  # the page
-    "Write the page of results, and the README's table."
+    "Write the page of results, the README's table and the guide's."
     page = write_text(Path(reference)/"RESULTS.md", results_page(reference))
-    if readme: write_text(Path(readme), between_marks(Path(readme).read_text(encoding="utf-8"), readme_table(reference)))
+    for path, table in ((readme, lambda: readme_table(reference)), (guide, leaves_markdown)):
+        if path: write_text(Path(path), between_marks(Path(path).read_text(encoding="utf-8"), table()))
     return page
 
 # %% ../nbs/09c_results.ipynb #09c-053

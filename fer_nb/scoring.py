@@ -305,7 +305,7 @@ def compared(columns: dict, gain: tuple = ()) -> tuple:
     "Head and rows: kinds of label beside one another."
     kinds, more = list(columns.values()), bool(gain)
     def row(name, tell, last=""): return (name, *map(tell, kinds), *[last]*more)
-    def told(e, signed=False): return e.show(signed=signed) if e else "–"
+    def told(e, signed=False): return e.show(3, signed) if e else "–"
     def lock(key): return lambda s: _lock_ms(s.time_to_lock, key)
     horizon = next((s.time_to_lock.horizon_ms for s in kinds if s.time_to_lock.horizon_ms), 0)/1000
     rows = [

@@ -56,7 +56,7 @@ class Stabiliser:
         thresholds = dict(zip(CLASSES, self.thresholds.tolist(), strict=True))
         return {k: getattr(self, k) for k in (*TUNABLE, "fps", "hold", "vote_age")} | {"thresholds": thresholds}
 
-    def reset(self):
+    def reset(self) -> None:
         "As if no face had been seen."
         self.smoothed: np.ndarray | None = None  # (7,) probabilities after the EMA
         self.held: int | None = None  # class after hysteresis
@@ -75,13 +75,14 @@ def _in_range(name: str, value, low, high):
 # %% ../nbs/06_demo_label.ipynb #06-stabiliser-008
 def _smooth(s: Stabiliser, p: np.ndarray, time_sec: float) -> np.ndarray:
     "The EMA, its weight of the past corrected for the time that has passed; frames of one moment count as one step."
-    if s.smoothed is None or s.ema == 0: return p
+    if s.smoothed is None or s.seen is None or s.ema == 0: return p
     past = s.ema**(s.fps*((time_sec - s.seen) or 1/s.fps))
     return past*s.smoothed + (1 - past)*p
 
 # %% ../nbs/06_demo_label.ipynb #06-stabiliser-009
 def _hysteresis(s: Stabiliser) -> int | None:
     "The class that holds: another one must lead by more than delta, and reach its threshold."
+    if s.smoothed is None: return None
     able = s.smoothed >= s.thresholds
     if not able.any(): return None
     top = int(np.where(able, s.smoothed, -1).argmax())
@@ -103,7 +104,7 @@ def _usual_step(s: Stabiliser) -> float | None:
 # %% ../nbs/06_demo_label.ipynb #06-stabiliser-012
 def _starts_afresh(s: Stabiliser, time_sec: float, usual: float | None) -> bool:
     "Whether the face was unseen for too long, or time runs backwards."
-    if s.seen is None: return False
+    if s.seen is None or s.now is None: return False
     gap = time_sec - s.seen
     stalled = s.vote_age > 0 and usual is not None and time_sec - s.now > max(s.hold, 3*usual)
     return gap < 0 or (s.lost or stalled) and gap > s.hold

@@ -22,6 +22,7 @@ from scipy.special import stdtrit
 from .arms import DISTILLATION, StudentRun, arm_labels, folder_of, recipe, students_by_convention
 from .artifacts import CLASSES, Lines, UsageError, write_csv
 from .calibration import group_codes, per_class, predictions, prf
+from .leaves import leaves_of
 from .records import Interval
 from .reliability import METRIC_NAMES, METRICS
 from .resampling import mcnemar, percentile_interval, weight_chunks
@@ -54,7 +55,7 @@ def seed_interval(
 SCALED = ("nll", "ece", "brier")  # T changes these
 F1_NAMES = tuple(f"f1_{c}" for c in CLASSES)
 SUMMARISED = ("accuracy", "macro_f1", *SCALED, *F1_NAMES)
-RESULTS, COMPARISONS, CLASS_GAINS = "results_summary_students.csv", "comparisons_students.csv", "class_gains_students.csv"
+RESULTS, COMPARISONS, CLASS_GAINS = leaves_of("students")
 
 # %% ../nbs/05a_student_summary.ipynb #05a-summary-010
 def _run_values(

@@ -10,8 +10,8 @@ import pandas as pd
 import pytest
 import yaml
 
-from fer_nb.gates import ENSEMBLE_FILES, TRAINING_FILES, gates
-from fer_nb.leaves import inventory
+from fer_nb.gates import gates
+from fer_nb.leaves import inventory, leaves_of
 from tests.conftest import ROOT
 
 STUDIO = {"train_source": "synthetic_studio", "epochs": 2}
@@ -59,9 +59,12 @@ def students(run, stage): return run / "students" / f"mobilenetv3_large_100_img4
 def test_leaves_every_artifact_and_all_lines_go(chain):
     run, _ = chain
     teacher, ensemble = run / "teachers" / "RN18_seed1337_stageB_img64", run / "ensembles" / "pair"
-    for folder in (teacher, students(run, "CE"), students(run, "KD")):
-        assert [f for f in TRAINING_FILES if not (folder / f).is_file()] == []
-    assert [f for f in ENSEMBLE_FILES if not (ensemble / f).is_file()] == []
+    held = {"teacher": (teacher, "since they are kept"), "ensemble": (ensemble,), "student": (students(run, "CE"), "since they are kept")}
+    held |= {"manifest": (run/"manifests",), "cache": (run/"cache"/"img48",), "students": (run/"students",), "export": (run/"onnx",),
+             "session": (run/"demo"/"first", "scored"), "sessions": (run/"demo",), "report": (run/"report",)}
+    for kind, (folder, *holds) in held.items():
+        assert [f for f in leaves_of(kind, *holds) if not (folder / f).is_file()] == [], kind
+    assert [f for f in leaves_of("student", "softlabels") if not (students(run, "KD") / f).is_file()] == []
     assert json.loads((teacher / "args.json").read_text())["parameters"]["init_from"] == "teachers/RN18_seed1337_stageA_img48"
     for stage, before in (("KD", "CE"), ("DKD", "KD")):
         args = json.loads((students(run, stage) / "args.json").read_text())["parameters"]
@@ -73,14 +76,9 @@ def test_leaves_every_artifact_and_all_lines_go(chain):
     for folder in (teacher, ensemble, students(run, "KD")):
         assert list(folder.glob("*.ipynb")), "no executed notebook"
     for folder in (teacher, ensemble):
-        assert sorted(p.name for p in (folder / "softlabels").iterdir()) == [
-            "alignment_report.json", "class_order.json", "hash_manifest.json", "sample_count.txt", "softlabels.npz",
-            "softlabels_index.jsonl"]
-    assert (teacher / "confusion_out_of_fold.csv").is_file()
+        assert sorted(p.name for p in (folder / "softlabels").iterdir()) == sorted(leaves_of("softlabels"))
     assert json.loads((run / "onnx" / "onnx_parity.json").read_text())["pass"]
     assert json.loads((run / "demo" / "first" / "score_results.json").read_text())["frames"] == 80
-    for f in ("backbone_guard.json", "dkd_unit_test.json", "smoke_test.json", "alignment_report.json", "selective.json"):
-        assert (students(run, "KD") / f).is_file()
     assert set(inventory(run)["state"]) == {"whole"}
     assert gates(run).go
     done = fer_nb("gates", run)

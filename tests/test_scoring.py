@@ -1,6 +1,7 @@
 """Scores against a longhand count, replays of every kind of session, tuning, and sessions that are broken."""
 import csv
 import json
+import re
 import shutil
 import statistics
 import subprocess
@@ -461,6 +462,7 @@ def test_the_artifact_reads_back_and_the_result_reads_well(sessions):
     score = score_session(sessions["gaps and no face"], resamples=50)
     assert ScoreResults.load(score.session.folder) == score.results
     text = str(score)
+    assert re.search(r"accuracy +\d\.\d{3} \[\d\.\d{3}, \d\.\d{3}\]", text), "three digits: a session has some hundred frames"
     assert "truth: manual labels" in text and "\x1b" not in text and "macro-F1" in text
     assert sum(x.startswith("|:---") for x in score._repr_markdown_().splitlines()) == 3  # kinds of label, classes, stages
 
