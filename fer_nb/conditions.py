@@ -93,8 +93,8 @@ def main_boxes(
 ) -> dict[int, Box]:  # frame -> box of the labelled face
     "Where the labelled face stood in each frame."
     if "box" not in session.faces: raise UsageError(f"{session.name}: its log has no boxes (it is the earlier system's)")
-    text = session.faces.loc[session.main.index, "box"]
-    return {int(f): Box.from_xywh(map(float, b.split())) for f, b in zip(session.main["frame_index"], text) if b}
+    text = session.faces["box"][np.isin(session.faces.line_of, session.main.line_of)].tolist()
+    return {int(f): Box.from_xywh(map(float, b.split())) for f, b in zip(session.main["frame_index"].tolist(), text) if b}
 
 # %% ../nbs/08b_conditions.ipynb #08b-conditions-018
 def frame_conditions(
@@ -147,7 +147,7 @@ def own_columns(
     ids,  # (N,) of the rows that shall be stratified
 ) -> pd.DataFrame:  # the other columns as names, one row an id
     "Strata that a person supplies."
-    table, _ = read_table(path, ["id"])
+    table = read_table(path, ["id"])[0].frame()
     if list(table) == ["id"]: raise UsageError(f"{path}: has the ids alone: give a column to stratify by")
     if (twice := table["id"].duplicated()).any(): raise UsageError(f"{path}: id {table['id'][twice].iloc[0]!r} stands twice")
     found = table.set_index("id").reindex([str(i) for i in ids])

@@ -18,6 +18,7 @@ from pydantic import BaseModel, Field, model_validator
 
 from .artifacts import CLASSES, Artifact, GateError, Lines, UsageError
 from .calibration import check, confusion, macro_f1, prf
+from .conditions import main_boxes
 from .records import Interval
 from .resampling import paired_interval
 from .scoring import LabelTrack, accuracy_f1, count_labels, jitter, segment_intervals, track_of, why_unscored, worded
@@ -125,9 +126,8 @@ def same_frames(
         raise GateError(f"{after.name} and {before.name} are not one session: {what}; replay the same film with the same detector")
     if a["frame_index"].tolist() != b["frame_index"].tolist(): refuse(f"{len(b):,} and {len(a):,} frames, or others")
     if not np.allclose(a["time_sec"], b["time_sec"], atol=1e-3): refuse("their frames have other times")
-    if "box" in before.faces and "box" in after.faces:
-        boxes = [s.faces.loc[s.main.index, "box"].to_numpy() for s in (before, after)]
-        if (boxes[0] != boxes[1]).any(): refuse("the labelled face stands elsewhere")
+    boxed = "box" in before.faces and "box" in after.faces
+    if boxed and main_boxes(before) != main_boxes(after): refuse("the labelled face stands elsewhere")
     return with_probs(before, after.probs)
 
 # %% ../nbs/08e_dual_gate.ipynb #08e-dual_gate-019

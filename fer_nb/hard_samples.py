@@ -31,11 +31,11 @@ def scored_frames(
     p = session.probs[order]
     at = np.flatnonzero(track.scored & ~np.isnan(p[:, 0]))
     p, t = p[at], track.truth[at]
-    frames = session.main["frame_index"].to_numpy()[order][at].astype(int)
+    frames = session.main["frame_index"][order][at].astype(int)
     names, rows = np.array(CLASSES), np.arange(len(at))
     strata = strata_of(pd.DataFrame(index=frames) if conditions is None else conditions.set_index("frame_index").reindex(frames))
     return pd.DataFrame({
-        "session": session.name, "frame_index": frames, "time_sec": session.main["time_sec"].to_numpy()[order][at],
+        "session": session.name, "frame_index": frames, "time_sec": session.main["time_sec"][order][at],
         "truth": names[t], "predicted": names[p.argmax(1)], "confidence": p.max(1), "p_truth": p[rows, t],
         "lighting": strata["lighting"].to_numpy(), "pose": strata["pose"].to_numpy()}, columns=MISTAKES)
 

@@ -88,7 +88,7 @@ def film_probs(
     for model, t in zip(models, temperatures):
         with torch.inference_mode(): z = np.concatenate([model.eval()(part).numpy() for part in x.split(64)])
         p = np.full((len(session.main), len(CLASSES)), np.nan)
-        p[np.flatnonzero(session.main["frame_index"].isin(list(boxes)))] = softmax(z, t).round(6)
+        p[np.isin(session.main["frame_index"], list(boxes))] = softmax(z, t).round(6)
         out.append(p)
     return out
 

@@ -48,11 +48,11 @@ def set_frames(
 ) -> pd.DataFrame:  # session, frame_index, time_sec, truth, prob_*, a row a chosen frame
     "The frames of a session that a set keeps."
     track, order = track_of(session, truth)[0], session.order
-    p, time = session.probs[order], session.main["time_sec"].to_numpy()[order]
+    p, time = session.probs[order], session.main["time_sec"][order]
     at, last = [], -np.inf
     for i in np.flatnonzero(track.scored & ~np.isnan(p[:, 0])):
         if 1000*(time[i] - last) >= every_ms - 1e-6: at.append(i); last = time[i]
-    frame = session.main["frame_index"].to_numpy()[order][at].astype(int)
+    frame = session.main["frame_index"][order][at].astype(int)
     head = pd.DataFrame({"session": session.name, "frame_index": frame, "time_sec": time[at], "truth": np.array(CLASSES)[track.truth[at]]})
     return pd.concat([head, pd.DataFrame(p[at], columns=PROBS)], axis=1)
 
@@ -259,9 +259,9 @@ def load_webcam_set(
     told = WebcamSet.load(folder)
     check_seal(folder)
     if part and part not in PARTS: raise UsageError(f"part {part!r}: give val or test")
-    table, _ = read_table(folder/"frames.csv", ["session", "part", "frame_index", "truth", *PROBS])
+    table = read_table(folder/"frames.csv", ["session", "part", "frame_index", "truth", *PROBS])[0]
     text = {"session", "part", "truth", *strata_of(pd.DataFrame())}
-    frames = table.assign(**{c: numbers(table, c, folder/"frames.csv", blank=True) for c in table if c not in text})
+    frames = table.assign(**{c: numbers(table, c, folder/"frames.csv", blank=True) for c in table if c not in text}).frame()
     frames = frames[frames["part"].isin([part] if part else PARTS) & frames["session"].isin(sessions or frames["session"])]
     frames, crops = frames.reset_index(drop=True), None
     if (folder/"crops.npz").is_file():

@@ -261,7 +261,7 @@ def test_other_faces_can_not_be_replayed(tmp_path):
     simulate_session(tmp_path/"s", make_timeline(10, np.random.default_rng(1)), no_face=[(2000, 4000)])
     s = load_session(tmp_path/"s")
     with pytest.raises(UsageError, match="faces in other frames"): with_probs(s, np.nan_to_num(s.probs, nan=1/7))
-    assert (with_probs(s, s.probs).main.raw_label == s.main.raw_label).all()
+    assert (with_probs(s, s.probs).main["raw_label"] == s.main["raw_label"]).all()
 
 
 # weights to go on from
