@@ -5,24 +5,27 @@
 # %% auto #0
 __all__ = ['MACRO_LIMIT', 'LOWEST_LIMIT', 'LEAST_PICTURES', 'JITTER_LIMIT', 'ROUNDING', 'lowest_three', 'within', 'OfflineCheck',
            'lowest_names', 'offline_check', 'with_probs', 'same_frames', 'ReplayCheck', 'replayed_track',
-           'replay_check', 'StillsCheck', 'stills_check', 'verdict_of', 'holds', 'DualGate', 'dual_gate',
-           'require_promoted']
+           'replay_check', 'StillsCheck', 'stills_check', 'verdict_of', 'holds', 'check_rows', 'DualGate', 'dual_gate',
+           'require_promoted', 'Answers', 'read_answers', 'same_rows', 'gate_files']
 
 # %% ../nbs/08e_dual_gate.ipynb #08e-dual_gate-002
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 from pydantic import BaseModel, Field, model_validator
 
-from .artifacts import CLASSES, Artifact, GateError, Lines, UsageError
+from .artifacts import CLASSES, Artifact, ArtifactError, GateError, Lines, UsageError, find_artifact, read_npz
 from .calibration import check, confusion, macro_f1, prf
 from .conditions import main_boxes
-from .records import Interval
+from .integrity import own_test_rows, run_convention
+from .records import Calibration, Interval
 from .resampling import paired_interval
+from .run_report import kept_groups
 from .scoring import LabelTrack, accuracy_f1, count_labels, jitter, segment_intervals, track_of, why_unscored, worded
-from .sessions import LoadedSession
+from .sessions import LoadedSession, load_session
 from .tuning import replayed_codes
 
 # %% ../nbs/08e_dual_gate.ipynb #08e-dual_gate-005
@@ -238,6 +241,32 @@ def holds(
     calm = not isinstance(found, ReplayCheck) or found.jitter_after <= JITTER_LIMIT*found.jitter_before + ROUNDING
     return up and calm
 
+# %% ../nbs/08e_dual_gate.ipynb #08e-dual_gate-038
+def _passes(holds: bool, proven: bool) -> str: return "yes, proven" if holds and proven else "yes" if holds else "no"
+
+
+def check_rows(
+    found: OfflineCheck | ReplayCheck | StillsCheck,
+    strict: bool = False,
+) -> list[tuple]:  # on what, which number, before, after, change, limit, whether it holds
+    "A check's numbers, a row each."
+    def row(lead, name, stem, limit="", passes=""):
+        a, b, change = (getattr(found, f"{stem}_{k}", None) for k in ("before", "after", "change"))
+        return lead, name, f"{a:.4f}", f"{b:.4f}", change.show(4, True) if change else "", limit, passes
+    change = found.macro_f1_change
+    if isinstance(found, OfflineCheck):
+        def limited(c, limit): return f"≥ {-limit:g}", _passes(within(c, limit, strict), within(c, limit, True))
+        return [row(f"{found.view}, {found.pictures:,} pictures", "macro-F1", "macro_f1", *limited(change, MACRO_LIMIT)),
+                row("", "the three lowest F1", "lowest_three", *limited(found.lowest_three_change, LOWEST_LIMIT))]
+    up = change.value > ROUNDING and (not strict or found.proven)
+    if isinstance(found, StillsCheck):
+        return [row(f"{found.view}, {found.pictures:,} pictures, stills", "macro-F1", "macro_f1", "> 0", _passes(up, found.proven))]
+    a, b = found.jitter_before, found.jitter_after
+    calm = _passes(b <= JITTER_LIMIT*a + ROUNDING, False)
+    return [row(f"session {found.session}, {found.segments} segments", "smoothed macro-F1", "macro_f1", "> 0", _passes(up, found.proven)),
+            row("", "macro-F1 of single frames", "raw_macro_f1"),
+            ("", "label changes a minute", worded(a), worded(b), f"{b - a:+.1f}", f"≤ {worded(JITTER_LIMIT*a)}", calm)]
+
 # %% ../nbs/08e_dual_gate.ipynb #08e-dual_gate-031
 class DualGate(Lines, Artifact):
     "Whether a candidate may take the incumbent's place."
@@ -271,14 +300,9 @@ class DualGate(Lines, Artifact):
     def promoted(self) -> bool: return self.verdict == "PROMOTE"
 
     def lines(self):
-        def row(c, lead, more): return (lead, *(f"{v:.4f}" for v in (c.macro_f1_before, c.macro_f1_after)), c.macro_f1_change.show(4, True),
-                                        more, ("yes, proven" if c.proven else "yes") if c.passed else "no")
-        rows = [row(c, f"{c.view}, {c.pictures:,} pictures", f"lowest three {c.lowest_three_change.show(3, True)}") for c in self.offline]
-        rows += [row(c, f"session {c.session}, {c.segments} segments",
-                     f"label changes {worded(c.jitter_before)} → {worded(c.jitter_after)} a minute") for c in self.replays]
-        rows += [row(c, f"{c.view}, {c.pictures:,} pictures", "stills: no session was replayed"*(not self.replays)) for c in self.stills]
+        rows = [r for c in (*self.offline, *self.replays, *self.stills) for r in check_rows(c, self.strict)]
         return [f"{self.verdict}: {self.candidate} in the place of {self.incumbent}", *(f"because {r}" for r in self.reasons),
-                (("", "macro-F1 before", "after", "change", "", "passes"), rows)]
+                (("judged on", "", "before", "after", "change", "limit", "passes"), rows)]
 
 # %% ../nbs/08e_dual_gate.ipynb #08e-dual_gate-032
 def dual_gate(
@@ -306,3 +330,80 @@ def require_promoted(gate: DualGate) -> DualGate:
     "Let a promoted candidate pass, and stop at any other with its first reason."
     if not gate.promoted: raise GateError(f"the dual gate rejects {gate.candidate}: {gate.reasons[0]}")
     return gate
+
+# %% ../nbs/08e_dual_gate.ipynb #08e-dual_gate-041
+@dataclass(frozen=True)
+class Answers:
+    "A model's answers to the test rows that judge it."
+    path: Path
+    logits: np.ndarray  # (N, 7)
+    labels: np.ndarray  # (N,)
+    ids: np.ndarray | None  # (N,)
+    groups: np.ndarray | None  # (N,) the picture of each row
+    convention: str = ""
+    dataset_index_id: str = ""
+    checkpoint_sha256: str = ""
+
+    @property
+    def name(self) -> str: return self.path.resolve().parent.name
+
+# %% ../nbs/08e_dual_gate.ipynb #08e-dual_gate-042
+def read_answers(
+    path,  # an evaluation.npz, or the folder of the run that holds it
+) -> Answers:
+    "A run's test logits, with what its folder tells of them."
+    path = Path(path)/"evaluation.npz" if Path(path).is_dir() else Path(path)
+    z, folder = read_npz(path, ["test_logits", "test_labels"]), path.parent
+    logits, labels, n = z["test_logits"], z["test_labels"], len(z["test_labels"])
+    if logits.shape != (n, len(CLASSES)) or not np.isfinite(logits).all():
+        shape = (n, len(CLASSES))
+        raise ArtifactError(path, "holds no logits", key="test_logits", expected=f"finite numbers of shape {shape}", got=logits.shape)
+    told = Calibration.load(folder) if find_artifact(folder, Calibration.filename) else None
+    ids, groups, index_id = z.get("test_ids"), z.get("test_groups"), told.dataset_index_id if told else ""
+    if groups is None and ids is not None: groups = kept_groups(folder, ids, index_id)
+    for key, rows in (("test_ids", ids), ("test_groups", groups)):
+        if rows is not None and len(rows) != n: raise ArtifactError(path, "is of other rows", key=key, expected=n, got=len(rows))
+    own = own_test_rows(folder, z)
+    ids, groups = (None if rows is None else rows[own] for rows in (ids, groups))
+    return Answers(path, logits[own].astype(float), labels[own].astype(int), ids, groups, run_convention(folder), index_id,
+                   (told.checkpoint_sha256 or "") if told else "")
+
+# %% ../nbs/08e_dual_gate.ipynb #08e-dual_gate-043
+def same_rows(
+    before: Answers,
+    after: Answers,
+) -> np.ndarray:  # (N, 7) logits of `after`, in the rows of `before`
+    "The candidate's answers to the incumbent's rows; files of other rows are refused."
+    def refuse(what): raise GateError(f"{after.path} and {before.path} are not of one view: {what}; judge both on the same manifest")
+    a, b = before.ids, after.ids
+    if a is None or b is None:
+        if len(before.labels) != len(after.labels): refuse(f"{len(after.labels):,} and {len(before.labels):,} rows")
+        at = np.arange(len(before.labels))
+    else:
+        if set(a.tolist()) != set(b.tolist()): refuse(f"{len(set(a.tolist()) ^ set(b.tolist())):,} rows are in one of them alone")
+        place = {name: i for i, name in enumerate(b.tolist())}
+        at = np.array([place[name] for name in a.tolist()], int)
+    if (before.labels != after.labels[at]).any(): refuse("their labels differ")
+    return after.logits[at]
+
+# %% ../nbs/08e_dual_gate.ipynb #08e-dual_gate-044
+def gate_files(
+    offline,  # the incumbent's evaluation.npz and the candidate's, a pair a view
+    sessions=(),  # the incumbent's session and the candidate's of the same film, a pair a film
+    out=None,  # a folder for dual_gate.json; None: nothing is written
+    truth=None,  # an events.csv to use in place of the sessions' own labels
+    strict: bool = False,  # whole intervals have to lie inside the limits
+    resamples: int = 1000,  # of the bootstrap
+    seed: int = 1337,
+) -> DualGate:
+    "Judge a candidate by the files that it and the incumbent left."
+    how = dict(strict=strict, resamples=resamples, seed=seed)
+    read = [(read_answers(a), read_answers(b)) for a, b in offline]
+    if not read: raise UsageError("no offline view: give the incumbent's evaluation.npz and the candidate's")
+    films = [(load_session(a), load_session(b)) for a, b in sessions]
+    checks = [offline_check(a.logits, same_rows(a, b), a.labels, f"test of {a.name}", a.groups, convention=a.convention,
+                            dataset_index_id=a.dataset_index_id, **how) for a, b in read]
+    replays = [replay_check(a, same_frames(a, b), truth, **how) for a, b in films]
+    (a, b), *_ = read
+    return dual_gate(a.name, b.name, checks, replays, out=out, incumbent_sha256=a.checkpoint_sha256,
+                     candidate_sha256=b.checkpoint_sha256, **how)

@@ -124,7 +124,7 @@ class EpochBatches(FaceBatches):
 class FinetuneConfig:
     "How a model is fine-tuned."
     mode: str = "full"  # full | head | norm
-    epochs: int = 3
+    epochs: int = 3  # passes over the own faces
     lr: float = 3e-4  # peak; of `head` and `norm` four times that
     batch_size: int = 32
     webcam_share: float = 0.5  # of the own faces that are spoilt
