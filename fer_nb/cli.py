@@ -33,6 +33,7 @@ EPILOG = """examples:
   fer-nb student summarise runs/mine/students
   fer-nb predict group.jpg                                         the faces of a picture and what they show
   fer-nb demo                                                      the same live, from a camera
+  fer-nb adapt finetune --data faces --out runs/mine/adapted       a folder of your own faces, a folder a class
   fer-nb gates runs/embedded                                       the go/no-go checklist, with the file behind each line
 
 exit codes: 0 done, 1 a gate stays shut or a run failed, 2 a wrong argument"""
@@ -266,6 +267,28 @@ def tune(a):
     print(found)
 
 
+def adapt_mine(a):
+    from fer_nb.hard_samples import mine_sessions
+    print(mine_sessions(a.sessions, a.out, a.most))
+
+
+def adapt_finetune(a):
+    from fer_nb.finetune import FinetuneConfig
+    from fer_nb.own_faces import adapt_to_faces
+    if bool(a.manifest) != bool(a.cache): raise UsageError("give --manifest and --cache together, or neither: then nothing is replayed")
+    adapted = adapt_to_faces(a.data, a.out, a.checkpoint, FinetuneConfig(a.mode, a.epochs), a.manifest or None, a.cache or None,
+                             a.convention, strict=a.strict, bar=sys.stderr.isatty())
+    print(adapted)
+    return 0 if adapted.gate.promoted else 1
+
+
+def adapt_gate(a):
+    from fer_nb.dual_gate import gate_files
+    gate = gate_files(a.offline, a.session, a.out, a.truth, a.strict)
+    print(gate)
+    return 0 if gate.promoted else 1
+
+
 def report(a):
     from fer_nb.report import render
     print(f"report: {_short(render(a.notebook, a.html))}")
@@ -366,7 +389,7 @@ METAVARS = {"out": "DIR", "manifest": "DIR", "cache": "DIR", "softlabels": "DIR"
 RANGES = {"seed": (0, 2**32 - 1), "epochs": (1, 100_000), "val_fraction": (0, 0.9), "sample": (0, 10**9), "max_hamming": (0, 64),
           "resamples": (1, 10**7), "ties": (0, 100), "cores": (1, 4096), "batches": (1, 4096), "threads": (1, 4096), "runs": (1, 10**6),
           "min_face": (1, 10_000), "seconds": (0, 10**6), "ema": (0, 0.99), "delta": (0, 1), "window": (1, 120), "min_count": (1, 120),
-          "jitter_limit": (0, 10_000)}  # least and most of a number
+          "jitter_limit": (0, 10_000), "most": (0, 10**9)}  # least and most of a number
 MANY: dict[str, dict[str, Any]] = {"*": {"action": "append"}, "+": {"nargs": "+"}, "!": {"required": True}, "?": {"default": None}}
 TYPES = {"int": int, "float": float}
 
@@ -420,7 +443,8 @@ def given(c):
 
 GROUPS = {"manifest": "build, validate and audit the table of all images", "teacher": "train one teacher; export its softlabels",
           "ensemble": "weigh teachers, write what they teach together, judge it",
-          "student": "train one student; judge any checkpoint; compare ways of teaching over seeds"}
+          "student": "train one student; judge any checkpoint; compare ways of teaching over seeds",
+          "adapt": "to a camera or faces of one's own: find mistakes, fine-tune, judge the result"}
 
 
 def _teacher_flags(c):
@@ -487,6 +511,18 @@ def _tune_flags(c):
     c.add_argument("--plot", metavar="FILE", help="draw the heat map, EMA against hysteresis, as .png, .svg or .pdf")
 
 
+def _finetune_flags(c):
+    flags(c, "own_faces.adapt_to_faces", "data! out! checkpoint manifest<mix_manifest cache<mix_cache convention strict",
+          checkpoint={"metavar": "PATH"})
+    flags(c, "finetune.FinetuneConfig", "mode epochs")
+
+
+def _gate_flags(c):
+    pairs = {"nargs": 2, "type": str, "metavar": ("INCUMBENT", "CANDIDATE")}
+    flags(c, "dual_gate.gate_files", "offline*! session<sessions* truth out! strict", offline=pairs, session=pairs,
+          out={"help": "a folder for dual_gate.json"})
+
+
 def _notebook_flags(c):
     flags(c, "runs.run_notebook", ".name .out", name={"metavar": "NOTEBOOK"}, out={"metavar": "OUT"})
     given(c)
@@ -527,6 +563,11 @@ COMMANDS = {  # name -> (what is called, whose docstring is its help, its flags)
     "score": (score, "scoring.score_session", lambda c: flags(c, "scoring.score_session", ".session<folder truth")),
     "replay": (replay, "tuning.replay", _replay_flags),
     "tune": (tune, "tuning.tune", _tune_flags),
+    "adapt mine": (adapt_mine, "hard_samples.mine_sessions", lambda c: flags(
+        c, "hard_samples.mine_sessions", ".sessions+ out most", sessions={
+            "metavar": "SESSION", "help": "folders of labelled sessions"})),
+    "adapt finetune": (adapt_finetune, "own_faces.adapt_to_faces", _finetune_flags),
+    "adapt gate": (adapt_gate, "dual_gate.gate_files", _gate_flags),
     "gates": (gates, "gates.gates", lambda c: flags(c, "gates.gates", ".run_dir")),
     "notebook": (notebook, "runs.run_notebook", _notebook_flags),
     "report": (report, "report.render", lambda c: flags(c, "report.render", ".notebook .html<page")),

@@ -1,18 +1,25 @@
 """What a person sees: help that teaches, one clear line for each wrong input, and the right exit code."""
+import csv
 import json
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from importlib import metadata
 from pathlib import Path
 
 import cv2
 import nbformat
+import numpy as np
 import pytest
 
 from fer_nb import cli
+from fer_nb.artifacts import write_npz
+from fer_nb.calibration import simulate_logits
 from fer_nb.runs import run_notebook
+from fer_nb.sessions import simulate_session
+from fer_nb.synthetic import make_timeline
 from tests.conftest import ROOT
 
 
@@ -87,12 +94,25 @@ def test_flags_are_what_the_signature_says():
     (("tune", "{empty}", "--plot", "{empty}/map.xyz"), ["map.xyz", ".png"]),
     (("tune", "{empty}", "--plot", "no/such/map.png"), ["no/such/map.png", "a folder that exists"]),
     (("ensemble", "evaluate", "{empty}", "--manifest", "{empty}"), ["is missing"]),
+    (("adapt",), ["ACTION"]),
+    (("adapt", "mine"), ["SESSION"]),
+    (("adapt", "mine", "{empty}"), ["holds no per_frame.csv"]),
+    (("adapt", "mine", "{empty}", "--most", "-1"), ["'-1'", "from 0 to"]),
+    (("adapt", "finetune", "--data", "{empty}"), ["--out"]),
+    (("adapt", "finetune", "--data", "no/such/folder", "--out", "{tmp}"), ["no/such/folder"]),
+    (("adapt", "finetune", "--data", "{empty}", "--out", "{tmp}", "--manifest", "{empty}"), ["--manifest and --cache"]),
+    (("adapt", "finetune", "--data", "{empty}", "--out", "{tmp}", "--mode", "tail"), ["tail", "full, head, norm"]),
+    (("adapt", "finetune", "--data", "{empty}", "--out", "{tmp}", "--epochs", "40"), ["40", "at most 10"]),
+    (("adapt", "finetune", "--data", "{empty}", "--out", "{tmp}", "--checkpoint", "weights.bin"), ["weights.bin", ".safetensors"]),
+    (("adapt", "gate", "--out", "{tmp}"), ["--offline"]),
+    (("adapt", "gate", "--offline", "a.npz", "--out", "{tmp}"), ["--offline"]),
+    (("adapt", "gate", "--offline", "{empty}", "{empty}", "--out", "{tmp}"), ["evaluation.npz", "is missing"]),
 ])
 def test_wrong_arguments_exit_with_2_and_one_line(tmp_path, args, says):
     (tmp_path / "empty").mkdir()
     given = [a.format(tmp=tmp_path / "out", empty=tmp_path / "empty") for a in args]
     shut = {"validate", "export", "evaluate"}  # a folder without its artifacts is a shut gate
-    expected = 1 if shut & set(args) else 2
+    expected = 1 if shut & set(args) or "gate" in args and args.count("{empty}") == 2 else 2
     refused(expected, *given, says=says)
     assert not (tmp_path / "out" / "manifest.parquet").exists()
 
@@ -113,6 +133,53 @@ def test_tune_draws_its_heat_map_where_it_is_asked_to(tmp_path):
     assert rc == 0 and "macro-F1" in out, err
     assert cv2.imread(str(tmp_path/"map.png")).std() > 10
     assert not any(name.endswith(".png") for name in {p.name for p in session.iterdir()} - before)
+
+
+def test_mistakes_are_mined_from_sessions(tmp_path):
+    for k in range(2): simulate_session(tmp_path/f"s{k}", make_timeline(20, np.random.default_rng(k)), seed=k, skill=1.5)
+    rc, out, err = fer_nb("adapt", "mine", tmp_path/"s0", tmp_path/"s1", "--out", tmp_path/"out", "--most", 2)
+    assert rc == 0 and "2 sessions" in out, err
+    with open(tmp_path/"out"/"hard_samples.csv", newline="", encoding="utf-8") as f: rows = list(csv.DictReader(f))
+    assert rows and max(Counter(r["truth"] for r in rows).values()) <= 2
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory):
+    "Answers of an incumbent, a better model and one that gave a class up, and their sessions of one film."
+    folder, events = tmp_path_factory.mktemp("judged"), make_timeline(60, np.random.default_rng(4))
+    z, y = simulate_logits(900, seed=1)
+    better, harmful = z + 0.5*np.eye(7)[y], z - 9*(np.arange(7) == 2)
+    for name, logits, skill in (("old", z, 2.2), ("better", better, 3.2), ("harmful", harmful, 3.2)):
+        write_npz(folder/name/"evaluation.npz", test_logits=logits, test_labels=y, test_ids=np.array([f"drawn/{i}" for i in range(900)]))
+        simulate_session(folder/f"{name}_session", events, seed=7, skill=skill)
+    return folder
+
+
+@pytest.mark.parametrize("name, code, verdict", [("better", 0, "PROMOTE"), ("harmful", 1, "REJECT"), ("old", 1, "REJECT")])
+def test_the_gate_says_promote_or_reject_with_every_number(judged, tmp_path, name, code, verdict):
+    rc, out, err = fer_nb("adapt", "gate", "--offline", judged/"old", judged/name/"evaluation.npz", "--out", tmp_path,
+                          "--session", judged/"old_session", judged/f"{name}_session")
+    assert rc == code and err == "" and out.startswith(f"{verdict}: {name} in the place of old"), err
+    written = json.loads((tmp_path/"dual_gate.json").read_text(encoding="utf-8"))
+    assert written["verdict"] == verdict
+    (offline,), (live,) = written["offline"], written["replays"]
+    for found, keys in ((offline, ("macro_f1", "lowest_three")), (live, ("macro_f1", "raw_macro_f1"))):
+        for key in keys:
+            for when in ("before", "after"): assert f"{found[f'{key}_{when}']:.4f}" in out
+    assert "label changes a minute" in out and "≥ -0.01" in out and "≥ -0.02" in out
+
+
+def test_the_gate_refuses_what_it_can_not_compare(judged, tmp_path):
+    gate = ("adapt", "gate", "--out", tmp_path/"out")
+    z, y = simulate_logits(300, seed=1)
+    write_npz(tmp_path/"short"/"evaluation.npz", test_logits=z, test_labels=y)
+    write_npz(tmp_path/"wide"/"evaluation.npz", test_logits=z[:, :5], test_labels=y)
+    refused(1, *gate, "--offline", judged/"old", tmp_path/"short", says=["300 and 900 rows"])
+    refused(1, *gate, "--offline", judged/"old", tmp_path/"wide", says=["test_logits", "(300, 7)"])
+    simulate_session(tmp_path/"other", make_timeline(10, np.random.default_rng(1)))
+    refused(1, *gate, "--offline", judged/"old", judged/"better", "--session", judged/"old_session", tmp_path/"other",
+            says=["not one session"])
+    assert not (tmp_path/"out").exists()
 
 
 def test_start_is_light():
