@@ -47,9 +47,10 @@ class Arm:
 
 # %% ../nbs/05a_student_arms.ipynb #05a-arms-007
 def folder_of(path: str) -> str:
-    "The run's or ensemble's folder of a softlabels folder or a checkpoint: a name, without what stands above it."
+    "The run's or ensemble's folder of softlabels or a best.pt, or the name of weights that are called otherwise."
     parts = [p for p in re.split(r"[/\\]", path) if p not in ("", ".")]
-    return parts[-2] if len(parts) > 1 and (parts[-1] == "softlabels" or parts[-1].endswith(".pt")) else "".join(parts[-1:])
+    if len(parts) > 1 and parts[-1] in ("softlabels", "best.pt"): return parts[-2]
+    return re.sub(r"\.(pt|safetensors|onnx)$", "", "".join(parts[-1:]))
 
 # %% ../nbs/05a_student_arms.ipynb #05a-arms-008
 def start_of(init_from: str, teacher: str = "", convention: str = "") -> str:

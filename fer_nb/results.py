@@ -6,14 +6,15 @@
 __all__ = ['SAID', 'RARE', 'CHOSEN', 'OPENING', 'PENDING', 'MARKS', 'GROUP', 'COLOURS', 'span', 'points', 'spread', 'reach',
            'md_table', 'said', 'Kept', 'find_kept', 'conventions_in', 'label', 'how_trained', 'how_fused',
            'models_section', 'gains_section', 'chain_of', 'find_arms', 'taught_by', 'students_section',
-           'comparisons_section', 'sets_section', 'shown', 'shipped_section', 'tuning_section', 'older_section',
-           'session_section', 'measured_section', 'results_page', 'readme_table', 'between_marks', 'write_results',
-           'drawn_group', 'write_picture']
+           'comparisons_section', 'Shipped', 'find_shipped', 'sets_section', 'shown', 'shipped_section',
+           'tuning_section', 'older_section', 'session_section', 'measured_section', 'results_page', 'readme_table',
+           'between_marks', 'write_results', 'drawn_group', 'write_picture']
 
 # %% ../nbs/09c_results.ipynb #09c-002
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import matplotlib.pyplot as plt
@@ -21,7 +22,8 @@ import numpy as np
 import pandas as pd
 
 from fer_nb.artifacts import (
-    AMBER, CLASS_COLOURS, CLASSES, SKY, ArtifactError, UsageError, convention_of, read_npz, write_bytes, write_text,
+    AMBER, CLASS_COLOURS, CLASSES, SKY, ArtifactError, UsageError, convention_of, read_npz, sha256_file,
+    write_bytes, write_text,
 )
 from .evidence import EnsembleConfig, EnsembleGate, EnsembleMetrics, ExportReport, OnnxParity
 from .leaves import leaves_markdown
@@ -30,10 +32,11 @@ from .calibration import macro_f1
 from .reliability import evaluate
 from .resampling import paired_interval
 from .run_report import kept_groups
-from .deploy import Predictor
+from .deploy import SHIPPED, STUDENTS, Predictor
 from .detectors import open_detector
 from .integrity import own_test_rows, run_convention
 from .pictures import faces_of
+from .shipping import card_of
 from .anatomy import EMOTION_AUS, make_identity, parse_aus
 from .painting import Shot, paint_background, render_face
 
@@ -219,10 +222,11 @@ def _gain_rows(run: Kept, reference) -> list[list[str]]:
         at.setdefault((g.source, g.over), {}).setdefault(g.metric, []).append(g)
     rows = []
     for (_, over), found in at.items():
-        first = found["accuracy"][0]
-        best = " and ".join(dict.fromkeys(CHOSEN.get(g.chosen_on, g.chosen_on) for g in found["accuracy"]))
+        every = [g for gains in found.values() for g in gains]  # the best member by one metric need not be so by another
+        first, best = every[0], " and ".join(dict.fromkeys(CHOSEN.get(g.chosen_on, g.chosen_on) for g in every))
         judge = said(first.convention) if first.convention == run.convention else f"*{said(first.convention)}: no judgement*"
-        gains = [points(g.value, g.low, g.high) for g in (found[k][0].gain for k in ("accuracy", "macro_f1"))]
+        gains = [found[k][0].gain if k in found else None for k in ("accuracy", "macro_f1")]
+        gains = ["–" if g is None else points(g.value, g.low, g.high) for g in gains]
         rows.append([_link(run, reference), judge, f"{label(dirs.get(over, over))} (best on {best})", *gains])
     return rows
 
@@ -313,8 +317,9 @@ def _own_answers(run: Kept):  # (logits (N, 7), labels (N,), pictures (N,))
     "The kept answers to the test rows that judge a run."
     z = read_npz(run.folder/"evaluation.npz", ["test_ids", "test_logits", "test_labels"])
     own = own_test_rows(run.folder, z)
-    index = SelectiveReport.load(run.folder).dataset_index_id
-    return z["test_logits"].astype(float)[own], z["test_labels"].astype(int)[own], kept_groups(run.folder, z["test_ids"], index)[own]
+    groups = z.get("test_groups")
+    if groups is None: groups = kept_groups(run.folder, z["test_ids"], SelectiveReport.load(run.folder).dataset_index_id)
+    return z["test_logits"].astype(float)[own], z["test_labels"].astype(int)[own], groups[own]
 
 # %% ../nbs/09c_results.ipynb #09c-one-seed
 def _one_seed(root, convention: str, seed: int = 1337) -> str:
@@ -326,18 +331,41 @@ def _one_seed(root, convention: str, seed: int = 1337) -> str:
     return f"One seed can't tell: seed {seed}'s DKD is {points(gain.value, gain.low, gain.high)} points of macro-F1 above its CE."
 
 # %% ../nbs/09c_results.ipynb #09c-034
-def _shipped_run(root) -> Kept:
-    "The run whose checkpoint was exported and ships."
-    hashed = ExportReport.load(Path(root)/"onnx").checkpoint_hash
+class Shipped(NamedTuple):
+    "A student in the package, and where its numbers come from."
+    model: Path  # its file
+    precision: str  # of that file
+    export: Path  # the export that it is from
+    run: Kept  # the run that was exported
+
+# %% ../nbs/09c_results.ipynb #09c-exported-run
+def _exported_run(root, export) -> Kept:
+    "The run whose checkpoint an export is of."
+    hashed = ExportReport.load(export).checkpoint_hash
     for k in find_kept(root, "students"):
         if HashManifest.load(k.folder).files.get("best.pt") == hashed: return k
-    raise ArtifactError(Path(root)/"onnx", "was exported from a checkpoint that no student here has", key="checkpoint_hash", got=hashed)
+    raise ArtifactError(export, "was exported from a checkpoint that no student here has", key="checkpoint_hash", got=hashed)
+
+# %% ../nbs/09c_results.ipynb #09c-find-shipped
+def find_shipped(
+    root,  # a folder of runs, with their exports
+    needed: bool = True,  # refuse an export whose file is not in the package
+) -> list[Shipped]:  # the default student first
+    "The students in the package that were exported from a folder's runs."
+    found = []
+    for export in sorted(p.parent for p in Path(root).glob(f"onnx*/{ExportReport.filename}")):
+        run = _exported_run(root, export)
+        model = STUDENTS[run.convention]
+        answered = {str(read_npz(p, ["sha256"])["sha256"]): p.stem.removeprefix("answers_") for p in export.glob("answers_*.npz")}
+        if (own := sha256_file(model)) in answered: found.append(Shipped(model, answered[own], export, run))
+        elif needed: raise ArtifactError(model, f"is none of the files of {export}: ship it again")
+    return sorted(found, key=lambda s: s.model != SHIPPED)
 
 # %% ../nbs/09c_results.ipynb #09c-class-sets
 def _class_sets(root, convention: str) -> str:
     "The shipped student's sets, class by class."
-    run = _shipped_run(root)
-    if run.convention != convention: return ""
+    run = next((s.run for s in find_shipped(root, needed=False) if s.run.convention == convention), None)
+    if run is None: return ""
     by = SelectiveReport.load(run.folder).by_class
     rows = [["coverage", *(f"{by[c].coverage:.2f}" for c in CLASSES)], ["classes in a set", *(f"{by[c].mean_size:.1f}" for c in CLASSES)]]
     return ("On average is not class by class. The student that ships, by true class (`--class-sets` promises to each, with larger "
@@ -362,19 +390,19 @@ def sets_section(root, convention: str) -> str:
 def shown(interval) -> str: return span(interval.value, interval.low, interval.high)
 
 # %% ../nbs/09c_results.ipynb #09c-shipped-scores
-def _shipped_scores(root) -> dict:  # accuracy, macro_f1, nll, ece and others as intervals
-    "The scores of the file that ships, from its kept answers."
-    z = read_npz(Path(root)/"onnx"/"answers_int8.npz", ["test_logits", "test_labels", "test_groups"])
-    return evaluate(z["test_logits"].astype(float), z["test_labels"].astype(int), ExportReport.load(Path(root)/"onnx").temperature,
+def _shipped_scores(s: Shipped) -> dict:  # accuracy, macro_f1, nll, ece and others as intervals
+    "The scores of a file that ships, from its kept answers."
+    z = read_npz(s.export/f"answers_{s.precision}.npz", ["test_logits", "test_labels", "test_groups"])
+    return evaluate(z["test_logits"].astype(float), z["test_labels"].astype(int), ExportReport.load(s.export).temperature,
                     resamples=1000, seed=1337, groups=z["test_groups"])
 
 # %% ../nbs/09c_results.ipynb #09c-through-section
-def _through_section(root) -> str:
+def _through_section(s: Shipped) -> str:
     "What is left of it behind a detector."
-    t, rows = ThroughDetector.load(Path(root)/"onnx"), []
+    t, rows = ThroughDetector.load(s.export), []
     for r in t.rows:
         change = [points(c.value, c.low, c.high) for c in (r.change.accuracy, r.change.macro_f1)]
-        pairs = [f"{shown(s.accuracy)}; {shown(s.macro_f1)}" for s in (r.direct, r.direct_found, r.through_found)]
+        pairs = [f"{shown(p.accuracy)}; {shown(p.macro_f1)}" for p in (r.direct, r.direct_found, r.through_found)]
         rows.append([f"{r.detector} {r.width or ''}".strip(), f"{r.missed} ({r.missed/r.n:.0%})", *pairs, "; ".join(change),
                      f"{shown(r.through_all.accuracy)}; {shown(r.through_all.macro_f1)}"])
     columns = ["detector, px", "missed", "direct, all: accuracy; macro-F1", "direct, found", "through, found", "change, points",
@@ -382,51 +410,57 @@ def _through_section(root) -> str:
     about = (f"{said(t.rows[0].convention)}'s test pictures (n = {t.rows[0].n:,}, one row a picture), enlarged on a canvas with mirrored "
              "surroundings, cut as the dataset has them (*direct*) and as a detector gives them (*through*). It keeps what it knows of "
              "a face, and loses the faces that are not found; many of those pictures show less than a face.")
-    return _section("Through a detector", about, md_table(columns, rows), level=3)
+    return _section("Through a detector", about, md_table(columns, rows), level=4)
 
 # %% ../nbs/09c_results.ipynb #09c-038
-def _precision_rows(root) -> list[list[str]]:
+def _precision_rows(s: Shipped) -> list[list[str]]:
     "A row an exported file: size, and how often it gives the same label."
-    report, parity = ExportReport.load(Path(root)/"onnx"), OnnxParity.load(Path(root)/"onnx").variants
+    report, parity = ExportReport.load(s.export), OnnxParity.load(s.export).variants
     return [[p, f"{report.files[p].bytes/1e6:.1f} MB", f"{parity[p].argmax_agreement:.2%}"] for p in report.precision]
 
 # %% ../nbs/09c_results.ipynb #09c-int8-cost
-def _int8_cost(root) -> str:
+def _int8_cost(s: Shipped) -> str:
     "What int8 costs by the labels that the student learned, in pairs on the same rows."
-    path = Path(root)/"onnx"/"answers_int8.npz"
-    (z, y, groups), answers = _own_answers(_shipped_run(root)), read_npz(path)
+    path = s.export/"answers_int8.npz"
+    if not path.is_file(): return ""
+    (z, y, groups), answers = _own_answers(s.run), read_npz(path)
     if not np.array_equal(answers["test_labels"], y): raise ArtifactError(path, "has other rows than its checkpoint")
     cost = paired_interval(macro_f1, z, answers["test_logits"].astype(float), y, groups=groups)
     change = points(cost.value, cost.low, cost.high)
     return f"By the labels that it learned, int8 changes macro-F1 by {change} points, n = {len(y):,}, in pairs."
 
 # %% ../nbs/09c_results.ipynb #09c-latency-section
-def _latency_section(root) -> str:
+def _latency_section(s: Shipped) -> str:
     "How fast it is, with the machine that said so."
     parts = []
-    for name in ("latency_reference.csv", "latency_benchmarks.csv"):
-        t = pd.read_csv(Path(root)/"onnx"/name)
+    for path in (s.export/"latency_reference.csv", s.export/"latency_benchmarks.csv"):
+        if not path.is_file(): continue
+        t = pd.read_csv(path)
         rows = [[r.model, r.threads, r.batch, f"{r.p50_ms:.2f}", f"{r.p99_ms:.2f}", f"{r.faces_per_s:,.0f}"] for r in t.itertuples()]
         at = t.iloc[0]
-        parts += [f"`{name}`: {at['runs']} interleaved runs each, onnxruntime {at['onnxruntime']}, {at['cores']} cores, load {at['load']}.",
-                  md_table(["model", "threads", "faces at once", "p50, ms", "p99, ms", "faces/s"], rows)]
-    return _section("Latency", *parts, level=3)
+        where = f"onnxruntime {at['onnxruntime']}, {at['cores']} cores, load {at['load']}"
+        about = f"`{path.name}`: {at['runs']} interleaved runs each, {where}."
+        parts += [about, md_table(["model", "threads", "faces at once", "p50, ms", "p99, ms", "faces/s"], rows)]
+    return _section("Latency", *parts, level=4) if parts else ""
 
 # %% ../nbs/09c_results.ipynb #09c-shipped-section
+def _shipped_section(reference, s: Shipped) -> str:
+    "All about one student that ships."
+    found, name = _shipped_scores(s), s.model.name
+    best = pd.read_csv(s.run.folder/"history.csv")["valid_macro_f1"].max()
+    rows = [[f"`{name}` ({s.precision})", f"{found['n']:,}", *(shown(found[k]) for k in ("accuracy", "macro_f1", "nll", "ece"))]]
+    which, card = _link(s.run, reference, f"{_arm_name(s.run)}, seed {s.run.args['seed']}"), f"../../fer_nb/models/{card_of(s.model).name}"
+    return _section(f"The student of {said(s.run.convention)}'s labels",
+                   f"{which}; its best validation macro-F1 is {best:.3f}. [Its card]({card}) tells by class what to expect.",
+                   md_table(["file", f"rows of {said(s.run.convention)}", "accuracy", "macro-F1", "NLL", "ECE"], rows),
+                   f"The exported files against their checkpoint, on the same {OnnxParity.load(s.export).n:,} faces:",
+                   md_table(["precision", "size", "same label"], _precision_rows(s)), _int8_cost(s),
+                   _through_section(s), _latency_section(s), level=3)
+
+# %% ../nbs/09c_results.ipynb #09c-students-that-ship
 def shipped_section(reference, root) -> str:
-    "All about the student that ships."
-    run, s = _shipped_run(root), _shipped_scores(root)
-    best = pd.read_csv(run.folder/"history.csv")["valid_macro_f1"].max()
-    rows = [["`student.onnx` (int8)", f"{s['n']:,}", *(shown(s[k]) for k in ("accuracy", "macro_f1", "nll", "ece"))]]
-    n = OnnxParity.load(Path(root)/"onnx").n
-    shipped = _link(run, reference, f"{_arm_name(run)}, seed {run.args['seed']}")
-    return _section("The student that ships",
-                   f"{shipped}, the one with the best validation macro-F1 "
-                   f"({best:.3f}) when it was chosen. [Its card](../../fer_nb/models/MODEL_CARD.md) tells by class what to expect.",
-                   md_table(["file", f"rows of {said(run.convention)}", "accuracy", "macro-F1", "NLL", "ECE"], rows),
-                   f"The exported files against their checkpoint, on the same {n:,} faces of both sources:",
-                   md_table(["precision", "size", "same label"], _precision_rows(root)), _int8_cost(root),
-                   _through_section(root), _latency_section(root))
+    "All about the students that ship."
+    return _section("The students that ship", *(_shipped_section(reference, s) for s in find_shipped(root)))
 
 # %% ../nbs/09c_results.ipynb #09c-041
 def tuning_section(root) -> str:
@@ -513,23 +547,27 @@ def _reading_section(reference, convention: str) -> str:
 OPENING = """# Results
 
 Made from the artifacts in this folder by `make results` (`fer_nb.results.write_results`); a test makes it again and compares.
-Don't edit it: what was measured by hand stands in `measured_by_hand.csv`, what people make of the tables in `reading_ferplus.md`."""
+Don't edit it: what was measured by hand stands in `measured_by_hand.csv`, what people make of the tables in `reading_*.md`."""
 
 
-PENDING = "## What comes next\n\n[The plan of training](PENDING.md) has the bars that are not reached yet, and what a GPU will add."
+PENDING = "## What comes next\n\n[The plan of training](PENDING.md) has the bars that are not reached yet, and what is next."
 
 
 def results_page(reference) -> str:
     "The page of results, from the artifacts."
     reference = Path(reference)
-    root, parts = reference/"fer2013", [OPENING]
+    root, before, parts = reference/"gpu", reference/"fer2013", [OPENING]
     parts.append(_ground_section(root))
     for c in conventions_in(root):
         own = [_reading_section(reference, c), models_section(reference, root, c), gains_section(reference, root, c),
                students_section(root, c), comparisons_section(root, c), sets_section(root, c)]
         parts.append(_section(f"Models that learned {said(c)}'s labels, judged by them", *own))
-    parts += [shipped_section(reference, root), tuning_section(root), older_section(reference), session_section(root),
-              measured_section(reference), PENDING]
+    parts.append(shipped_section(reference, root))
+    for c in conventions_in(before):
+        own = [models_section(reference, before, c), gains_section(reference, before, c), students_section(before, c),
+               comparisons_section(before, c), sets_section(before, c)]
+        parts.append(_section(f"Before, on processors: {said(c)}'s labels", _reading_section(reference, f"{c}_before"), *own))
+    parts += [tuning_section(before), older_section(reference), session_section(before), measured_section(reference), PENDING]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 # %% ../nbs/09c_results.ipynb #09c-048
@@ -548,24 +586,34 @@ def _said_detector(name: str) -> str: return {"yunet": "YuNet", "haar": "Haar", 
 # %% ../nbs/09c_results.ipynb #09c-readme-rows
 def _readme_rows(root) -> list[list[str]]:
     "What ships, what is left of it behind a detector, its network taught by labels and by an ensemble, and that ensemble."
-    run, s, through = _shipped_run(root), _shipped_scores(root), ThroughDetector.load(root/"onnx").rows[0]
-    c, arms, every = run.convention, find_arms(root, run.convention), ("accuracy", "macro_f1", "ece")
-    taught = next(a for a in reversed(arms) if a.startswith("DKD"))
+    s = find_shipped(root)[0]
+    found, through = _shipped_scores(s), min(ThroughDetector.load(s.export).rows, key=lambda r: r.missed)
+    c, arms, every = s.run.convention, find_arms(root, s.run.convention), ("accuracy", "macro_f1", "ece")
     best = max(find_kept(root, "ensembles", c), key=lambda k: k.by(c)["macro_f1"])
-    config = EnsembleConfig.load(best.folder)
-    return [[f"**the student that ships** (int8, seed {run.args['seed']})", *(shown(s[k]) for k in every)],
+    config, taught = EnsembleConfig.load(best.folder), _arm_name(s.run)
+    return [[f"**the student that ships** ({s.precision}, seed {s.run.args['seed']})", *(shown(found[k]) for k in every)],
             [f"the same behind {_said_detector(through.detector)}, a missed face counts as wrong, n = {through.n:,}",
              shown(through.through_all.accuracy), shown(through.through_all.macro_f1), "–"],
-            _mean_row("students by labels alone", arms[_arm_name(run)], c), _mean_row("students by DKD", arms[taught], c),
+            _mean_row("students by labels alone", arms[taught.replace("KD", "CE").replace("DCE", "CE")], c),
+            _mean_row(f"students by {taught}", arms[taught], c),
             [f"the ensemble that taught them ({len(config.members)} networks, seed {config.seed})", *(best.shown(k, c) for k in every)]]
+
+# %% ../nbs/09c_results.ipynb #09c-told-other
+def _told_other(s: Shipped) -> str:
+    "Another student that ships, in a line."
+    c, found = s.run.convention, _shipped_scores(s)
+    return (f"The student of {said(c)}'s own labels (`--model {c}`), by those, n = {found['n']:,}: accuracy {shown(found['accuracy'])}, "
+            f"macro-F1 {shown(found['macro_f1'])}, ECE {shown(found['ece'])}.")
 
 # %% ../nbs/09c_results.ipynb #09c-readme-table
 def readme_table(reference) -> str:
-    "The README's five rows; numbers don't break from their intervals."
-    root = Path(reference)/"fer2013"
-    run, n = _shipped_run(root), _shipped_scores(root)["n"]
+    "The README's five rows, and the other students in a line; numbers don't break from their intervals."
+    root = Path(reference)/"gpu"
+    first, *others = find_shipped(root)
     rows = [[text, *(cell.replace(" ", "\u00a0") for cell in cells)] for text, *cells in _readme_rows(root)]
-    return md_table([f"judged by {said(run.convention)}'s labels, n\u00a0=\u00a0{n:,}", "accuracy", "macro-F1", "ECE"], rows)
+    n = _shipped_scores(first)["n"]
+    table = md_table([f"judged by {said(first.run.convention)}'s labels, n\u00a0=\u00a0{n:,}", "accuracy", "macro-F1", "ECE"], rows)
+    return "\n\n".join([table, *(_told_other(s) for s in others)])
 
 # %% ../nbs/09c_results.ipynb #09c-050
 def between_marks(text: str, new: str) -> str:

@@ -20,7 +20,7 @@ from torch import nn
 
 from .artifacts import CLASSES, ArtifactError, UsageError, atomic_path
 from .callbacks import load_whole
-from .deploy import SHIPPED, prepared, read_facts
+from .deploy import SHIPPED, STUDENTS, prepared, read_facts
 from .distillation import STUDENT_BACKBONE, make_student
 from .geometry import normalise
 from .students import load_model
@@ -67,9 +67,10 @@ def load_trainable(
 def stored_weights(
     graph: onnx.GraphProto,
 ) -> dict[str, np.ndarray]:  # name of a tensor -> float32
-    "Initialisers, and the dequantised ones under the names that the graph's nodes know."
+    "Initialisers, and the dequantised or widened ones under the names that the graph's nodes know."
     held = {i.name: numpy_helper.to_array(i) for i in graph.initializer}
     for node in graph.node:
+        if node.op_type == "Cast" and node.input[0] in held: held[node.output[0]] = held[node.input[0]].astype(np.float32)
         if node.op_type != "DequantizeLinear" or node.input[0] not in held: continue
         q, scale, zero = (held[k] for k in node.input[:3])
         axis = next((a.i for a in node.attribute if a.name == "axis"), 1)
@@ -165,11 +166,12 @@ def prepared_drawings(geometry, n: int = 256, seed: int = 1337) -> np.ndarray:  
 
 # %% ../nbs/08f_starts.ipynb #08f-starts-020
 def open_start(
-    path="",  # a run's folder or best.pt, a .safetensors, an exported .onnx; empty: the student that comes with the package
+    path="",  # a run's folder or best.pt, a .safetensors, an exported .onnx; ferplus or fer2013, the package's; empty: ferplus
     faces: np.ndarray | None = None,  # prepared faces for the norms of an .onnx
 ) -> tuple[nn.Module, dict, Path]:  # the network in eval mode, its meta, its file
     "Weights to go on from."
-    path = Path(path or SHIPPED)
+    path = STUDENTS.get(str(path)) or Path(path or SHIPPED)
+    if path in STUDENTS.values() and path.with_suffix(".safetensors").is_file(): path = path.with_suffix(".safetensors")
     if path.is_dir(): path = path/"best.pt"
     openers = {".pt": load_model, ".safetensors": load_trainable, ".onnx": lambda p: unfold_student(p, faces)}
     if path.suffix not in openers: raise UsageError(f"{path.name}: give a run's folder, or a file that ends in {', '.join(openers)}")
