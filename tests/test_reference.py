@@ -6,6 +6,7 @@ import cv2
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from sklearn.metrics import precision_recall_fscore_support
 
 from fer_nb import arms, ensembles, reliability, resampling, run_report, selective, summary
@@ -16,12 +17,18 @@ from fer_nb.evidence import EnsembleConfig, EnsembleMetrics
 from fer_nb.gates import gates
 from fer_nb.integrity import own_test_rows, run_convention
 from fer_nb.leaves import check_run_seal
-from fer_nb.records import Calibration, HashManifest, ReliabilityMetrics, SelectiveReport
+from fer_nb.geometry import normalise
+from fer_nb.records import Calibration, HashManifest, ReliabilityMetrics, RunArgs, SelectiveReport
+from fer_nb.starts import open_start
+from fer_nb.synthetic import render_faces
 from tests.conftest import ROOT
 
 REFERENCE = ROOT/"runs"/"reference"/"fer2013"
 RUNS = sorted(p.parent for p in REFERENCE.rglob("selective.json"))
-PAGE = (ROOT/"runs"/"reference"/"RESULTS.md").read_text(encoding="utf-8").replace("−", "-")
+NOW = ROOT/"runs"/"reference"/"gpu"  # what ships, and what taught it; REFERENCE is what processors trained before
+RESULTS = (ROOT/"runs"/"reference"/"RESULTS.md").read_text(encoding="utf-8").replace("−", "-")
+PAGE, BEFORE = RESULTS.split("## Before, on processors: FERPlus")
+SHIPS = {"ferplus": ("MODEL_CARD.md", "student.onnx", "onnx"), "fer2013": ("MODEL_CARD_fer2013.md", "student_fer2013.onnx", "onnx_fer2013")}
 MODELS = {  # first cell of the page's row -> folder
     "LITE1, seed 1337": "teachers/LITE1_seed1337_stageA_img80", "LITE1, seed 2025": "teachers/LITE1_seed2025_stageA_img80",
     "LITE0, seed 1337": "teachers/LITE0_seed1337_stageA_img80", "RN18, seed 1337": "teachers/RN18_seed1337_stageA_img48",
@@ -33,7 +40,7 @@ ARMS = {"CE": "CE", "CE from CE": "CE_from_CE", "KD from CE": "KD", "CE from CE 
 
 def rows_of(first: str) -> list[str]:
     "The cells of the one row of the tables of models that begins so."
-    of_models = PAGE.split("### What ensembles gain")[0] if first.startswith("[") else PAGE
+    of_models = BEFORE.split("### What ensembles gain")[0] if first.startswith("[") else BEFORE
     line, = (x for x in of_models.splitlines() if x.startswith(f"| {first}"))
     return [c.strip() for c in line.strip("|").split("|")]
 
@@ -138,11 +145,11 @@ def test_the_checklist_has_a_line_for_every_run():
 def test_the_page_tells_the_range_of_coverage():
     reports = [s for s in (SelectiveReport.load(f) for f in RUNS) if s.convention == "ferplus"]
     shares = [s.promise.covered/s.promise.pictures for s in reports]
-    assert f"cover {min(shares):.3f} to {max(shares):.3f} of the test pictures" in PAGE
-    assert f"p ≥ {min(s.promise.p_value for s in reports):.3f} in each" in PAGE and f"stops at p < {selective.CHANCE:g}" in PAGE
+    assert f"cover {min(shares):.3f} to {max(shares):.3f} of the test pictures" in BEFORE
+    assert f"p ≥ {min(s.promise.p_value for s in reports):.3f} in each" in BEFORE and f"stops at p < {selective.CHANCE:g}" in BEFORE
     by_others = [o.coverage.value for s in reports for o in s.others]
-    assert f"they cover {min(by_others):.2f} to {max(by_others):.2f}." in PAGE
-    shipped = SelectiveReport.load(REFERENCE/"students"/"mobilenetv3_large_100_img64_seed1337_CE_from_CE_from_CE").by_class
+    assert f"they cover {min(by_others):.2f} to {max(by_others):.2f}." in BEFORE
+    shipped = SelectiveReport.load(NOW/"students"/"mobilenetv3_large_100_ferplus_img80_seed1337_KD").by_class
     assert f"| coverage | {' | '.join(f'{shipped[c].coverage:.2f}' for c in CLASSES)} |" in PAGE
 
 
@@ -210,7 +217,7 @@ def test_one_seed_does_not_tell_dkd_from_ce(students):
     by_picture = resampling.paired_interval(cal.macro_f1, za, zb, y, resamples=2000, groups=groups)
     assert by_row.low > 0.005 and by_picture.low < 0.001 and by_row.value == by_picture.value
     alone = resampling.paired_interval(cal.macro_f1, za[own], zb[own], y[own], resamples=10_000, groups=groups[own])
-    assert f"seed 1337's DKD is {points(alone.value, alone.low, alone.high)} points of macro-F1 above its CE" in PAGE
+    assert f"seed 1337's DKD is {points(alone.value, alone.low, alone.high)} points of macro-F1 above its CE" in BEFORE
 
 
 # --- gains of ensembles
@@ -225,7 +232,7 @@ def member_name(over: str) -> str:
 def test_the_page_has_the_gains_of_every_source(name):
     m = EnsembleMetrics.load(REFERENCE/"ensembles"/name)
     assert {g.source for g in m.gains} == {"all", "ferplus", "fer2013"} and "recomputed" in m.model_dump()
-    lines = [x for x in PAGE.split("### What ensembles gain")[1].splitlines() if x.startswith(f"| [{name}](")]
+    lines = [x for x in BEFORE.split("### What ensembles gain")[1].splitlines() if x.startswith(f"| [{name}](")]
     for g in (g for g in m.gains if g.source != "all"):
         judge = "FERPlus" if g.source == "ferplus" else "*FER2013: no judgement*"
         line, = (x for x in lines if f"| {judge} | {member_name(g.over)} (" in x)
@@ -250,15 +257,17 @@ def test_gains_come_out_again_from_the_members_logits():
 # --- the card
 
 
-def test_the_card_tells_of_the_file_that_ships():
-    "Its tables are what student.onnx itself answers, as kept beside its export, and not its fp32 parent."
-    card, model = (ROOT/"fer_nb"/"models"/name for name in ("MODEL_CARD.md", "student.onnx"))
-    z = read_npz(REFERENCE/"onnx"/"answers_int8.npz")
+@pytest.mark.parametrize("learned", SHIPS)
+def test_the_card_tells_of_the_file_that_ships(learned):
+    "Its tables are what the very file answers, as kept beside its export, and not its fp32 parent."
+    *names, export = SHIPS[learned]
+    card, model = (ROOT/"fer_nb"/"models"/name for name in names)
+    z = read_npz(NOW/export/"answers_w16.npz")
     assert str(z["sha256"]) == sha256_file(model)
     y, said, text = z["test_labels"], z["test_logits"].argmax(1), card.read_text(encoding="utf-8")
     found = evaluate_shipped(z, Predictor(model).temperature)
-    row, = (x for x in text.splitlines() if x.startswith("| ferplus ") and "yunet" not in x and "haar" not in x)
-    assert [c.strip() for c in row.strip("|").split("|")] == ["ferplus", f"{len(y):,}", *found]
+    row, = (x for x in text.splitlines() if x.startswith(f"| {learned} ") and "yunet" not in x and "haar" not in x)
+    assert [c.strip() for c in row.strip("|").split("|")] == [learned, f"{len(y):,}", *found]
     for name, precision, recall, _, n in zip(CLASSES, *precision_recall_fscore_support(y, said, labels=range(7), zero_division=0)):
         cells = [c.strip() for c in text.split(f"| {name} ")[1].split("|")[1:4]]
         assert cells == [str(n), f"{precision:.3f}", f"{recall:.3f}"]
@@ -271,13 +280,46 @@ def evaluate_shipped(z, temperature) -> list[str]:
     return [shown(record[k]) for k in ("accuracy", "macro_f1", "ece")]
 
 
-def test_the_kept_answers_are_the_shipped_files_own(real_data):
+@pytest.mark.parametrize("learned", SHIPS)
+def test_the_kept_answers_are_the_shipped_files_own(real_data, learned):
     "A sample of the kept logits, computed again from the pictures."
-    model, z = Predictor(), read_npz(REFERENCE/"onnx"/"answers_int8.npz")
+    model, z = Predictor(learned), read_npz(NOW/SHIPS[learned][2]/"answers_w16.npz")
     at = np.sort(np.random.default_rng(0).choice(len(z["test_ids"]), 100, replace=False))
-    archive = zipfile.ZipFile(real_data/"ferplus.zip")
+    archive = zipfile.ZipFile(real_data/f"{learned}.zip")
     members = {"/".join(n.split("/")[-2:]): n for n in archive.namelist()}
     names = [members["/".join(i.split("/")[-2:])] for i in z["test_ids"][at].tolist()]
     pictures = [cv2.imdecode(np.frombuffer(archive.read(n), np.uint8), cv2.IMREAD_UNCHANGED) for n in names]
     z_now = model.logits(prepared(pictures, model.geometry))
     assert np.abs(z_now - z["test_logits"][at]).max() < 0.5 and np.mean(z_now.argmax(1) == z["test_logits"][at].argmax(1)) >= 0.97
+
+
+# --- what ships, and what taught it
+
+
+@pytest.mark.parametrize("folder", sorted(p.parent for p in NOW.rglob("selective.json")), ids=lambda p: p.relative_to(NOW).as_posix())
+def test_the_small_copy_is_whole_and_gives_its_sealed_scores(folder):
+    assert check_run_seal(folder)
+    z, m = read_npz(folder/"evaluation.npz"), ReliabilityMetrics.load(folder)
+    own, T = own_test_rows(folder, z), Calibration.load(folder).selected_temperature
+    logits, labels = z["test_logits"].astype(float)[own], z["test_labels"].astype(int)[own]
+    assert cal.accuracy(logits, labels) == pytest.approx(m.accuracy.value, abs=1e-3)
+    assert cal.macro_f1(logits, labels) == pytest.approx(m.macro_f1.value, abs=2e-3)
+    assert cal.nll(logits, labels, T) == pytest.approx(m.nll.value, abs=2e-3)
+
+
+@pytest.mark.parametrize("learned", SHIPS)
+def test_arms_of_one_convention_cost_the_same(learned):
+    runs = [p for p in (NOW/"students").iterdir() if f"_{learned}_" in p.name]
+    same = ("epochs", "batch_size", "lr", "init_sha256", "img_size", "mixup")
+    told = [{k: RunArgs.load(p).parameters.get(k) for k in same} for p in runs]
+    assert len(runs) == 9 and all(t == told[0] for t in told)
+
+
+@pytest.mark.parametrize("learned", SHIPS)
+def test_trainable_weights_answer_as_the_exported_file(learned):
+    network, meta, path = open_start(learned)
+    assert path.suffix == ".safetensors" and path.stat().st_size < 10e6 and meta["convention"] == learned
+    model = Predictor(learned)
+    faces = prepared(list(render_faces(32, size=64, seed=3)[0]), model.geometry, order="RGB")
+    with torch.no_grad(): ours = network(torch.from_numpy(normalise(faces, model.geometry))).numpy()
+    assert np.abs(ours - model.logits(faces)).max() < 0.05
