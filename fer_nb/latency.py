@@ -46,7 +46,7 @@ def measure_latency(
     return table
 
 # %% ../nbs/09_onnx_latency.ipynb #09-latency-009
-PRECISION_COLOURS = {"fp32": BLUE, "fp16": GREEN, "w16": PINK, "int8": ORANGE}
+PRECISION_COLOURS = {"fp32": BLUE, "fp16": GREEN, "w8": PINK, "int8": ORANGE}
 
 # %% ../nbs/09_onnx_latency.ipynb #09-latency-010
 def latency_plot(table: pd.DataFrame) -> plt.Figure:

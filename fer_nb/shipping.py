@@ -37,11 +37,9 @@ def _card_template() -> str:
 
 # %% ../nbs/09_onnx_shipping.ipynb #09-shipping-names
 def _shipped_name(run_dir) -> Path:
-    "Where the student of a run's convention lies in the package."
+    "Where the student of a run's convention lies, or would lie, in the package."
     learned = run_convention(run_dir)
-    if learned not in STUDENTS:
-        raise UsageError(f"{run_dir}: learned the labels of {learned or 'nobody knows whom'}: students of {' and '.join(STUDENTS)} ship")
-    return STUDENTS[learned]
+    return STUDENTS.get(learned, SHIPPED.with_name(f"{SHIPPED.stem}_{learned or 'other'}.onnx"))
 
 # %% ../nbs/09_onnx_shipping.ipynb #09-shipping-card-of
 def card_of(
@@ -54,7 +52,7 @@ def card_of(
 # %% ../nbs/09_onnx_shipping.ipynb #09-shipping-opened
 def _told_opening(model: Path) -> str:
     "How to open a student that comes with the package."
-    name = next(c for c, path in STUDENTS.items() if path == model)
+    name = next((c for c, path in STUDENTS.items() if path == model), model.name)
     use = ("`fer_nb.deploy.Predictor()` opens it, and `fer-nb predict` and `fer-nb demo` use it where no other model is given."
            if model == SHIPPED else
            f'`fer_nb.deploy.Predictor("{name}")` opens it, and `fer-nb predict` and `fer-nb demo` do with `--model {name}`.')
@@ -245,11 +243,14 @@ def model_card(
 def ship(
     run_dir,  # the student's run
     export_dir,  # its export, with parity and latencies
-    precision: str = "int8",  # fp32 or w16 where int8 loses more than its bar
+    precision: str = "int8",  # fp32 or w8 where int8 loses more than its bar
     folder=None,  # None: the package's own
 ) -> Path:  # the model
     "Put an exported student, its card and, where its run still has them, its trainable weights into the package."
-    path = Path(folder or SHIPPED.parent)/_shipped_name(run_dir).name
+    own = _shipped_name(run_dir)
+    if folder is None and own not in STUDENTS.values():
+        raise UsageError(f"{run_dir}: the package has students of {' and '.join(STUDENTS)}, this one learned other labels: give a folder")
+    path = Path(folder or SHIPPED.parent)/own.name
     card = model_card(run_dir, export_dir, precision)
     write_bytes(path, (Path(export_dir)/model_file(precision)).read_bytes())
     write_text(card_of(path), card)

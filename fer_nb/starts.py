@@ -71,6 +71,7 @@ def stored_weights(
     held = {i.name: numpy_helper.to_array(i) for i in graph.initializer}
     for node in graph.node:
         if node.op_type == "Cast" and node.input[0] in held: held[node.output[0]] = held[node.input[0]].astype(np.float32)
+        if node.op_type == "Mul" and {*node.input} <= {*held}: held[node.output[0]] = np.multiply(*(held[i] for i in node.input))
         if node.op_type != "DequantizeLinear" or node.input[0] not in held: continue
         q, scale, zero = (held[k] for k in node.input[:3])
         axis = next((a.i for a in node.attribute if a.name == "axis"), 1)

@@ -21,6 +21,7 @@ from fer_nb.callbacks import save_checkpoint
 from fer_nb.deploy import Predictor, prepared
 from fer_nb.evidence import ExportReport, OnnxParity
 from fer_nb.exporting import (
+    PRECISIONS,
     check_parity,
     compare_logits,
     export_checkpoint,
@@ -36,7 +37,7 @@ from fer_nb.latency import answers, bench, compare_accuracy, measure_latency, pl
 from fer_nb.manifests import labels_of, load_manifest
 from fer_nb.records import RunArgs
 from fer_nb.run_report import report_run
-from fer_nb.shipping import ship, told_latency
+from fer_nb.shipping import card_of, ship, told_latency
 from fer_nb.teachers import Teacher
 from fer_nb.timing import file_precision, interleaved
 from fer_nb.training import embedded_data
@@ -84,9 +85,9 @@ def spoil(path, amount=1e-3):
 
 def test_files_are_whole_and_say_nothing_of_this_machine(exported, run_dir):  # noqa: F811
     assert sorted(p.name for p in exported.iterdir()) == [
-        "model_fp16.onnx", "model_fp32.onnx", "model_int8.onnx", "onnx_export_report.json"]
+        "model_fp16.onnx", "model_fp32.onnx", "model_int8.onnx", "model_w8.onnx", "onnx_export_report.json"]
     facts = open_run(run_dir)[1]
-    for p in ("fp32", "fp16", "int8"):
+    for p in PRECISIONS:
         path = exported / f"model_{p}.onnx"
         model = onnx.load(path, load_external_data=False)
         onnx.checker.check_model(str(path), full_check=True)
@@ -98,12 +99,12 @@ def test_files_are_whole_and_say_nothing_of_this_machine(exported, run_dir):  # 
         data = path.read_bytes()
         for word in (b".py", b"site-packages", b"stack_trace", os.fsencode(os.getcwd())): assert word not in data
         assert file_precision(path) == p
-    sizes = [(exported / f"model_{p}.onnx").stat().st_size for p in ("fp32", "fp16", "int8")]
-    assert sizes[1] < 0.52*sizes[0] and sizes[2] < 0.3*sizes[0]
+    sizes = [(exported / f"model_{p}.onnx").stat().st_size for p in PRECISIONS]
+    assert sizes[1] < 0.52*sizes[0] and sizes[2] < 0.3*sizes[0] and sizes[3] < 0.3*sizes[0]
 
 
 def test_batch_normalisation_is_folded_and_numbers_are_what_they_should_be(exported):
-    kinds = {p: onnx.load(exported / f"model_{p}.onnx").graph for p in ("fp32", "fp16", "int8")}
+    kinds = {p: onnx.load(exported / f"model_{p}.onnx").graph for p in PRECISIONS}
     assert "BatchNormalization" not in {n.op_type for n in kinds["fp32"].node}
     weights = [t for t in kinds["fp16"].initializer if np.prod(t.dims) > 100]
     assert weights and all(t.data_type == TensorProto.FLOAT16 for t in weights)
@@ -115,6 +116,11 @@ def test_batch_normalisation_is_folded_and_numbers_are_what_they_should_be(expor
     for w, scale in weights:
         assert w.dtype == np.int8 and np.abs(w.astype(int)).max() <= 64  # seven bits
         assert scale.shape == (w.shape[0],)  # a scale a channel
+    held, plain = ({t.name: numpy_helper.to_array(t) for t in kinds[k].initializer} for k in ("w8", "fp32"))
+    for name, w in plain.items():  # a whole number and a scale a channel, within half a step of the weight
+        if w.size <= 1000: continue
+        assert held[f"{name}_whole"].dtype == np.int8 and held[f"{name}_scale"].size == len(w)
+        assert (np.abs(held[f"{name}_whole"]*held[f"{name}_scale"] - w) <= 0.501*held[f"{name}_scale"]).all()
 
 
 def test_report(exported, run_dir):  # noqa: F811
@@ -122,7 +128,7 @@ def test_report(exported, run_dir):  # noqa: F811
     assert {"model_name", "checkpoint_hash", "opset", "precision", "input_shape", "parity_check", "date"} <= set(data)
     assert {"mean_abs_diff", "max_abs_diff", "pass"} <= set(data["parity_check"]) and data["parity_check"]["pass"] is True
     report = ExportReport.load(exported)
-    assert report.precision == ["fp32", "fp16", "int8"] and report.files["int8"].calibration_faces == 64
+    assert report.precision == [*PRECISIONS] and report.files["int8"].calibration_faces == 64
     assert report.checkpoint_hash == Predictor(run_dir / "best.pt").checkpoint_sha256 and report.input_shape == ["batch", 3, 48, 48]
     for f in report.files.values(): assert artifacts.sha256_file(exported / f.file) == f.sha256
 
@@ -133,7 +139,8 @@ def test_exporting_twice_gives_the_same_bytes_and_replaces_what_was_there(run_di
     before = (copied / "model_fp32.onnx").read_bytes()
     export_model(run_dir, copied)
     assert (copied / "model_fp32.onnx").read_bytes() == before
-    assert sorted(p.name for p in copied.iterdir()) == ["model_fp16.onnx", "model_fp32.onnx", "notes.txt", "onnx_export_report.json"]
+    assert sorted(p.name for p in copied.iterdir()) == [
+        "model_fp16.onnx", "model_fp32.onnx", "model_w8.onnx", "notes.txt", "onnx_export_report.json"]
 
 
 def test_a_teacher_is_exported_with_its_scale(tmp_path):
@@ -195,7 +202,7 @@ def test_parity_of_an_honest_export(copied, run_dir):  # noqa: F811
     batch = prepared(faces(200, seed=3), GEOMETRY)
     labels = np.random.default_rng(0).integers(0, 7, 200)
     p = check_parity(copied, run_dir, batch, labels, "smooth noise", resamples=100)
-    assert p.passed and list(p.variants) == ["fp32", "fp16", "int8"] and p.n == 200
+    assert p.passed and list(p.variants) == [*PRECISIONS] and p.n == 200
     require_parity(p, copied)
     assert OnnxParity.load(copied) == p
     truth = torch_logits(open_run(run_dir)[0], batch, GEOMETRY)
@@ -205,8 +212,8 @@ def test_parity_of_an_honest_export(copied, run_dir):  # noqa: F811
         assert v.max_prob_diff == pytest.approx(np.abs(softmax(z, 1.7) - softmax(truth, 1.7)).max(), abs=1e-9)
         f1 = [f1_score(labels, x.argmax(1), average="macro", labels=range(7), zero_division=0) for x in (z, truth)]
         assert v.macro_f1 == pytest.approx(f1[0]) and v.macro_f1_change.value == pytest.approx(100*(f1[0] - f1[1]), abs=1e-9)
-    order = [p.variants[k].mean_logit_diff for k in ("fp32", "fp16", "int8")]
-    assert order == sorted(order) and order[0] < order[2]
+    order = [p.variants[k].mean_logit_diff for k in PRECISIONS]
+    assert order == sorted(order) and order[0] < order[3]
 
 
 def test_parity_finds_a_file_that_was_changed(copied, run_dir):  # noqa: F811
@@ -374,7 +381,8 @@ def test_a_shipped_student_is_described_from_its_artifacts(own_run, traced, data
     export_checkpoint(run, None, *dataset, calibration=32, precisions=["fp32", "int8"])
     bench([run / "onnx" / "model_fp32.onnx"], run / "onnx", batches=(1,), threads=(1,), runs=2, warmup=0, progress=False)
     path = ship(run, run / "onnx", "int8", tmp_path / "shipped")
-    card = (path.parent / "MODEL_CARD.md").read_text()
+    card = card_of(path).read_text()
+    with pytest.raises(UsageError, match="learned other labels: give a folder"): ship(run, run / "onnx", "int8")
     assert path.read_bytes() == (run / "onnx" / "model_int8.onnx").read_bytes()
     assert "6 epochs from the best weights of `net_seed1_CE`" in card and "`big`: big (weights some.pth)" in card
     said = np.load(run / "onnx" / "answers_int8.npz")  # what the file that ships answers, not its parent
@@ -400,8 +408,8 @@ def test_export_with_a_dataset(own_run, traced, dataset):
     test, labels = packed_faces(*dataset, "test_all_sources", Geometry(size=48))
     assert result.parity.n == len(test) == len(labels) and test.shape[1:] == (48, 48, 3)
     assert sorted(p.name for p in out.iterdir()) == [
-        *(f"answers_{p}.npz" for p in ("fp16", "fp32", "int8")),
-        "model_fp16.onnx", "model_fp32.onnx", "model_int8.onnx", "onnx_export_report.json", "onnx_parity.json"]
+        *(f"answers_{p}.npz" for p in sorted(PRECISIONS)),
+        *(f"model_{p}.onnx" for p in sorted(PRECISIONS)), "onnx_export_report.json", "onnx_parity.json"]
     assert "test_all_sources" in str(result) and "model_int8.onnx" in str(result)
     assert ExportReport.load(out).files["int8"].calibration_faces == 32
     some, _ = packed_faces(*dataset, "hq_train", Geometry(size=48), 10, seed=4)

@@ -262,7 +262,7 @@ def test_the_card_tells_of_the_file_that_ships(learned):
     "Its tables are what the very file answers, as kept beside its export, and not its fp32 parent."
     *names, export = SHIPS[learned]
     card, model = (ROOT/"fer_nb"/"models"/name for name in names)
-    z = read_npz(NOW/export/"answers_w16.npz")
+    z = read_npz(NOW/export/"answers_w8.npz")
     assert str(z["sha256"]) == sha256_file(model)
     y, said, text = z["test_labels"], z["test_logits"].argmax(1), card.read_text(encoding="utf-8")
     found = evaluate_shipped(z, Predictor(model).temperature)
@@ -283,7 +283,7 @@ def evaluate_shipped(z, temperature) -> list[str]:
 @pytest.mark.parametrize("learned", SHIPS)
 def test_the_kept_answers_are_the_shipped_files_own(real_data, learned):
     "A sample of the kept logits, computed again from the pictures."
-    model, z = Predictor(learned), read_npz(NOW/SHIPS[learned][2]/"answers_w16.npz")
+    model, z = Predictor(learned), read_npz(NOW/SHIPS[learned][2]/"answers_w8.npz")
     at = np.sort(np.random.default_rng(0).choice(len(z["test_ids"]), 100, replace=False))
     archive = zipfile.ZipFile(real_data/f"{learned}.zip")
     members = {"/".join(n.split("/")[-2:]): n for n in archive.namelist()}
