@@ -191,7 +191,7 @@ def closure_plot(
     "Before and after, row by row, and the change with its interval."
     c = gap.changes
     at, colours = np.arange(len(c))[::-1], {"better": BLUE, "worse": ORANGE, "within chance": GREY}
-    fig, (left, right) = plt.subplots(1, 2, figsize=(8, 0.9 + 0.22*len(c)), dpi=85, sharey=True, layout="constrained")
+    fig, (left, right) = plt.subplots(1, 2, figsize=(8, 1.2 + 0.22*len(c)), dpi=85, sharey=True, layout="constrained")
     for y, r in zip(at, c):
         left.plot([r.before, r.after], [y, y], color=GREY, lw=1)
         low, high = (r.change.value if v is None else v for v in (r.change.low, r.change.high))
@@ -202,8 +202,9 @@ def closure_plot(
     kinds = {"all": "", "home": "", "class": "", "corruption": "under "}
     names = [f"{kinds.get(r.kind, f'{r.kind} ')}{r.name}".replace("_", " ") for r in c]
     left.set_yticks(at, [f"{name}, n = {r.n:,}" for name, r in zip(names, c)], fontsize=7)
-    left.set(xlabel="macro-F1; of a class, its F1", title="before and after"); left.legend(fontsize=6)
+    left.set(xlabel="macro-F1; of a class, its F1", title="before and after")
     right.axvline(0, color="black", lw=0.7); right.set(xlabel="change", title="change, 95% interval by picture")
+    fig.legend(loc="outside lower left", ncols=3, fontsize=7)
     plt.close(fig)
     return fig
 
