@@ -277,8 +277,8 @@ def adapt_finetune(a):
     from fer_nb.own_faces import adapt_to_faces
     if bool(a.manifest) != bool(a.cache): raise UsageError("give --manifest and --cache together, or neither: then nothing is replayed")
     adapted = adapt_to_faces(a.data, a.out, a.checkpoint, FinetuneConfig(a.mode, a.epochs), a.manifest or None, a.cache or None,
-                             a.convention, strict=a.strict, bar=sys.stderr.isatty())
-    print(adapted)
+                             a.convention, strict=a.strict, bar=sys.stderr.isatty(), say=lambda line: print(line, flush=True))
+    print(f"\n{adapted}")
     return 0 if adapted.gate.promoted else 1
 
 

@@ -1,4 +1,5 @@
 """Corruptions, hard samples, fairness, the dual gate, webcam sets and fine-tuning, at the places where they break."""
+import copy
 import json
 import shutil
 
@@ -8,12 +9,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fer_nb.artifacts import CLASSES, ArtifactError, GateError, UsageError
+from fer_nb.artifacts import CLASSES, ArtifactError, GateError, UsageError, read_npz
 from fer_nb.calibration import simulate_logits
 from fer_nb.conditions import UNKNOWN, banded, strata_of
 from fer_nb.corruptions import CORRUPTIONS, SEVERITIES, CorruptionScores, WebcamFaces, corrupt, corruption_errors, face_squares, stress
 from fer_nb.deploy import SHIPPED, Predictor
-from fer_nb.dual_gate import DualGate, dual_gate, holds, lowest_three, offline_check, replay_check, stills_check, with_probs, within
+from fer_nb.dual_gate import (
+    DualGate,
+    dual_gate,
+    gate_files,
+    holds,
+    lowest_three,
+    offline_check,
+    read_answers,
+    replay_check,
+    stills_check,
+    with_probs,
+    within,
+)
 from fer_nb.fairness import chance_of_gap, fairness
 from fer_nb.finetune import FinetuneConfig, MixedFaces, choose_trainable, finetune_student, own_manifest
 from fer_nb.geometry import Geometry
@@ -26,7 +39,7 @@ from fer_nb.starts import load_trainable, open_start, save_trainable, unfold_stu
 from fer_nb.synthetic import make_timeline, write_dataset
 from fer_nb.unlabelled import Prototypes, adapt_norms, follow
 from fer_nb.webcam_sets import Entry, build_webcam_set, deal_parts, load_webcam_set, refuse_same_faces
-from tests.conftest import picture
+from tests.conftest import ROOT, picture
 
 
 @pytest.fixture(scope="module")
@@ -377,3 +390,44 @@ def test_a_folder_without_the_mix_is_not_promoted(drawn, tmp_path):
     assert GapClosure.load(tmp_path/"out").closed is None and not (tmp_path/"out"/"onnx").exists()
     left = {p.name for p in (tmp_path/"out").iterdir()}
     assert {"best.pt", "calibration.json", "dual_gate.json", "gap_closure.json", "hash_manifest.json"} <= left
+
+
+# files that runs left
+
+def test_kept_students_are_gated_by_the_rows_of_their_convention():
+    students = ROOT/"runs"/"reference"/"fer2013"/"students"
+    old, new = (students/f"mobilenetv3_large_100_img64_seed42_{stage}" for stage in ("KD", "DKD"))
+    gate = gate_files([(old, new)], resamples=20)
+    (check,), answers = gate.offline, read_answers(old)
+    assert gate.verdict == "REJECT" and any("no session was replayed" in r for r in gate.reasons)
+    assert check.convention == "ferplus" and {i.split("/")[0] for i in answers.ids.tolist()} == {"ferplus"}
+    assert check.n == len(answers.labels) < len(read_npz(old/"evaluation.npz")["test_labels"]) and check.pictures <= check.n
+    assert gate_files([(old, old)], resamples=20).offline[0].macro_f1_change.value == 0
+
+
+def test_a_half_way_model_is_between_its_ends(shipped):
+    import torch
+
+    from fer_nb.blending import blend
+    model = shipped[0]
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in other.parameters(): p.add_(0.01)
+    half, old, new = blend(model, other, 0.5).state_dict(), model.state_dict(), other.state_dict()
+    for k, v in half.items():
+        if v.is_floating_point(): assert torch.allclose(v, (old[k] + new[k])/2, atol=1e-6)
+    assert all(v.equal(old[k]) for k, v in model.state_dict().items())
+
+
+def test_old_answers_teach_replayed_rows_and_labels_teach_own_ones():
+    import torch
+
+    from fer_nb.finetune import ReplayLoss
+    loss, z, y = ReplayLoss(2), torch.randn(4, 7, dtype=torch.float64), torch.tensor([0, 1, 2, 3])
+    index = torch.tensor([3, 0, 2, 1])
+    loss.answers = torch.randn(2, 7).softmax(-1)
+    p = z.softmax(-1).log()
+    by_hand = -(p[1, 1] + p[3, 3] + (loss.answers.double()*p[[0, 2]]).sum())/4
+    assert loss(z, y, index).item() == pytest.approx(by_hand.item(), abs=1e-6)
+    loss.answers = None
+    assert loss(z, y).item() == pytest.approx(-(p[range(4), y]).mean().item(), abs=1e-6)
