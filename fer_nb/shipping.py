@@ -22,7 +22,7 @@ from .exporting import answers_file, in_points, model_file
 from .geometry import Framing
 from .integrity import own_test_rows, run_convention
 from .latency import show_change
-from .records import ReliabilityMetrics, RunArgs, ThroughDetector
+from .records import Calibration, ReliabilityMetrics, RunArgs, ThroughDetector
 from .reliability import evaluate
 from .resampling import paired_interval
 from .starts import save_trainable
@@ -254,5 +254,8 @@ def ship(
     card = model_card(run_dir, export_dir, precision)
     write_bytes(path, (Path(export_dir)/model_file(precision)).read_bytes())
     write_text(card_of(path), card)
-    if (Path(run_dir)/"best.pt").is_file(): save_trainable(*load_model(Path(run_dir)/"best.pt"), path.with_suffix(".safetensors"))
+    if (Path(run_dir)/"best.pt").is_file():
+        network, meta = load_model(Path(run_dir)/"best.pt")
+        about = {"temperature": Calibration.load(run_dir).selected_temperature, "name": Predictor(path).name}
+        save_trainable(network, meta | about, path.with_suffix(".safetensors"))
     return path

@@ -27,7 +27,8 @@ from .students import load_model
 from .synthetic import render_faces
 
 # %% ../nbs/08f_starts.ipynb #08f-starts-005
-TRAVELS = ("classes", "backbone", "head", "stage", "geometry", "stem_stride", "dataset_index_id", "convention", "framing", "name")
+TRAVELS = ("classes", "backbone", "head", "stage", "geometry", "stem_stride", "dataset_index_id", "convention", "framing", "name",
+           "temperature")
 
 
 def save_trainable(
