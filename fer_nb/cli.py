@@ -209,6 +209,11 @@ def export(a):
 def bench(a):
     from fer_nb.timing import time_models
     given = {k: v for k in ("batches", "threads", "providers", "runs") if (v := getattr(a, k)) is not None}
+    if a.against:
+        if not a.manifest: raise UsageError("--against needs test rows: give --manifest")
+        require_extra("train", "bench --against")
+        from fer_nb.race import race
+        return print(race(a.models, a.against, a.manifest, a.convention, a.view, a.out, a.sample, progress=sys.stderr.isatty()))
     if not a.manifest: return print(time_models(a.models, a.out, **given))
     require_extra("train", "bench --manifest")
     from fer_nb.latency import bench
@@ -482,6 +487,7 @@ def _bench_flags(c):
     flags(c, "latency.bench", ".models+ manifest<manifest_dir view out", models={"metavar": "MODEL", "type": str})
     flags(c, "latency.measure_latency", "batches+? threads+? providers+? runs?", batches={"type": _number(int, "batches"), "metavar": "N"},
           threads={"type": _number(int, "threads"), "metavar": "N"}, providers={"metavar": "NAME"})
+    flags(c, "race.race", "against convention sample", against={"metavar": "YAML"}, sample={"type": _number(int, "sample"), "metavar": "N"})
 
 
 def _predict_flags(c):

@@ -199,3 +199,18 @@ def test_kernels_take_no_port_that_another_could_take_first(tmp_path, monkeypatc
     answer = json.loads(nbformat.read(tmp_path/"answer.ipynb", 4).cells[0].outputs[0].text)
     assert answer["transport"] == transport
     if transport == "ipc": assert Path(answer["ip"]).is_absolute() and not Path(answer["ip"]).parent.exists()  # one kernel's own, and gone
+
+
+# --- beside other tools' models
+
+
+@pytest.mark.parametrize(("wrong", "words"), [
+    (["--against", "rivals.yaml"], "--against needs test rows: give --manifest"),
+    (["--against", "none.yaml", "--manifest", "m"], "none.yaml: no such file; give a YAML list of models"),
+    (["--against", "rivals.yaml", "--manifest", "m"], "must hold a list of models")])
+def test_a_race_without_what_it_needs_is_refused_in_one_line(wrong, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/"rivals.yaml").write_text("a: 1")
+    assert cli.main(["bench", "fer2013", *wrong]) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1 and words in said[0]
