@@ -97,7 +97,7 @@ def test_mean_corruption_error_is_the_papers():
 
 
 def test_scores_of_a_stressed_view_travel_whole(drawn, tmp_path):
-    view = LazyFaces(drawn[1].view("test"), Geometry(size=64))
+    view = LazyFaces(drawn[1].view("test"), Predictor().geometry)
     scores = stress(Predictor(), view, names=("noise", "dark"), resamples=10)
     assert CorruptionScores.load(scores.save(tmp_path)) == scores and scores.pictures == len(view)
     wrong = json.loads((tmp_path/"corruption_scores.json").read_text()) | {"surprise": 1}
@@ -108,7 +108,7 @@ def test_scores_of_a_stressed_view_travel_whole(drawn, tmp_path):
 def test_the_shipped_student_under_noise_on_real_faces(real_data):
     from fer_nb.sources import read_source
     rows = build_sample(read_source(f"fer2013_folder={real_data/'fer2013.zip'}"))
-    view = LazyFaces(rows, Geometry(size=64))
+    view = LazyFaces(rows, Predictor().geometry)
     scores = stress(Predictor(), view, names=("noise",), resamples=10)
     assert scores.macro_f1 > scores.table().loc["noise", 5] + 0.05
 

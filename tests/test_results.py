@@ -21,7 +21,7 @@ def test_the_page_is_what_the_artifacts_make():
 
 def test_the_readme_has_the_table_that_the_artifacts_make():
     assert results.between_marks(README, results.readme_table(REFERENCE)) == README, "make results"
-    assert len(results.readme_table(REFERENCE).splitlines()) == 2 + 5
+    assert sum(line.startswith("|") for line in results.readme_table(REFERENCE).splitlines()) == 2 + 5
 
 
 def test_what_people_make_of_the_tables_repeats_no_number():
