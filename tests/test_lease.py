@@ -56,8 +56,9 @@ def test_what_is_unfinished_when_the_time_is_up_is_stopped(lease, tmp_path):
 
 
 def test_the_plan_of_the_reference_asks_for_parameters_that_exist(lease):
-    words = dict.fromkeys(("manifests", "cache", "weights", "device", "amp", "out"), "x") | {"epochs": 1, "teacher_epochs": 1}
+    words = dict.fromkeys(("manifests", "cache", "weights", "device", "amp", "out"), "x") | dict.fromkeys(
+        ("epochs", "teacher_epochs", "scratch_epochs", "scratch_batch", "scratch_lr"), 1)
     runs = lease.expand(yaml.safe_load((ROOT/"workflow"/"lease.yaml").read_text()), words)
-    assert len(runs) == 6 + 6 + 2 + 12
+    assert len(runs) == 4 + 4 + 2 + 12
     for r in runs: check_parameters(notebook_path(r["notebook"]), r["parameters"])
     assert len({r["parameters"]["epochs"] for r in runs if r["notebook"] == "05_students"}) == 1  # at equal cost
