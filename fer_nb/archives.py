@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAX_MEMBER_BYTES', 'LOCKED', 'PICTURES', 'check_member_name', 'ZipArchive', 'text_encoding', 'separator', 'PixelCSV',
            'split_path', 'as_text', 'open_archive', 'forget_archive', 'MissingFile', 'read_bytes', 'one_channel',
-           'is_picture', 'decode']
+           'is_picture', 'decode', 'as_bgr', 'first_bytes']
 
 # %% ../nbs/00_data_archives.ipynb #00-archives-002
 import bz2
@@ -21,8 +21,6 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-import pyarrow as pa
-import pyarrow.csv as pa_csv
 
 from .artifacts import ArtifactError, FerError
 
@@ -126,6 +124,8 @@ class PixelCSV:
     "The pictures of a CSV file with a column `pixels`: row k (from 0) reads as a PGM file."
     def __init__(self, path):
         self.path = str(path)
+        import pyarrow as pa  # heavy, and only tables of pixels need it
+        import pyarrow.csv as pa_csv
         with open(self.path, "rb") as f: head = f.read(1 << 16)
         encoding = text_encoding(head)
         parted = separator(re.split(r"[\r\n]", head.decode(encoding, "replace"))[0])
@@ -263,3 +263,20 @@ def decode(
     if image is not None and flags == cv2.IMREAD_ANYCOLOR: image = one_channel(image)
     if image is None: raise FerError(f"{name}: not a whole image that OpenCV can decode ({len(data)} bytes, first {data[:8]!r})")
     return image
+
+# %% ../nbs/00_data_archives.ipynb #00-archives-i07
+def as_bgr(
+    image: np.ndarray,  # (H, W) or (H, W, 3)
+) -> np.ndarray:  # (H, W, 3)
+    "A picture with three channels, for those who need them."
+    return cv2.cvtColor(image, cv2.COLOR_GRAY2BGR) if image.ndim == 2 else image
+
+# %% ../nbs/00_data_archives.ipynb #00-archives-i08
+def first_bytes(
+    path,  # as `read_bytes` takes it
+) -> bytes:  # 64 of them; nothing where it can't be read
+    "How a file or member begins, for `is_picture`."
+    try:
+        if split_path(str(path))[1] is not None: return read_bytes(path, look=False)[:64]
+        with open(path, "rb") as f: return f.read(64)
+    except (OSError, FerError): return b""

@@ -36,7 +36,7 @@ EPILOG = """examples:
   fer-nb adapt finetune --data faces --out runs/mine/adapted       a folder of your own faces, a folder a class
   fer-nb gates runs/embedded                                       the go/no-go checklist, with the file behind each line
 
-exit codes: 0 done, 1 a gate stays shut or a run failed, 2 a wrong argument"""
+exit codes: 0 done, 1 a gate stays shut or a run failed, 2 a wrong argument, 3 some pictures of `predict` could not be read"""
 
 
 def missing(module, extra, what): return f"{what} needs {module}, which is not installed: pip install 'fer_nb[{extra}]'"
@@ -223,8 +223,12 @@ def bench(a):
 def predict(a):
     from fer_nb.pictures import predict_pictures
     found = predict_pictures(a.images, a.model, a.detector, a.min_face, whole=a.whole, say=lambda line: print(line, file=sys.stderr))
-    print(found.to_json() if a.json else found)
-    return 0 if found.found else 1
+    text = found.to_json() if a.json else found.to_csv().rstrip("\n") if a.csv else str(found)
+    if a.out:
+        from fer_nb.artifacts import write_text
+        write_text(a.out, text + "\n")
+    else: print(text)
+    return found.exit_code
 
 
 STABILISER = ("ema", "delta", "window", "min_count")
@@ -492,7 +496,10 @@ def _bench_flags(c):
 
 def _predict_flags(c):
     flags(c, "pictures.predict_pictures", ".images<paths+ model detector min_face whole", images={"metavar": "IMAGE"})
-    c.add_argument("--json", action="store_true", help="all probabilities, as JSON")
+    form = c.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="all probabilities, as JSON")
+    form.add_argument("--csv", action="store_true", help="all probabilities, as CSV: a row a face")
+    c.add_argument("--out", metavar="FILE", help="write the answer to this file")
 
 
 def _demo_flags(c):

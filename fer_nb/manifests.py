@@ -431,7 +431,7 @@ def _with_prints(df: pd.DataFrame, prints: Prints, max_hamming: int) -> pd.DataF
     "Rows with their fingerprints, groups, and reasons for pictures that cannot be read."
     return df.assign(sha256=prints.sha256, pixel_hash=prints.pixel_hash, width=prints.width, height=prints.height,
                      perceptual_hash=np.where(prints.pixel_hash != "", _hex(prints.perceptual), ""),
-                     group=find_groups(prints, max_hamming).group, excluded=np.where(prints.problem != "", prints.problem, df.excluded))
+                     group=find_groups(prints, max_hamming).group, excluded=np.where((prints.problem != "") & (df.excluded != "not a picture"), prints.problem, df.excluded))
 
 # %% ../nbs/00_manifests.ipynb #00-manifests-039
 class BuildResult(Lines):

@@ -24,8 +24,8 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-from .archives import LOCKED, as_text, is_picture, open_archive, read_bytes, separator, split_path, text_encoding
-from .artifacts import CLASSES, Box, FerError, UsageError, convention_of
+from .archives import LOCKED, as_text, first_bytes, is_picture, open_archive, read_bytes, separator, split_path, text_encoding
+from .artifacts import CLASSES, Box, UsageError, convention_of
 
 # %% ../nbs/00_data_sources.ipynb #00-sources-005
 _HIDDEN = re.compile(r"(^|/)(\.|__MACOSX(/|$)|Thumbs\.db$|desktop\.ini$)").search  # what systems leave behind
@@ -36,38 +36,36 @@ def _members(archive: str):
     opened = open_archive(archive)
     if opened.locked(): raise UsageError(f"{archive}: is {LOCKED}")
     for member in opened.names():
-        name = as_text(member).replace("\\", "/")
+        name = as_text(member.replace("\\", "/"))
         if not name.endswith("/"): yield name, f"{archive}!{member}"
 
 
-def _check_link(path: str, name: str):
-    "A link to nothing that stands for a class would be a class that vanishes."
-    if os.path.islink(path) and not os.path.exists(path) and to_class(name)[0]:
-        raise UsageError(f"{as_text(path)}: is a link to {os.readlink(path)}, which isn't there; mend or remove it")
+def _folder_behind(entry: os.DirEntry) -> str | None:
+    "The folder that an entry is or leads to: a folder, a link, or the text that some systems keep in a link's place."
+    if entry.is_dir(): return entry.path
+    if not to_class(entry.name)[0]: return None
+    if entry.is_symlink() and not os.path.exists(entry.path): target = None
+    elif entry.stat().st_size > 4096 or is_picture(entry.name, lambda: first_bytes(entry.path)): return None
+    else: target = os.path.join(os.path.dirname(entry.path), Path(entry.path).read_text(errors="surrogateescape").strip("\n\0"))
+    if target and os.path.isdir(target): return os.path.normpath(target)
+    raise UsageError(f"{as_text(entry.path)}: leads to no folder, and is called as a class is; mend or remove it")
 
 
-def _walk(root: str):
-    "(name, another one where two are the same, path) of every file below a folder and of every member of a zip; links are followed."
-    above = {root: {os.path.realpath(root)}}  # folder -> the real folders that lead to it: a link to one of them is a loop
-    for folder, folders, files in os.walk(root, followlinks=True):
-        chain, real = above.pop(folder), {f: os.path.realpath(os.path.join(folder, f)) for f in folders}
-        folders[:] = sorted(f for f in folders if not _HIDDEN(f) and real[f] not in chain)
-        above.update({os.path.join(folder, f): chain | {real[f]} for f in folders})
-        inside = as_text(Path(folder).as_posix()[len(root):].strip("/"))
-        for f in files:
-            path, name = f"{Path(folder).as_posix()}/{f}", f"{inside}/{as_text(f)}".strip("/").replace("\\", "/")
-            _check_link(path, f)
-            yield name, name, path
-            if f.lower().endswith(".zip"):
-                for m, p in _members(path): yield f"{name[:-4]}/{m.removeprefix(f[:-4] + '/')}", f"{name}/{m}", p
-
-# %% ../nbs/00_data_sources.ipynb #00-sources-i02
-def _first_bytes(path: str) -> bytes:
-    "How a file or member begins; nothing where it can't be read."
-    try:
-        if split_path(path)[1] is not None: return read_bytes(path, look=False)[:64]
-        with open(path, "rb") as f: return f.read(64)
-    except (OSError, FerError): return b""
+def _walk(folder: str, inside: str = "", above: frozenset = frozenset()):
+    "(name, another one where two are the same, path) of every file below a folder and of every member of a zip; loops of links end."
+    above |= {os.path.realpath(folder)}
+    try: entries = sorted((e for e in os.scandir(folder) if not _HIDDEN(e.name)), key=lambda e: e.name)
+    except OSError as e: raise UsageError(f"{as_text(folder)}: can't be read ({e.strerror}); mend it or take it out") from None
+    for entry in entries:
+        raw, path = f"{inside}/{entry.name}".strip("/"), Path(entry.path).as_posix()
+        name = as_text(raw.replace("\\", "/"))
+        if deeper := _folder_behind(entry):
+            if os.path.realpath(deeper) not in above: yield from _walk(deeper, raw, above)
+            continue
+        yield name, as_text(raw), path
+        if name.lower().endswith(".zip"):
+            top = entry.name[:-4] + "/"
+            for m, p in _members(path): yield f"{name[:-4]}/{m.removeprefix(top)}", f"{name}/{m}", p
 
 # %% ../nbs/00_data_sources.ipynb #00-sources-006
 class Tree:
@@ -80,8 +78,10 @@ class Tree:
         elif root.lower().endswith(".zip"): found = ((n, n, p) for n, p in _members(root))
         else: found = [(self.root.name, self.root.name, root)]
         self.paths = {}
-        for name, other, path in sorted(found):
-            if not _HIDDEN(name): self.paths[other if name in self.paths else name] = as_text(path)
+        for name, other, path in sorted(found, key=lambda f: (f[0], f[0] != f[1], f[1:])):
+            if _HIDDEN(name): continue
+            if name in self.paths: name = next(n for n in (other, *(f"{i}/{other}" for i in itertools.count(2))) if n not in self.paths)
+            self.paths[name] = as_text(path)
         if not self.paths: raise UsageError(f"{self.root}: is empty; give the folder or zip that holds the dataset")
         self.names = sorted(self.paths)
 
@@ -89,8 +89,8 @@ class Tree:
 @patch
 def images(self: Tree) -> list[str]:
     "Names of pictures, sorted: by their endings, or by how they begin where the ending says nothing."
-    if not hasattr(self, "_images"):
-        self._images = [n for n in self.names if is_picture(n, lambda: _first_bytes(self.paths[n]))]
+    def told(name): return is_picture(name, lambda: first_bytes(self.paths[name]))
+    if not hasattr(self, "_images"): self._images = [n for n in self.names if told(n)]
     return self._images
 
 # %% ../nbs/00_data_sources.ipynb #00-sources-008
@@ -164,7 +164,7 @@ def locate(
     hits = [(_agree(n, parts), n) for n in self._by_base.get(parts[-1].lower() if parts else "", ())]
     hits = sorted(h for h in hits if h[0] >= min(least, len(parts)))
     if len(hits) > 1 and hits[-1][0] == hits[-2][0]:
-        raise UsageError(f"{self.root.name}: {file} may be {hits[-2][1]} or {hits[-1][1]}: keep one of them, or name its whole path in the table")
+        raise UsageError(f"{self.root.name}: {file} may be {hits[-2][1]} or {hits[-1][1]}: keep one, or name its whole path in the table")
     return hits[-1][1] if hits else None
 
 
@@ -205,7 +205,7 @@ def to_class(
 
 # %% ../nbs/00_data_sources.ipynb #00-sources-n03
 SPLITS = ("train", "val", "test")
-PARTS = {p: s for s, names in {"train": "train training trainset trainingset", "val": "val valid validation valset validset validationset dev",
+PARTS = {p: s for s, names in {"train": "train training trainset trainingset", "val": "val valid validation valset validset validationset",
                                "test": "test testing testset testingset publictest privatetest"}.items() for p in names.split()}
 
 # %% ../nbs/00_data_sources.ipynb #00-sources-i06
@@ -218,7 +218,7 @@ def split_of(
 ) -> str:
     "The split that a part becomes; a part that nobody knows is refused, for it would be trained on, or tested on, by accident."
     if split := PARTS.get(_plain(part)): return split
-    raise UsageError(f"{where}: unknown part {part!r}; expected training, validation or test, or FER2013's Training, PublicTest, PrivateTest")
+    raise UsageError(f"{where}: unknown part {part!r}; expected training, validation or test, or Training, PublicTest, PrivateTest")
 
 # %% ../nbs/00_data_sources.ipynb #00-sources-017
 class Row(NamedTuple):
