@@ -84,7 +84,8 @@ def _numbered(path: Path) -> tuple:
     return [int(x) if k % 2 else x for k, x in enumerate(parts)], path.name
 
 # %% ../nbs/06_demo_frames.ipynb #06-capture-020
-def _is_shown(path: Path) -> bool: return path.is_file() and not path.name.startswith(".") and is_picture(path.name, lambda: first_bytes(path))
+def _is_shown(path: Path) -> bool:
+    return path.is_file() and not path.name.startswith(".") and is_picture(path.name, lambda: first_bytes(path))
 
 
 class ImageSource(Source):

@@ -53,7 +53,8 @@ def require_extra(extra, what, modules=None):
 
 def manifest_build(a):
     from fer_nb.manifests import build_manifest
-    print(build_manifest(a.source, a.out, name=a.name, seed=a.seed, val_fraction=a.val_fraction, conventions=_conventions(a.convention)))
+    print(build_manifest(a.source, a.out, name=a.name, seed=a.seed, val_fraction=a.val_fraction,
+                         test_fraction=a.test_fraction, conventions=_conventions(a.convention)))
 
 
 def _conventions(given):
@@ -395,7 +396,8 @@ class Parser(argparse.ArgumentParser):
 
 METAVARS = {"out": "DIR", "manifest": "DIR", "cache": "DIR", "softlabels": "DIR", "model": "FILE", "init_from": "PATH", "truth": "CSV",
             "convention": "NAME", "view": "VIEW", "source": "NAME", "data": "PATH", "arch": "NAME", "min_face": "PIXELS", "name": "NAME"}
-RANGES = {"seed": (0, 2**32 - 1), "epochs": (1, 100_000), "val_fraction": (0, 0.9), "sample": (0, 10**9), "max_hamming": (0, 64),
+RANGES = {"seed": (0, 2**32 - 1), "epochs": (1, 100_000), "val_fraction": (0, 0.9), "test_fraction": (0, 0.9),
+          "sample": (0, 10**9), "max_hamming": (0, 64),
           "resamples": (1, 10**7), "ties": (0, 100), "cores": (1, 4096), "batches": (1, 4096), "threads": (1, 4096), "runs": (1, 10**6),
           "min_face": (1, 10_000), "seconds": (0, 10**6), "ema": (0, 0.99), "delta": (0, 1), "window": (1, 120), "min_count": (1, 120),
           "jitter_limit": (0, 10_000), "most": (0, 10**9)}  # least and most of a number
@@ -543,7 +545,7 @@ def _notebook_flags(c):
 
 COMMANDS = {  # name -> (what is called, whose docstring is its help, its flags)
     "manifest build": (manifest_build, "manifests.build_manifest", lambda c: flags(
-        c, "manifests.build_manifest", "source<sources*! convention<conventions* out! name seed val_fraction",
+        c, "manifests.build_manifest", "source<sources*! convention<conventions* out! name seed val_fraction test_fraction",
         source={"metavar": "KIND=PATH"}, convention={"metavar": "SOURCE=NAME"})),
     "manifest validate": (manifest_validate, "audit.validate_manifest", lambda c: flags(
         c, "audit.validate_manifest", ".dir<folder sample")),

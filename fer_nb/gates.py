@@ -52,7 +52,7 @@ class Checklist:
         return "\n".join([*out, "", f"{'GO' if self.go else 'NO-GO'}: {len(self.lines) - bad} of {len(self.lines)} lines hold"])
 
     def _repr_markdown_(self):
-        rows = [f"| {x.run} | {x.question} | `{x.file}` | {'GO' if x.go else '**NO-GO** ' + x.reason} |" for x in self.lines]
+        rows = [f"| {x.run} | {x.question} | `{x.file}` | {('GO ' if x.go else '**NO-GO** ') + x.reason} |" for x in self.lines]
         return "\n".join(["| run | question | file | verdict |", "|---|---|---|---|", *rows])
 
 # %% ../nbs/01_integrity_gates.ipynb #01-gates-008
@@ -67,6 +67,11 @@ class _Judge:
         try: reason = check(self.folder) or ""
         except FerError as e: reason = str(e).replace(f"{self.folder}/", "")
         self.lines.append(Line(self.run, question, file, not reason, reason))
+
+    def note(self, question: str, file: str, tell: Callable[[Path], str]):
+        "GO with a remark: what a reader should know, and what forbids nothing."
+        try: self.lines.append(Line(self.run, question, file, True, tell(self.folder)))
+        except FerError as e: self.lines.append(Line(self.run, question, file, False, str(e).replace(f"{self.folder}/", "")))
 
 # %% ../nbs/01_integrity_gates.ipynb #01-gates-009
 def _exists(*names):
@@ -97,6 +102,7 @@ def _judge_manifest(j: _Judge):
     j.ask("class order is the one order", "class_order.json", lambda f: ClassOrder.load(f) and None)
     j.ask("no test picture among the training rows", "leakage_report.json", _says(LeakageReport, "remaining_leaks", 0))
     j.ask("validated and audited as it was frozen", "dataset_index.json", _same_index)
+    j.note("every part has rows of every class", "dataset_index.json", lambda f: "; ".join(DatasetIndex.load(f).thin))
     j.ask("no file changed since freezing", "hash_manifest.json", lambda f: check_seal(f) and None)
 
 # %% ../nbs/01_integrity_gates.ipynb #01-gates-013
