@@ -62,7 +62,7 @@ def _walk(folder: str, inside: str = "", above: frozenset = frozenset()):
         if deeper := _folder_behind(entry):
             if os.path.realpath(deeper) not in above: yield from _walk(deeper, raw, above)
             continue
-        yield name, as_text(raw), path
+        yield name, name, path
         if name.lower().endswith(".zip"):
             top = entry.name[:-4] + "/"
             for m, p in _members(path): yield f"{name[:-4]}/{m.removeprefix(top)}", f"{name}/{m}", p
@@ -80,8 +80,10 @@ class Tree:
         self.paths = {}
         for name, other, path in sorted(found, key=lambda f: (f[0], f[0] != f[1], f[1:])):
             if _HIDDEN(name): continue
-            if name in self.paths: name = next(n for n in (other, *(f"{i}/{other}" for i in itertools.count(2))) if n not in self.paths)
-            self.paths[name] = as_text(path)
+            for k in itertools.count():
+                wanted = (name, other)[k] if k < 2 else f"{k}/{other}"
+                if wanted not in self.paths: break
+            self.paths[wanted] = as_text(path)
         if not self.paths: raise UsageError(f"{self.root}: is empty; give the folder or zip that holds the dataset")
         self.names = sorted(self.paths)
 

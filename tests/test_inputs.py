@@ -133,12 +133,12 @@ def test_one_reading_for_every_orientation(tmp_path, orientation):
     upright = decode(read_bytes(row.path))
     assert (row.width, row.height) == (90, 60) and np.abs(upright.astype(int) - image).mean() < 3
     face = crop_box(upright, face_box(row.box))
-    assert row.pixel_hash == pixel_hash(face) and abs(face.reshape(-1, 3).mean(0) - (20, 60, 220)).max() < 6
+    assert row.pixel_hash == pixel_hash(face) and abs(np.median(face.reshape(-1, 3), axis=0) - (20, 60, 220)).max() < 6
     from fer_nb.pictures import read_picture
     assert (read_picture(row.path) == upright).all()
     geometry = Geometry(size=32, margin=0, clahe=None)
     packed = prepare_row(row, geometry)
-    assert abs(packed.reshape(-1, 3).mean(0) - (220, 60, 20)).max() < 12  # RGB of the same box
+    assert abs(np.median(packed.reshape(-1, 3), axis=0) - (220, 60, 20)).max() < 12  # RGB of the same box
 
 
 @pytest.mark.parametrize("kind", [".gif", ".avif", ".jfif", ".jpe", ".jp2", ".webp", ".tif", ".bmp", ".dib", ".png", ".ppm", ".pbm"])
@@ -173,7 +173,7 @@ def test_links_are_followed_and_loops_end(tmp_path):
     assert len(df) == 7 and set(df.label) == set(CLASSES)
     (root/"test").mkdir()
     (root/"test"/"happy").symlink_to(tmp_path/"gone")
-    with pytest.raises(UsageError, match="happy: is a link to .*gone, which isn't there"): read_source(f"folder={root}")
+    with pytest.raises(UsageError, match="happy: leads to no folder, and is called as a class is"): read_source(f"folder={root}")
 
 
 def test_ids_never_clash(tmp_path):
@@ -231,7 +231,7 @@ def test_spellings_of_a_csv(tmp_path, name):
 
 @pytest.mark.parametrize("text, says", [
     (fer_csv(usage=("Training", "Held-Back")), "unknown part 'Held-Back'"), (fer_csv(usage=("Training", "")), "unknown part ''"),
-    (fer_csv(head=("emotion", "pixels")), "lacks the column 'Usage"), ("emotion,pixels,Usage\n3,1 2 3 4,Training\n4\n", "")])
+    (fer_csv(head=("emotion", "pixels")), "lacks the column 'Usage"), ("emotion,pixels,Usage\n3,1 2 3 4,Training\n4\n", "is not a whole CSV")])
 def test_what_is_refused_in_one_line(tmp_path, text, says):
     (tmp_path/"fer2013.csv").write_text(text)
     with pytest.raises(FerError, match=says) as e: build(f"fer2013_csv={tmp_path/'fer2013.csv'}", tmp_path/"m")
