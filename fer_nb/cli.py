@@ -272,6 +272,23 @@ def tune(a):
     print(found)
 
 
+def nl_smoke(a):
+    from fer_nb.phase import ARMS, nl_smoke
+    report = nl_smoke(a.manifest, a.cache, a.out, a.softlabels, a.arms or tuple(ARMS), a.epochs, a.rows, a.batch_size, a.accumulate, a.lr,
+                      a.source or None, a.convention, a.amp, a.device, a.seed)
+    print(report)
+    return int(any(arm.reasons for arm in report.arms.values()))
+
+
+def nl_gate(a):
+    from fer_nb.phase import phase_gate
+    twice = [name for name, *_ in a.part if [n for n, *_ in a.part].count(name) > 1]
+    if twice: raise UsageError(f"--part {twice[0]} is given twice: give all its runs at once")
+    gate = phase_gate(a.baseline, {name: runs for name, *runs in a.part}, a.out, a.margin, a.ece_margin)
+    print(gate)
+    return int(not gate.passed)
+
+
 def adapt_mine(a):
     from fer_nb.hard_samples import mine_sessions
     print(mine_sessions(a.sessions, a.out, a.most))
@@ -394,7 +411,8 @@ METAVARS = {"out": "DIR", "manifest": "DIR", "cache": "DIR", "softlabels": "DIR"
 RANGES = {"seed": (0, 2**32 - 1), "epochs": (1, 100_000), "val_fraction": (0, 0.9), "sample": (0, 10**9), "max_hamming": (0, 64),
           "resamples": (1, 10**7), "ties": (0, 100), "cores": (1, 4096), "batches": (1, 4096), "threads": (1, 4096), "runs": (1, 10**6),
           "min_face": (1, 10_000), "seconds": (0, 10**6), "ema": (0, 0.99), "delta": (0, 1), "window": (1, 120), "min_count": (1, 120),
-          "jitter_limit": (0, 10_000), "most": (0, 10**9)}  # least and most of a number
+          "jitter_limit": (0, 10_000), "most": (0, 10**9), "rows": (7, 10**9), "batch_size": (1, 65_536), "accumulate": (1, 4096),
+          "lr": (1e-8, 10), "margin": (0, 1), "ece_margin": (0, 1)}  # least and most of a number
 MANY: dict[str, dict[str, Any]] = {"*": {"action": "append"}, "+": {"nargs": "+"}, "!": {"required": True}, "?": {"default": None}}
 TYPES = {"int": int, "float": float}
 
@@ -449,6 +467,7 @@ def given(c):
 GROUPS = {"manifest": "build, validate and audit the table of all images", "teacher": "train one teacher; export its softlabels",
           "ensemble": "weigh teachers, write what they teach together, judge it",
           "student": "train one student; judge any checkpoint; compare ways of teaching over seeds",
+          "nl": "NL and negative learning: a smoke test before, a gate after each part alone",
           "adapt": "to a camera or faces of one's own: find mistakes, fine-tune, judge the result"}
 
 
@@ -529,6 +548,17 @@ def _gate_flags(c):
           out={"help": "a folder for dual_gate.json"})
 
 
+def _smoke_flags(c):
+    flags(c, "phase.nl_smoke", "manifest<manifest_dir! cache<cache_dir! out! softlabels arms+ epochs rows batch_size accumulate lr source "
+          "convention amp device seed", arms={"metavar": "ARM", "default": None}, amp={"choices": ("no", "bf16", "fp16")})
+
+
+def _phase_flags(c):
+    flags(c, "phase.phase_gate", "baseline+! part<parts* out margin ece_margin", baseline={"metavar": "RUN"},
+          part={"nargs": "+", "action": "append", "type": str, "metavar": ("NAME", "RUN"), "required": True,
+                "help": "a part and its run folders, such as NL RUN RUN RUN; may be repeated"})
+
+
 def _notebook_flags(c):
     flags(c, "runs.run_notebook", ".name .out", name={"metavar": "NOTEBOOK"}, out={"metavar": "OUT"})
     given(c)
@@ -569,6 +599,8 @@ COMMANDS = {  # name -> (what is called, whose docstring is its help, its flags)
     "score": (score, "scoring.score_session", lambda c: flags(c, "scoring.score_session", ".session<folder truth")),
     "replay": (replay, "tuning.replay", _replay_flags),
     "tune": (tune, "tuning.tune", _tune_flags),
+    "nl smoke": (nl_smoke, "phase.nl_smoke", _smoke_flags),
+    "nl gate": (nl_gate, "phase.phase_gate", _phase_flags),
     "adapt mine": (adapt_mine, "hard_samples.mine_sessions", lambda c: flags(
         c, "hard_samples.mine_sessions", ".sessions+ out most", sessions={
             "metavar": "SESSION", "help": "folders of labelled sessions"})),
