@@ -480,4 +480,4 @@ def compact_softlabels(
               views=np.array(s.views), temperature=np.float64(s.temperature), scale=np.float64(s.scale), convention=np.array(s.convention))
     ClassOrder().save(out)
     write_text(out/"sample_count.txt", f"{len(s.ids)}\n")
-    return seal_folder(out, s.dataset_index_id, ["softlabels.npz", "class_order.json", "sample_count.txt"])
+    return seal_folder(out, s.dataset_index_id, [f for f in leaves_of("softlabels", steps=["export"]) if (out/f).is_file()])

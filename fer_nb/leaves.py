@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SEAL', 'MANIFEST_LEAVES', 'CACHE_LEAVES', 'SOFTLABEL_LEAVES', 'TRAINED_LEAVES', 'THROUGH', 'REPORTED_LEAVES',
            'LEAVES', 'RESUMED', 'FOLDERS', 'OTHER_NAMES', 'Leaf', 'leaves_of', 'declared', 'leaves_table',
-           'leaves_markdown', 'seal_folder', 'unseal', 'check_seal', 'travels', 'check_run_seal', 'reseal',
-           'artifact_models', 'inventory']
+           'leaves_markdown', 'seal_folder', 'unseal', 'check_seal', 'travels', 'is_small_copy', 'check_run_seal',
+           'reseal', 'artifact_models', 'inventory']
 
 # %% ../nbs/00_artifacts_table.ipynb #00-leaves-002
 from pathlib import Path
@@ -218,7 +218,7 @@ def travels(
     return any(x.file == name and x.kept for leaves in LEAVES.values() for x in leaves) and not name.startswith("softlabels/")
 
 # %% ../nbs/00_artifacts_table.ipynb #00-leaves-k2
-def _is_small_copy(
+def is_small_copy(
     folder,  # a run
 ) -> bool:
     "Whether a sealed run lacks its weights, or an ensemble its softlabels, and has its test logits alone."
@@ -233,7 +233,7 @@ def check_run_seal(
 ) -> bool:  # whether it is a small copy
     "Check a run's seal; of a small copy, everything that travelled unchanged."
     folder = Path(folder)
-    if not _is_small_copy(folder): check_seal(folder); return False
+    if not is_small_copy(folder): check_seal(folder); return False
     for name, digest in HashManifest.load(folder).files.items():
         path = folder/name
         if name == "evaluation.npz" or not (path.is_file() or travels(name)): continue

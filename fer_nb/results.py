@@ -480,13 +480,11 @@ def tuning_section(root) -> str:
 # %% ../nbs/09c_results.ipynb #09c-older-section
 def older_section(reference) -> str:
     "Earlier and unfinished runs, so that nothing is forgotten."
-    first, wide = Path(reference)/"fer2013_first", Path(reference)/"fer2013"/"reference224"
-    runs = [*find_kept(first, "teachers"), *find_kept(first, "students"), *find_kept(wide, ".")]
+    runs = find_kept(Path(reference)/"fer2013"/"reference224", ".")
     rows = [[_link(k, reference, k.folder.relative_to(reference).as_posix()),
              f"{k.args['img_size']} px, {_epochs_of(k.args)}, {_minutes(k)} min",
              *(k.shown(m, "ferplus") for m in ("accuracy", "macro_f1"))] for k in runs]
-    about = ("By FERPlus's labels. `fer2013_first` is the first run of four epochs; its KD started from CE's best, so it trained twice as "
-             "long; its intervals count rows. The one at 224 px is a single epoch from the weights that ship, far from converged: what "
+    about = ("By FERPlus's labels. The one at 224 px is a single epoch from the weights that shipped then, far from converged: what "
              "small inputs cost could not be measured fairly.")
     return _section("Earlier and unfinished", about, md_table(["run", "how", "accuracy", "macro-F1"], rows))
 

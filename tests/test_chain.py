@@ -1,6 +1,7 @@
 """The chain end to end, by the command that users type: every artifact, up-to-date runs skipped, lost files noticed, tampering refused."""
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import yaml
 
 from fer_nb.gates import gates
 from fer_nb.leaves import inventory, leaves_of
+from tests.attacks import ATTACKS
 from tests.conftest import ROOT
 
 STUDIO = {"train_source": "synthetic_studio", "epochs": 2}
@@ -119,6 +121,26 @@ def test_tampering_is_caught(chain, tmp_path):
     done = fer_nb("gates", copy)
     assert done.returncode == 1
     assert "softlabels_index.jsonl: was changed" in done.stdout and "calibration.json: is not whole JSON" in done.stdout
+
+
+@pytest.fixture(scope="module")
+def whole(chain, tmp_path_factory):
+    "A finished run without what no attack touches, small enough to be copied often."
+    copy = tmp_path_factory.mktemp("whole")/"run"
+    shutil.copytree(chain[0], copy, ignore=shutil.ignore_patterns(".snakemake", "synthetic", "*.ipynb", "report"))
+    assert gates(copy).go  # untouched
+    return copy
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_no_forgery_passes_the_gates(whole, tmp_path, name):
+    do, says = ATTACKS[name]
+    shutil.copytree(whole, tmp_path/"run")
+    do(tmp_path/"run")
+    checklist = gates(tmp_path/"run")
+    bad = [str(line) for line in checklist.lines if not line.go]
+    assert not checklist.go and any(re.search(says, line) for line in bad), bad
+    assert len(checklist.lines) > 20  # one broken file doesn't end the list
 
 
 def test_a_foreign_checkpoint_stops_the_student(chain, tmp_path):
