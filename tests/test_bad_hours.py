@@ -8,7 +8,7 @@ import time
 import pytest
 import yaml
 
-from fer_nb import callbacks, runs, training
+from fer_nb import artifacts, callbacks, runs, training
 from fer_nb.artifacts import GateError, UsageError
 from fer_nb.cli import main
 from fer_nb.distillation import StudentLoss
@@ -122,3 +122,14 @@ def test_equal_seeds_leave_equal_bytes(tmp_path):
 def test_a_profile_that_runs_is_not_refused():
     for name in ("embedded", "fer2013", "fer2013_gpu", "full"): assert runs.load_profile(name)["seeds"]
     with pytest.raises(UsageError, match="unknown profile"): runs.load_profile("embeded")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="umask")
+def test_files_and_folders_obey_the_umask(tmp_path):
+    before = os.umask(0o077)
+    try:
+        artifacts.write_text(tmp_path/"note.txt", "mine")
+        embedded_data(tmp_path/"data", n=40, img_size=32)
+    finally: os.umask(before)
+    wide = [p.name for p in tmp_path.rglob("*") if p.stat().st_mode & 0o077]
+    assert wide == []
