@@ -21,7 +21,7 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from .artifacts import ArtifactError, FerError, UsageError, sha256_bytes, sha256_file
+from .artifacts import ArtifactError, FerError, UsageError, allowed_mode, sha256_bytes, sha256_file
 from .framing import measure_framing, row_box, row_crop, row_image
 from .geometry import Framing, Geometry, check_geometry, prepare_pixels, read_framing
 from .likeness import face_box
@@ -320,7 +320,7 @@ def pack_cache(
     try:
         framing = measure_framing(rows, sample, models=models, margin=geometry.margin, threads=threads, progress=progress)
         _write_cache(tmp, rows, geometry, framing, manifest.dataset_index_id, threads, progress)
-        tmp.chmod(0o755)
+        tmp.chmod(allowed_mode(0o777))
         if _up_to_date(out, *ask) is None: _install(tmp, out)
     except OSError:  # another run put its own there in the same moment
         if _up_to_date(out, *ask) is None: raise
