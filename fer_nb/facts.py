@@ -48,8 +48,9 @@ def unsealed(
     later=(),  # names that are written after the seal
 ) -> str:  # "" where the seal is whole
     "What a folder owes or holds, and its seal doesn't list."
-    listed = set(HashManifest.load(folder).files)
-    lost, extra = sorted(set(owed) - listed - {SEAL.file, *later}), sorted(on_disk(folder) - listed - set(later))
+    seal = HashManifest.load(folder)
+    lost = sorted(set(owed) - {*seal.files, *seal.original, SEAL.file, *later})  # a small copy left some behind, and says which
+    extra = sorted(on_disk(folder) - {*seal.files, *later})
     if lost: return f"the seal does not list {', '.join(lost[:3])}{' and more' if len(lost) > 3 else ''}, which such a folder owes"
     return f"{extra[0]} stands here and not in the seal{f', and {len(extra) - 1} more' if len(extra) > 1 else ''}" if extra else ""
 
