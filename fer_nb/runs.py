@@ -79,7 +79,7 @@ class Parameter(NamedTuple):
 
 def _choices(comment: str) -> tuple[str, ...]:
     "The words of a comment such as `no | bf16 | fp16: what it is for`; none where one of them is no word."
-    words = [w.strip() for w in re.split(r"[:(]", comment.lstrip("# "), maxsplit=1)[0].split("|")]
+    words = [w.strip() for w in re.sub(r"\([^)]*\)", "", comment.lstrip("# ")).partition(":")[0].split("|")]
     return tuple(words) if len(words) > 1 and all(re.fullmatch(r"\w+", w) for w in words) else ()
 
 

@@ -205,7 +205,8 @@ def places(tmp_path_factory):
     (root/"binary.yaml").write_bytes(b"about: \xff\xfe")
     for suffix in ("onnx", "png", "mp4", "ipynb"): (root/f"fake.{suffix}").write_bytes(np.random.default_rng(0).bytes(2000))
     cv2.imwrite(str(root/"face.png"), np.full((64, 64, 3), 127, np.uint8))
-    return {k: str(root/k) for k in ("empty", "full", "file", "none", "out", "binary", "fake")} | {"face": str(root/"face.png"), "root": root}
+    names = {k: str(root/k) for k in ("empty", "full", "file", "none", "out", "binary", "fake")}
+    return names | {"face": str(root/"face.png"), "root": root}
 
 
 @pytest.mark.parametrize("line", WRONG)
