@@ -80,7 +80,8 @@ class Tree:
         self.paths = {}
         for name, other, path in sorted(found, key=lambda f: (f[0], f[0] != f[1], f[1:])):
             if _HIDDEN(name): continue
-            if name in self.paths: name = next(n for n in (other, *(f"{i}/{other}" for i in itertools.count(2))) if n not in self.paths)
+            others = itertools.chain(() if "\\" in other else (other,), (f"{i}/{name}" for i in itertools.count(2)))
+            if name in self.paths: name = next(n for n in others if n not in self.paths)  # never without its folders
             self.paths[name] = as_text(path)
         if not self.paths: raise UsageError(f"{self.root}: is empty; give the folder or zip that holds the dataset")
         self.names = sorted(self.paths)
