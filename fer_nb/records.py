@@ -86,6 +86,7 @@ class HashManifest(Artifact):
     dataset_index_id: str
     files: dict[str, str]  # relative path -> hex sha256
     rewritten: dict[str, str] = {}  # files that were computed again after the run -> the sha256 that the run had sealed
+    original: dict[str, str] = {}  # of a small copy: all that the run itself had sealed, what stayed behind included
 
 # %% ../nbs/00_artifacts_data.ipynb #00-records-011
 class PartOverlap(BaseModel):

@@ -133,12 +133,12 @@ def test_one_reading_for_every_orientation(tmp_path, orientation):
     upright = decode(read_bytes(row.path))
     assert (row.width, row.height) == (90, 60) and np.abs(upright.astype(int) - image).mean() < 3
     face = crop_box(upright, face_box(row.box))
-    assert row.pixel_hash == pixel_hash(face) and abs(np.median(face.reshape(-1, 3), axis=0) - (20, 60, 220)).max() < 6
+    assert row.pixel_hash == pixel_hash(face) and abs(face.reshape(-1, 3).mean(0) - (20, 60, 220)).max() < 12
     from fer_nb.pictures import read_picture
     assert (read_picture(row.path) == upright).all()
     geometry = Geometry(size=32, margin=0, clahe=None)
     packed = prepare_row(row, geometry)
-    assert abs(np.median(packed.reshape(-1, 3), axis=0) - (220, 60, 20)).max() < 12  # RGB of the same box
+    assert abs(packed[12:20, 12:20].reshape(-1, 3).mean(0) - (220, 60, 20)).max() < 12  # RGB of the same box, which a square is cut around
 
 
 @pytest.mark.parametrize("kind", [".gif", ".avif", ".jfif", ".jpe", ".jp2", ".webp", ".tif", ".bmp", ".dib", ".png", ".ppm", ".pbm"])
@@ -173,7 +173,7 @@ def test_links_are_followed_and_loops_end(tmp_path):
     assert len(df) == 7 and set(df.label) == set(CLASSES)
     (root/"test").mkdir()
     (root/"test"/"happy").symlink_to(tmp_path/"gone")
-    with pytest.raises(UsageError, match="happy: leads to no folder, and is called as a class is"): read_source(f"folder={root}")
+    with pytest.raises(UsageError, match="happy: leads to no folder"): read_source(f"folder={root}")
 
 
 def test_ids_never_clash(tmp_path):
@@ -212,7 +212,8 @@ VARIANTS = {
     "semicolons": (dict(sep=";"), "utf-8"), "tabs": (dict(sep="\t"), "utf-8"), "carriage returns": (dict(end="\r"), "utf-8"),
     "windows": (dict(end="\r\n"), "utf-8"), "capitals": (dict(head=("Emotion", "Pixels", "usage")), "utf-8"),
     "spaces in the head": (dict(head=("emotion", " pixels", " Usage")), "utf-8"),
-    "floats": (dict(label=lambda k: f"{k}.0"), "utf-8"), "parts in capitals": (dict(usage=("TRAINING", "PUBLICTEST", "privatetest")), "utf-8"),
+    "floats": (dict(label=lambda k: f"{k}.0"), "utf-8"), "parts in capitals": (
+        dict(usage=("TRAINING", "PUBLICTEST", "privatetest")), "utf-8"),
     "parts with blanks": (dict(usage=("training", "Public Test", "private_test")), "utf-8"),
     "other parts": (dict(usage=("train", "val", "test")), "utf-8"), "long fields": (dict(side=260), "utf-8"),
     "semicolons, utf-16, returns": (dict(sep=";", end="\r"), "utf-16"),
