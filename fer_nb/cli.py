@@ -102,6 +102,21 @@ def notebook(a):
     with _told_when_done(a.out): run_notebook(a.name, a.out, _parameters(a))
 
 
+def _check_training(parameters: dict):
+    "What can be known of a training before its kernel starts."
+    weights, arch = parameters.get("weights"), parameters.get("arch")
+    if weights not in (None, "", "none", "auto") and not Path(weights).is_file():
+        raise UsageError(f"weights '{weights}' is no file: give none, auto, or the path of a checkpoint")
+    if arch:
+        from fer_nb.runs import SHORT_NAMES
+        if arch not in SHORT_NAMES:
+            from fer_nb.teachers import backbone_name
+            backbone_name(arch)
+    stage, soft = parameters.get("stage"), parameters.get("softlabels")
+    if stage in STAGES and (stage == "CE") == bool(soft):
+        raise UsageError(f"stage {stage} {'takes no soft labels: leave out' if soft else 'needs soft labels: give'} --softlabels")
+
+
 def teacher_train(a):
     name = f"{a.arch}_seed{a.seed}_stage{'B' if a.init_from else 'A'}"
     out = a.out or f"runs/teachers/{name}_{Path(a.cache).name if a.cache else 'embedded'}"
@@ -125,7 +140,10 @@ def teacher_export(a):
 def _stage(name, out, parameters):
     "One papermill run of a stage, then its gates; it resumes, and where all epochs are trained it only calibrates and exports."
     from fer_nb.gates import gates
-    from fer_nb.runs import run_notebook
+    from fer_nb.runs import check_parameters, notebook_path, run_notebook
+    check_parameters(notebook_path(name), parameters)
+    _check_training(parameters)
+    if Path(out).is_file(): raise UsageError(f"'{out}' is a file: give a folder")
     with _told_when_done(out): run_notebook(name, Path(out)/f"{name}.ipynb", parameters | {"out": str(out)}, bar=sys.stderr.isatty())
     print(f"\n{gates(out)}")
 
@@ -232,6 +250,8 @@ STABILISER = ("ema", "delta", "window", "min_count")
 
 def _stabiliser(a):
     "The stabiliser's settings that were given."
+    if a.window is not None and a.min_count is not None and a.min_count > a.window:
+        raise UsageError(f"--min-count {a.min_count} of a window of {a.window} frames can't be: give at most {a.window}")
     return {name: getattr(a, name) for name in STABILISER if getattr(a, name) is not None}
 
 
@@ -652,9 +672,26 @@ def _line(e: BaseException) -> tuple[str, int]:
     if isinstance(e, OSError):
         where = " → ".join(str(f) for f in (e.filename, e.filename2) if f)
         return f"{where}: {e.strerror or e}" if where else f"{type(e).__name__}: {e.strerror or e}", 1
+    if isinstance(e, UnicodeDecodeError): return f"a file is not UTF-8: {e.reason} at byte {e.start}", 2
+    if type(e).__name__ == "ValidationError" and hasattr(e, "errors"):  # pydantic's
+        first = e.errors()[0]
+        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}", 2
     if isinstance(e, MemoryError): return "the memory is not enough for this", 1
     first = (str(e).splitlines() or [""])[0]
     return f"a fault of fer-nb itself ({type(e).__name__}: {first}): with --debug the same command shows where", 1
+
+
+ASKED = ("run_dir", "checkpoint", "dir", "manifest", "cache", "softlabels", "init_from", "truth", "sessions", "members", "baseline")
+
+
+def _check_places(a):
+    "Refuse a path that is not there, and a file where a folder is to be made, before anything is imported for it."
+    for name in ASKED:
+        given = getattr(a, name, None)
+        for path in given if isinstance(given, list) else [given]:
+            if path and not Path(path).exists(): raise UsageError(f"'{path}' does not exist ({name.replace('_', ' ')})")
+    out = getattr(a, "out", None)
+    if out and a.func not in (replay, notebook) and Path(out).is_file(): raise UsageError(f"'{out}' is a file: give a folder")
 
 
 def main(argv=None):
@@ -662,6 +699,7 @@ def main(argv=None):
     debug = "--debug" in (sys.argv if argv is None else argv)
     try:
         args = parser().parse_args(argv)
+        _check_places(args)
         return args.func(args) or 0
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

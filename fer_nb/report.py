@@ -456,7 +456,8 @@ def render(
 ) -> Path:
     "Make one offline HTML page of an executed report notebook."
     if not Path(notebook).is_file(): raise UsageError(f"'{notebook}' does not exist: run the report notebook first")
-    nb = nbformat.read(notebook, as_version=4)
+    try: nb = nbformat.read(notebook, as_version=4)
+    except Exception as e: raise UsageError(f"'{notebook}' is no notebook ({type(e).__name__})") from None  # nbformat raises a dozen types
     nb.cells = _page_cells(nb)
     if not nb.cells: raise ArtifactError(notebook, "holds no run part: is it an executed 09b_report?")
     with tempfile.TemporaryDirectory() as d, atomic_path(page) as tmp:
