@@ -469,8 +469,8 @@ class _Cleaner(HTMLParser):
         kept = []
         for name, value in attrs:
             plain = re.sub(r"[\x00-\x20]", "", value or "")
-            if name.startswith("on") or name in _FETCHED and not _PICTURE.match(plain): continue
-            if name == "href" and not _CLICKED.match(plain): continue
+            acts = name.startswith("on") or name in _FETCHED and not _PICTURE.match(plain)
+            if acts or name == "href" and not _CLICKED.match(plain): continue
             if name == "style": value = _URL.sub("", value or "")
             kept.append(f" {name}" if value is None else f' {name}="{html.escape(value)}"')
         return "".join(kept)
@@ -482,7 +482,8 @@ class _Cleaner(HTMLParser):
         self.out.append(f"<{tag}{self._attributes(attrs)}>")
 
     def handle_startendtag(self, tag, attrs):
-        if not self.inside and tag not in _DROPPED | _ALONE and "http-equiv" not in dict(attrs): self.out.append(f"<{tag}{self._attributes(attrs)} />")
+        if self.inside or tag in _DROPPED | _ALONE or "http-equiv" in dict(attrs): return
+        self.out.append(f"<{tag}{self._attributes(attrs)} />")
 
     def handle_endtag(self, tag):
         if self.inside:
