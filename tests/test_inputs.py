@@ -233,7 +233,8 @@ def test_spellings_of_a_csv(tmp_path, name):
 
 @pytest.mark.parametrize("text, says", [
     (fer_csv(usage=("Training", "Held-Back")), "unknown part 'Held-Back'"), (fer_csv(usage=("Training", "")), "unknown part ''"),
-    (fer_csv(head=("emotion", "pixels")), "lacks the column 'Usage"), ("emotion,pixels,Usage\n3,1 2 3 4,Training\n4\n", "is not a whole CSV")])
+    (fer_csv(head=("emotion", "pixels")), "lacks the column 'Usage"),
+    ("emotion,pixels,Usage\n3,1 2 3 4,Training\n4\n", "is not a whole CSV")])
 def test_what_is_refused_in_one_line(tmp_path, text, says):
     (tmp_path/"fer2013.csv").write_text(text)
     with pytest.raises(FerError, match=says) as e: build(f"fer2013_csv={tmp_path/'fer2013.csv'}", tmp_path/"m")
