@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fer_nb.artifacts import STAGES, FerError, GateError, UsageError
-from fer_nb.locks import end_with_run, hold
+from fer_nb.locks import end_with_run, hold, refuse_held
 
 NEEDS = {"notebooks": ("pandas", "scipy", "matplotlib", "anywidget", "ipywidgets", "voila"),
          "train": ("torch", "timm", "fastai", "pandas", "pyarrow", "scipy", "sklearn", "matplotlib", "onnx", "onnxscript",
@@ -83,6 +83,7 @@ def gates(a):
 
 
 def run(a):
+    if not a.dry_run: refuse_held(a.out or f"runs/{Path(a.profile).stem}")  # before anything heavy is loaded
     from fer_nb.runs import run_profile
     start = time.time()
     report = run_profile(a.profile, a.data, a.out, a.cores, a.dry_run, a.convention)

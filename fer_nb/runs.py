@@ -12,6 +12,7 @@ __all__ = ['LEAST', 'MOST', 'PLACES', 'WRITES', 'PROFILE_DEFAULTS', 'STUDENT_STA
 import ast
 import contextlib
 import io
+import json
 import logging
 import math
 import os
@@ -26,11 +27,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-import nbformat
-import papermill
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, field_validator
-from traitlets.config import Config
 
 from .artifacts import STAGES, ArtifactError, GateError, UsageError, write_text
 from .leaves import check_seal, unseal
@@ -86,27 +84,34 @@ def notebook_parameters(
     path,  # a notebook
 ) -> dict[str, Parameter]:  # by name
     "The names, defaults and choices of a notebook's parameters cell."
-    try: cells = [c for c in nbformat.read(path, as_version=4).cells if "parameters" in c.metadata.get("tags", [])]
-    except Exception as e: raise UsageError(f"{path} is no notebook ({type(e).__name__})") from None  # nbformat raises a dozen types
+    try:  # as plain JSON: nbformat takes seconds to come up
+        cells = json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
+        sources = ["".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", [])]
+        trees = [ast.parse(s) for s in sources]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SyntaxError) as e:
+        raise UsageError(f"{path} is no notebook ({type(e).__name__})") from None
     out = {}
-    for c in cells:
-        tokens = tokenize.generate_tokens(io.StringIO(c.source).readline)
+    for source, tree in zip(sources, trees):
+        tokens = tokenize.generate_tokens(io.StringIO(source).readline)
         about = {t.start[0]: t.string for t in tokens if t.type == tokenize.COMMENT}
-        for node in (n for n in ast.parse(c.source).body if isinstance(n, ast.Assign)):
-            out[node.targets[0].id] = Parameter(ast.unparse(node.value), ast.literal_eval(node.value), _choices(about.get(node.lineno, "")))
+        for node in (n for n in tree.body if isinstance(n, ast.Assign) and isinstance(n.targets[0], ast.Name)):
+            try: default = ast.literal_eval(node.value)
+            except (ValueError, TypeError, RecursionError): default = None  # computed: anything may be given
+            out[node.targets[0].id] = Parameter(ast.unparse(node.value), default, _choices(about.get(node.lineno, "")))
     return out
 
 # %% ../nbs/09a_runs.ipynb #09a-runs-010
 LEAST = {"epochs": 1, "batch_size": 1, "accumulate": 1, "img_size": 16, "runs": 1, "n": 1, "n_images": 1, "resamples": 2, "folds": 0,
          "fold": 0, "seed": 0, "lr": 1e-12, "weight_decay": 0, "mixup": 0, "ema": 0, "clip": 0, "kd_temperature": 1e-3, "video_seconds": 0}
-MOST = {"seed": 2**32 - 1, "ema": 1, "alpha": 1, "alpha_start": 1, "label_smoothing": 1, "drop_rate": 1}
+MOST = {"epochs": 100_000, "batch_size": 65_536, "accumulate": 4096, "img_size": 4096, "seed": 2**32 - 1,
+        "ema": 1, "alpha": 1, "alpha_start": 1, "label_smoothing": 1, "drop_rate": 1}
 PLACES = ("manifest_dir", "cache_dir", "softlabels", "init_from", "nl_smoke", "nl_phase")  # what they name must be there
 
 
 def _odd_value(name: str, value, p: Parameter) -> str:  # "" where it may be
     "What is wrong with a parameter's value."
     kind = type(p.default)
-    number = kind in (int, float) and type(value) in ((int,) if kind is int else (int, float)) and math.isfinite(value)
+    number = kind in (int, float) and type(value) in ((int,) if kind is int else (int, float)) and abs(value) < 1e300  # nan is not
     if kind in (int, float) and not number: return f"give a {'whole ' if kind is int else ''}number"
     if kind in (str, bool, list, dict) and not isinstance(value, kind):
         return f"give {({str: 'a text', bool: 'true or false', list: 'a list', dict: 'names and values'})[kind]}"
@@ -125,10 +130,12 @@ def check_parameters(path, parameters: dict):
         if odd := _odd_value(name, value, known[name]): raise UsageError(f"{Path(path).stem}: {name} is {value!r}: {odd}")
 
 # %% ../nbs/09a_runs.ipynb #09a-runs-013
-def _transport(folder: str) -> Config:
+def _transport(folder: str):  # traitlets' Config
     "A kernel's sockets as files in a folder of its own; where there are none, or a path of theirs is too long (107 bytes), TCP."
+    from traitlets.config import Config
     files = os.name == "posix" and len(os.fsencode(folder)) < 90
-    return Config(KernelManager={"transport": "ipc", "ip": f"{folder}/kernel"} if files else {"transport": "tcp"})
+    way = {"transport": "ipc", "ip": f"{folder}/kernel"} if files else {"transport": "tcp"}
+    return Config(KernelManager={**way, "connection_file": f"{folder}/kernel.json"})
 
 # %% ../nbs/09a_runs.ipynb #09a-runs-h01
 WRITES = ("out", "session")  # the parameters that name the folder which a stage writes
@@ -154,8 +161,9 @@ def run_notebook(
     path, parameters = notebook_path(name), parameters or {}
     check_parameters(path, parameters)
     if Path(out).is_dir(): raise UsageError(f"'{out}' is a folder: give the executed notebook's file")
-    logging.getLogger("papermill").setLevel(logging.ERROR)  # its own parser of parameters warns of lists; ours has checked them
     with _held(parameters), passing_folder() as sockets:
+        import papermill  # takes seconds, for which nobody who is refused should wait
+        logging.getLogger("papermill").setLevel(logging.ERROR)  # its own parser of parameters warns of lists; ours has checked them
         Path(out).parent.mkdir(parents=True, exist_ok=True)
         try:
             papermill.execute_notebook(str(path), str(out), parameters=parameters, progress_bar=bar, kernel_name="python3",
