@@ -37,7 +37,7 @@ EPILOG = """examples:
   fer-nb adapt finetune --data faces --out runs/mine/adapted       a folder of your own faces, a folder a class
   fer-nb gates runs/embedded                                       the go/no-go checklist, with the file behind each line
 
-exit codes: 0 done, 1 a gate stays shut or a run failed, 2 a wrong argument"""
+exit codes: 0 done, 1 a gate stays shut or a run failed, 2 a wrong argument, 3 some pictures of `predict` could not be read"""
 
 
 def missing(module, extra, what): return f"{what} needs {module}, which is not installed: pip install 'fer_nb[{extra}]'"
@@ -54,7 +54,8 @@ def require_extra(extra, what, modules=None):
 
 def manifest_build(a):
     from fer_nb.manifests import build_manifest
-    print(build_manifest(a.source, a.out, name=a.name, seed=a.seed, val_fraction=a.val_fraction, conventions=_conventions(a.convention)))
+    print(build_manifest(a.source, a.out, name=a.name, seed=a.seed, val_fraction=a.val_fraction,
+                         test_fraction=a.test_fraction, conventions=_conventions(a.convention)))
 
 
 def _conventions(given):
@@ -244,8 +245,12 @@ def bench(a):
 def predict(a):
     from fer_nb.pictures import predict_pictures
     found = predict_pictures(a.images, a.model, a.detector, a.min_face, whole=a.whole, say=lambda line: print(line, file=sys.stderr))
-    print(found.to_json() if a.json else found)
-    return 0 if found.found else 1
+    text = found.to_json() if a.json else found.to_csv().rstrip("\n") if a.csv else str(found)
+    if a.out:
+        from fer_nb.artifacts import write_text
+        write_text(a.out, text + "\n")
+    else: print(text)
+    return found.exit_code
 
 
 STABILISER = ("ema", "delta", "window", "min_count")
@@ -432,7 +437,8 @@ class Parser(argparse.ArgumentParser):
 
 METAVARS = {"out": "DIR", "manifest": "DIR", "cache": "DIR", "softlabels": "DIR", "model": "FILE", "init_from": "PATH", "truth": "CSV",
             "convention": "NAME", "view": "VIEW", "source": "NAME", "data": "PATH", "arch": "NAME", "min_face": "PIXELS", "name": "NAME"}
-RANGES = {"seed": (0, 2**32 - 1), "epochs": (1, 100_000), "val_fraction": (0, 0.9), "sample": (0, 10**9), "max_hamming": (0, 64),
+RANGES = {"seed": (0, 2**32 - 1), "epochs": (1, 100_000), "val_fraction": (0, 0.9), "test_fraction": (0, 0.9),
+          "sample": (0, 10**9), "max_hamming": (0, 64),
           "resamples": (1, 10**7), "ties": (0, 100), "cores": (1, 4096), "batches": (1, 4096), "threads": (1, 4096), "runs": (1, 10**6),
           "min_face": (1, 10_000), "seconds": (0, 10**6), "ema": (0, 0.99), "delta": (0, 1), "window": (1, 120), "min_count": (1, 120),
           "jitter_limit": (0, 10_000), "most": (0, 10**9), "rows": (7, 10**9), "batch_size": (1, 65_536), "accumulate": (1, 4096),
@@ -535,7 +541,10 @@ def _bench_flags(c):
 
 def _predict_flags(c):
     flags(c, "pictures.predict_pictures", ".images<paths+ model detector min_face whole", images={"metavar": "IMAGE"})
-    c.add_argument("--json", action="store_true", help="all probabilities, as JSON")
+    form = c.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="all probabilities, as JSON")
+    form.add_argument("--csv", action="store_true", help="all probabilities, as CSV: a row a face")
+    c.add_argument("--out", metavar="FILE", help="write the answer to this file")
 
 
 def _demo_flags(c):
@@ -590,7 +599,7 @@ def _notebook_flags(c):
 
 COMMANDS = {  # name -> (what is called, whose docstring is its help, its flags)
     "manifest build": (manifest_build, "manifests.build_manifest", lambda c: flags(
-        c, "manifests.build_manifest", "source<sources*! convention<conventions* out! name seed val_fraction",
+        c, "manifests.build_manifest", "source<sources*! convention<conventions* out! name seed val_fraction test_fraction",
         source={"metavar": "KIND=PATH"}, convention={"metavar": "SOURCE=NAME"})),
     "manifest validate": (manifest_validate, "audit.validate_manifest", lambda c: flags(
         c, "audit.validate_manifest", ".dir<folder sample")),

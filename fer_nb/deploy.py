@@ -26,7 +26,7 @@ from .artifacts import CLASSES, ArtifactError, GateError, UsageError, find_artif
 from .evidence import ClassValues, ExportReport, PastValues
 from .geometry import Crop, Framing, Geometry, normalise, prepare_face, read_framing
 from .integrity import own_calibration, run_convention
-from .records import Calibration
+from .records import Calibration, HashManifest
 
 # %% ../nbs/05b_predictor.ipynb #05b-deploy-005
 SCHEMA = "1"  # the version of this table
@@ -264,14 +264,21 @@ def _check_graph(session, size: int, path):
                             expected=f"faces tensor(float) [N, 3, {size}, {size}] -> logits tensor(float) [N, {len(CLASSES)}]")
 
 # %% ../nbs/05b_predictor.ipynb #05b-deploy-rec2
+def _on_record(path: Path) -> tuple[str, str]:  # sha256 and the file that says so; empty where nobody recorded one
+    "What a model's folder has on record of it: in the report of its export, or, of the students in the package, in a seal."
+    if find_artifact(path.parent, ExportReport.filename):
+        told = next((f.sha256 for f in ExportReport.load(path.parent).files.values() if f.file == path.name), "")
+        if told: return told, ExportReport.filename
+    if find_artifact(path.parent, HashManifest.filename) is None: return "", ""
+    return HashManifest.load(path.parent).files.get(path.name, ""), HashManifest.filename
+
+
 def require_recorded(path):  # an exported .onnx
-    "Refuse a file that is not the one that the export report beside it names; a file without a report passes."
-    path = Path(path)
-    if not path.is_file() or find_artifact(path.parent, ExportReport.filename) is None: return
-    for f in ExportReport.load(path.parent).files.values():
-        if f.file == path.name and (found := sha256_file(path)) != f.sha256:
-            raise ArtifactError(path, f"is not the file that {ExportReport.filename} names: export the model again",
-                                expected=f"sha256 {f.sha256[:12]}…", got=f"{found[:12]}…")
+    "Refuse a file that is not the one that its folder has on record; a file of which there is no record passes."
+    told, by = _on_record(Path(path))
+    if told and Path(path).is_file() and (found := sha256_file(path)) != told:
+        raise ArtifactError(path, f"is not the file that {by} names: export the model, or install the package, again",
+                            expected=f"sha256 {told[:12]}…", got=f"{found[:12]}…")
 
 # %% ../nbs/05b_predictor.ipynb #05b-deploy-040
 def open_onnx(path, provider: str, threads: int):  # (facts, function from float32 (N, 3, S, S) to (N, 7))

@@ -34,8 +34,7 @@ def row_image(
     data = read_bytes(row.path)
     if sha256_bytes(data) != row.sha256:
         raise ArtifactError(row.path, "is not the file that the manifest was frozen with: build the manifest again")
-    image = decode(data, cv2.IMREAD_ANYCOLOR, row.path)
-    return np.ascontiguousarray(image[..., 0]) if image.ndim == 3 and (image == image[..., :1]).all() else image
+    return decode(data, name=row.path)
 
 # %% ../nbs/01c_framing.ipynb #01c-framing-006
 def row_box(

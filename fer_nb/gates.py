@@ -79,6 +79,11 @@ class _Judge:
         except Exception as e: reason = f"cannot be read ({type(e).__name__}: {(str(e).splitlines() or [''])[0][:120]})"
         self.lines.append(Line(self.run, question, file, not reason, reason, size))
 
+    def note(self, question: str, file: str, tell: Callable[[Path], str]):
+        "GO with a remark: what a reader should know, and what forbids nothing."
+        try: self.lines.append(Line(self.run, question, file, True, tell(self.folder)))
+        except FerError as e: self.lines.append(Line(self.run, question, file, False, str(e).replace(f"{self.folder}/", "")))
+
 # %% ../nbs/01_integrity_gates.ipynb #01-gates-009
 def _exists(*names):
     "Check that artifacts are there, under any of their names."
@@ -109,6 +114,7 @@ def _judge_manifest(j: _Judge):
     j.ask("class order is the one order", "class_order.json", lambda f: ClassOrder.load(f) and None)
     j.ask("no test picture among the training rows", "leakage_report.json", _says(LeakageReport, "remaining_leaks", 0))
     j.ask("validated and audited as it was frozen", "dataset_index.json", _same_index)
+    j.note("every part has rows of every class", "dataset_index.json", lambda f: "; ".join(DatasetIndex.load(f).thin))
     small = not (j.folder/"manifest.parquet").is_file() and not any(j.root.rglob("*.pt"))
     if not small or is_small_copy(j.folder): j.ask("no file changed since freezing", "hash_manifest.json", lambda f: check_seal(f) and None)
     owed = leaves_of("manifest", steps=("freeze",))
@@ -252,7 +258,7 @@ def _foreign_export(folder: Path, root: Path) -> str | None:
     hashed, proved = ExportReport.load(folder).checkpoint_hash, OnnxParity.load(folder).checkpoint_hash
     if hashed != proved: return f"exported from {hashed[:12]}…, compared with {proved[:12]}…"
     sealed = [p.parent for p in root.rglob(RunArgs.filename) if find_artifact(p.parent, HashManifest.filename)]
-    runs = [HashManifest.load(r).files.get("best.pt") for r in sealed]
+    runs = [(seal.files | seal.original).get("best.pt") for seal in map(HashManifest.load, sealed)]
     return None if hashed in runs or not any(runs) else f"no run here has the weights {hashed[:12]}… that it was exported from"
 
 # %% ../nbs/01_integrity_gates.ipynb #01-gates-027

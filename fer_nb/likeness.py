@@ -26,7 +26,7 @@ from scipy.sparse.csgraph import connected_components
 from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
 
-from .archives import MissingFile, decode, forget_archive, open_archive, read_bytes, split_path
+from .archives import MissingFile, decode, forget_archive, one_channel, open_archive, read_bytes, split_path
 from .artifacts import ArtifactError, Box, FerError, UsageError
 
 # %% ../nbs/00_data_likeness.ipynb #00-likeness-005
@@ -77,7 +77,7 @@ def pixel_hash(
     image: np.ndarray,  # as `decode` returns it
 ) -> str:  # 32 hex
     "Hash of the decoded pixels; three equal channels count as one."
-    if image.ndim == 3 and (image[..., :1] == image).all(): image = image[..., 0]
+    image = one_channel(image)
     return hashlib.sha256(_shape_bytes(image.shape, image.dtype) + image.tobytes()).hexdigest()[:32]
 
 # %% ../nbs/00_data_likeness.ipynb #00-likeness-011

@@ -22,6 +22,7 @@ from .exporting import answers_file, in_points, model_file
 from .geometry import Framing
 from .integrity import own_test_rows, run_convention
 from .latency import show_change
+from .leaves import seal_folder
 from .records import Calibration, ReliabilityMetrics, RunArgs, ThroughDetector
 from .reliability import evaluate
 from .resampling import paired_interval
@@ -253,6 +254,7 @@ def ship(
     path = Path(folder or SHIPPED.parent)/own.name
     card = model_card(run_dir, export_dir, precision)
     write_bytes(path, (Path(export_dir)/model_file(precision)).read_bytes())
+    seal_folder(path.parent, Calibration.load(run_dir).dataset_index_id, sorted(p.name for p in path.parent.glob("*.onnx")))
     write_text(card_of(path), card)
     if (Path(run_dir)/"best.pt").is_file():
         network, meta = load_model(Path(run_dir)/"best.pt")

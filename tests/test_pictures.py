@@ -1,6 +1,8 @@
 """The command that names the faces of pictures: what it prints, its exit codes, and how fast it starts."""
+import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -44,14 +46,57 @@ def test_no_face_in_any_is_exit_code_one(pictures, capsys):
     assert "(no face)" in capsys.readouterr().out
 
 
-def test_wrong_pictures_are_one_line(pictures, tmp_path, capsys):
-    (tmp_path/"text.png").write_text("no picture")
-    (tmp_path/"empty.png").touch()
-    for name, says in (("none.png", "doesn't exist"), ("text.png", "is no picture"), ("empty.png", "is no picture")):
-        path = tmp_path/name
-        assert cli.main(["predict", str(pictures/"person3.png"), str(path), "--detector", "haar"]) == 2
+def test_a_path_that_is_not_there_is_one_line(pictures, tmp_path, capsys):
+    (tmp_path/"hollow").mkdir()
+    for name, says in (("none.png", "doesn't exist"), ("hollow", "no pictures in this folder")):
+        assert cli.main(["predict", str(pictures/"person3.png"), str(tmp_path/name), "--detector", "haar"]) == 2
         said = capsys.readouterr()
         assert says in said.err and not said.out and len(said.err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("form", ["--json", "--csv", None])
+def test_broken_pictures_among_many(pictures, tmp_path, capsys, form):
+    shutil.copytree(pictures, tmp_path/"many")
+    whole = (pictures/"person3.png").read_bytes()
+    for name, data in {"text.png": b"no picture", "empty.png": b"", "torn.png": whole[:len(whole)//2]}.items():
+        (tmp_path/"many"/name).write_bytes(data)
+    out = tmp_path/"answer.txt"
+    assert cli.main(["predict", str(tmp_path/"many"), "--detector", "haar", "--out", str(out), *filter(None, [form])]) == 3
+    said, text = capsys.readouterr(), out.read_text()
+    assert not said.out and len(said.err.strip().splitlines()) == 3
+    if form == "--json":
+        told = {os.path.basename(p["path"]): p for p in json.loads(text)["pictures"]}
+        assert len(told) == 6 and all("is no picture" in told[n]["error"] for n in ("text.png", "empty.png", "torn.png"))
+        assert len(told["person3.png"]["faces"]) == 1
+    elif form == "--csv":
+        rows = list(csv.DictReader(text.splitlines()))
+        assert len(rows) == 6 and sum(bool(r["label"]) for r in rows) == 2 and sum("is no picture" in r["problem"] for r in rows) == 3
+    else: assert sum("is no picture" in line for line in text.splitlines()) == 3
+
+
+def test_small_square_pictures_hint_at_whole(tmp_path, capsys):
+    for k in range(3): cv2.imwrite(str(tmp_path/f"{k}.png"), np.full((48, 48), 40*k, np.uint8))
+    assert cli.main(["predict", str(tmp_path), "--detector", "haar"]) == 1
+    assert "Try --whole" in capsys.readouterr().err
+
+
+def test_memory_stays_flat_over_many_pictures(tmp_path):
+    code = """if True:
+        import resource, sys
+        from fer_nb.pictures import predict_pictures
+        def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        predict_pictures([sys.argv[1] + "/0.png"], detector="haar", min_face=400)
+        before = peak()
+        import os
+        found = predict_pictures([sys.argv[1]], detector="haar", min_face=400)
+        print(len(found.faces), peak() - before)"""
+    image = np.random.default_rng(0).integers(0, 255, (500, 700, 3), dtype=np.uint8)
+    cv2.imwrite(str(tmp_path/"0.png"), image)
+    for k in range(1, 150): os.link(tmp_path/"0.png", tmp_path/f"{k}.png")
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    n, kilobytes = map(int, done.stdout.split()[-2:])
+    assert n == 150 and kilobytes < 40_000  # all of them at once would be 157 MB
 
 
 def test_the_student_that_ships_has_its_card():

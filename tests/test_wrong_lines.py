@@ -128,7 +128,6 @@ WRONG = """
 2 bench {fake}.onnx --against {none}
 2 predict
 2 predict {none}
-2 predict {fake}.png
 2 predict {face} --model {none}
 1 predict {face} --model {fake}.onnx
 2 predict {face} --model nobody
