@@ -712,11 +712,17 @@ def _onnx_folder(a):
     return a.out or (path if path.is_dir() else path.parent)/"onnx"
 
 
+def _there(folder):
+    "A folder that is written where it stands; none where it is missing, which the command says itself."
+    return folder if Path(folder).is_dir() else None
+
+
 WRITES = {  # the folder that a command writes, where it is known before it starts; a stage's notebook holds its own
     **dict.fromkeys((manifest_build, ensemble_search, student_evaluate, bench, nl_smoke, nl_gate, adapt_mine, adapt_finetune, adapt_gate,
                      keep), lambda a: a.out),
-    **dict.fromkeys((manifest_validate, manifest_audit, ensemble_export, ensemble_evaluate, recount), lambda a: a.dir),
-    student_summarise: lambda a: a.out or a.dir, export: _onnx_folder, score: lambda a: a.session, tune: lambda a: a.session}
+    **dict.fromkeys((manifest_validate, manifest_audit, ensemble_export, ensemble_evaluate, recount), lambda a: _there(a.dir)),
+    **dict.fromkeys((score, tune), lambda a: _there(a.session)),
+    student_summarise: lambda a: a.out or _there(a.dir), export: _onnx_folder}
 
 
 def _held(a):

@@ -19,10 +19,12 @@ def weights(): return Teacher("RN18", img_size=32).state_dict()
 
 
 STEERED = {"url": {"model_args": {"pretrained": True, "pretrained_cfg": {"url": "http://127.0.0.1:9/w.pth"}}},
-           "overlay": {"model_args": {"pretrained_cfg_overlay": {"file": "/etc/passwd"}}}, "path": {"model_args": {"checkpoint_path": "/etc/passwd"}},
+           "overlay": {"model_args": {"pretrained_cfg_overlay": {"file": "/etc/passwd"}}},
+           "path": {"model_args": {"checkpoint_path": "/etc/passwd"}},
            "hub": {"backbone": "hf-hub:someone/something"}, "local": {"backbone": "local-dir:/tmp"}, "dots": {"backbone": "../../resnet18"},
            "layer": {"model_args": {"act_layer": "os.system"}}, "width": {"model_args": {"base_width": 10**9}},
-           "size": {"geometry": {"size": 10**7}}, "nothing": {"geometry": {}}, "stride": {"stem_stride": "2; id"}, "type": {"model_args": [1]},
+           "size": {"geometry": {"size": 10**7}}, "nothing": {"geometry": {}}, "stride": {"stem_stride": "2; id"},
+           "type": {"model_args": [1]},
            "scale": {"scale": float("nan")}, "class": {"classes": CLASSES[::-1]}, "names": {"classes": 7}, "head": {"head": ["arcface"]}}
 
 

@@ -8,7 +8,7 @@ from packaging.utils import canonicalize_name
 from tests.conftest import ROOT
 
 sys.path.insert(0, str(ROOT/"workflow"))
-import constraints  # noqa: E402
+import constraints
 
 BLOCK = re.compile(r"^([A-Za-z0-9._-]+)==(\S+)( ; [^\\]+)?((?: \\\n    --hash=sha256:[0-9a-f]{64})+)$", re.MULTILINE)
 TEXT = (ROOT/"constraints.txt").read_text()
