@@ -280,3 +280,14 @@ def test_no_frame_of_a_film_is_lost(case, name):
 def test_an_address_that_gives_nothing_is_refused_as_one(address):
     with pytest.raises(UsageError, match="no film comes from this address") as e: open_source(address)
     assert "secret" not in str(e.value) and len(str(e.value).splitlines()) == 1
+
+
+def test_a_picture_that_no_table_lists_is_counted(tmp_path):
+    for k in range(9): put(tmp_path/f"d/image/{k}.png", drawn(k))
+    (tmp_path/"d/label.lst").write_text("\n".join(f"{k}.png 0 0 0 30 30 90.0 {k}" for k in range(7)))
+    (tmp_path/"a/image").mkdir(parents=True)
+    for k in range(9): put(tmp_path/f"a/image/{k}.png", drawn(k))
+    (tmp_path/"a/training.csv").write_text("image,label\n" + "".join(f"image\\{k}.png,{k}\n" for k in range(7)))
+    for source, reason in ((f"expw={tmp_path/'d'}", "no label in label.lst"), (f"affectnet={tmp_path/'a'}", "no label in the tables")):
+        df = read_source(source)
+        assert len(df) == 9 and (df.excluded == reason).sum() == 2 and (df.excluded == "").sum() == 7
