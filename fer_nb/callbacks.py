@@ -356,10 +356,10 @@ class Architecture(BaseModel):
     "More for timm's constructor: shapes and rates alone."
     values: dict[Annotated[str, Field(max_length=40)], _Value]
 
-    @field_validator("values")
+    @field_validator("values", mode="before")
     @classmethod
     def _known(cls, v):
-        odd = sorted(set(v) - ARCHITECTURE)
+        odd = sorted({str(k) for k in v} - ARCHITECTURE) if isinstance(v, dict) else []
         if odd: raise ValueError(f"{odd[0]!r} says nothing of the architecture: give some of {', '.join(sorted(ARCHITECTURE))}")
         return v
 

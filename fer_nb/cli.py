@@ -361,9 +361,9 @@ def _parameters(a):
     "Parameters from --parameters (JSON) and -p (name value, the value read as JSON where it is JSON)."
     def value(text):
         try: return json.loads(text)
-        except ValueError: return text
+        except (ValueError, RecursionError): return text
     try: given = json.loads(a.parameters)
-    except ValueError as e: raise UsageError(f"--parameters is no JSON object: {e}") from None
+    except (ValueError, RecursionError) as e: raise UsageError(f"--parameters is no JSON object: {e}") from None
     if not isinstance(given, dict): raise UsageError("--parameters is no JSON object: give {\"name\": value}")
     return {**given, **{k: value(v) for k, v in a.p}}
 
