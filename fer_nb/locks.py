@@ -35,7 +35,8 @@ def _locked(path: Path) -> IO[str] | None:  # None: another holds it
     while True:
         f = open(path, "a+", encoding="utf-8")  # noqa: SIM115
         try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError: f.close(); return None
+        except BlockingIOError: f.close(); return None
+        except OSError: return f  # a file system without locks: go on without
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(f.fileno()), os.stat(path)): return f
         f.close()
@@ -77,7 +78,8 @@ def is_held(folder) -> bool:
     if fcntl is None or not path.is_file(): return False
     with open(path, encoding="utf-8") as f:
         try: fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError: return True
+        except BlockingIOError: return True
+        except OSError: return False
     return False
 
 
