@@ -5,7 +5,7 @@
 PYTHON ?= python3
 BIN    := .venv/bin
 
-.PHONY: run test install notebooks sync lint pytest bench results lab clean help
+.PHONY: run test install notebooks sync lint pytest bench results constraints lab clean help
 
 run: install
 	$(BIN)/fer-nb run --profile embedded
@@ -15,9 +15,10 @@ test: install sync lint notebooks pytest
 install: .venv/.installed
 
 # opencv-python needs libGL.so.1, which bare servers lack: there the headless build of the same version takes its place.
-.venv/.installed: settings.ini setup.py
+.venv/.installed: settings.ini setup.py constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[all,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@$(BIN)/python -c 'import cv2' 2>/dev/null || { \
 	  version=$$($(BIN)/python -c 'from importlib.metadata import version; print(version("opencv-python"))'); \
 	  echo "libGL.so.1 is missing: opencv-python-headless $$version takes the place of opencv-python (no windows; all else works)"; \
@@ -44,6 +45,10 @@ bench: install
 results: install
 	$(BIN)/python -c 'from fer_nb.results import write_results; print(write_results("runs/reference", readme="README.md", guide="docs/USE.md"))'
 
+constraints: install
+	$(PYTHON) -m venv .venv/uv && .venv/uv/bin/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/python workflow/constraints.py .venv/uv/bin/uv $(if $(NEWEST),--newest)
+
 lab: install
 	$(BIN)/jupyter lab nbs
 
@@ -54,5 +59,6 @@ help:
 	@sed -n 's/^# make/make/p' Makefile
 	@echo "make bench  measure speeds, such as those of runs/reference/RESULTS.md"
 	@echo "make results  make runs/reference/RESULTS.md, the README's table and the guide's again"
+	@echo "make constraints  make constraints.txt again, from what is installed; with NEWEST=1 the newest that settings.ini allows"
 	@echo "make lab    open the notebooks in JupyterLab"
 	@echo "make clean  remove .venv and build leftovers (runs/ stays)"

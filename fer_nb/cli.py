@@ -10,12 +10,13 @@ import sys
 import time
 import tokenize
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from fer_nb.artifacts import STAGES, FerError, GateError, UsageError
+from fer_nb.locks import end_with_run, hold, refuse_held
 
 NEEDS = {"notebooks": ("pandas", "scipy", "matplotlib", "anywidget", "ipywidgets", "voila"),
          "train": ("torch", "timm", "fastai", "pandas", "pyarrow", "scipy", "sklearn", "matplotlib", "onnx", "onnxscript",
@@ -83,6 +84,7 @@ def gates(a):
 
 
 def run(a):
+    if not a.dry_run: refuse_held(a.out or f"runs/{Path(a.profile).stem}")  # before anything heavy is loaded
     from fer_nb.runs import run_profile
     start = time.time()
     report = run_profile(a.profile, a.data, a.out, a.cores, a.dry_run, a.convention)
@@ -100,6 +102,7 @@ def _told_when_done(out):
 
 def notebook(a):
     from fer_nb.runs import run_notebook
+    end_with_run()
     with _told_when_done(a.out): run_notebook(a.name, a.out, _parameters(a))
 
 
@@ -264,8 +267,9 @@ def demo(a):
     if a.browser: return demo_in_browser(a)
     from fer_nb.window import run_demo
     out = None if a.no_log else a.out or f"runs/demo/{time.strftime('%Y%m%d-%H%M%S')}"
-    run_demo(a.source or "0", a.model, a.detector, out, a.headless, a.seconds, min_face=a.min_face, save_clips=a.save_clips,
-             consent=a.consent, **_stabiliser(a))
+    with hold(out) if out else nullcontext():
+        run_demo(a.source or "0", a.model, a.detector, out, a.headless, a.seconds, min_face=a.min_face, save_clips=a.save_clips,
+                 consent=a.consent, **_stabiliser(a))
 
 
 def demo_in_browser(a):
@@ -357,9 +361,9 @@ def _parameters(a):
     "Parameters from --parameters (JSON) and -p (name value, the value read as JSON where it is JSON)."
     def value(text):
         try: return json.loads(text)
-        except ValueError: return text
+        except (ValueError, RecursionError): return text
     try: given = json.loads(a.parameters)
-    except ValueError as e: raise UsageError(f"--parameters is no JSON object: {e}") from None
+    except (ValueError, RecursionError) as e: raise UsageError(f"--parameters is no JSON object: {e}") from None
     if not isinstance(given, dict): raise UsageError("--parameters is no JSON object: give {\"name\": value}")
     return {**given, **{k: value(v) for k, v in a.p}}
 
@@ -703,13 +707,37 @@ def _check_places(a):
     if out and a.func not in (replay, notebook) and Path(out).is_file(): raise UsageError(f"'{out}' is a file: give a folder")
 
 
+def _onnx_folder(a):
+    path = Path(a.checkpoint)
+    return a.out or (path if path.is_dir() else path.parent)/"onnx"
+
+
+def _there(folder):
+    "A folder that is written where it stands; none where it is missing, which the command says itself."
+    return folder if Path(folder).is_dir() else None
+
+
+WRITES = {  # the folder that a command writes, where it is known before it starts; a stage's notebook holds its own
+    **dict.fromkeys((manifest_build, ensemble_search, student_evaluate, bench, nl_smoke, nl_gate, adapt_mine, adapt_finetune, adapt_gate,
+                     keep), lambda a: a.out),
+    **dict.fromkeys((manifest_validate, manifest_audit, ensemble_export, ensemble_evaluate, recount), lambda a: _there(a.dir)),
+    **dict.fromkeys((score, tune), lambda a: _there(a.session)),
+    student_summarise: lambda a: a.out or _there(a.dir), export: _onnx_folder}
+
+
+def _held(a):
+    "The hold on the folder that a command writes."
+    folder = WRITES[a.func](a) if a.func in WRITES else None
+    return hold(folder) if folder and (not Path(folder).exists() or os.access(folder, os.W_OK)) else nullcontext()
+
+
 def main(argv=None):
     warnings.filterwarnings("ignore", message=".*torch.jit", category=FutureWarning)  # inside fastai and timm
     debug = "--debug" in (sys.argv if argv is None else argv)
     try:
         args = parser().parse_args(argv)
         _check_places(args)
-        return args.func(args) or 0
+        with _held(args): return args.func(args) or 0
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

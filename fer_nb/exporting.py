@@ -270,7 +270,7 @@ def export_model(
     wanted, out = _choose(precisions, calibration_faces), Path(out)
     model, facts = open_run(checkpoint)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as d:
+    with TemporaryDirectory(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent) as d:
         fp32, files = to_fp32(model, facts), {}
         made = {"fp32": lambda: fp32, "fp16": lambda: to_fp16(fp32, facts), "w8": lambda: to_w8(fp32, facts),
                 "int8": lambda: to_int8(fp32, facts, calibration_faces)}

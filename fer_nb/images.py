@@ -27,6 +27,7 @@ from .geometry import Framing, Geometry, check_geometry, prepare_pixels, read_fr
 from .likeness import face_box
 from .manifests import Manifest
 from .leaves import leaves_of
+from .locks import LOCK
 from .records import CacheIndex
 
 # %% ../nbs/02a_images.ipynb #02a-images-005
@@ -285,7 +286,7 @@ def _check_place(out: Path):
     "Refuse to replace anything that is not a cache."
     if not out.exists(): return
     found = sorted(p.name for p in out.iterdir()) if out.is_dir() else [out.name]
-    if not out.is_dir() or set(found) - CACHE_FILES:
+    if not out.is_dir() or set(found) - {*CACHE_FILES, LOCK}:
         some = ", ".join(found[:3])
         raise UsageError(f"{out} holds other things than an image cache ({some}): give pack_cache a folder of its own")
 

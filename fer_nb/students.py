@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+import torch
 from torch import nn
 
 from .artifacts import GateError, Lines, UsageError, read_npz, write_csv, write_npz
@@ -20,7 +21,7 @@ from .callbacks import load_checkpoint, load_matching, load_whole
 from .distillation import STUDENT_BACKBONE, make_student
 from .geometry import check_geometry
 from .images import load_cache
-from .integrity import backbone_guard, own_calibration, require_backbone, require_origin, run_convention
+from .integrity import backbone_guard, own_calibration, require_backbone, require_origin, require_whole, run_convention
 from .leaves import check_seal, seal_folder
 from .loading import PackedFaces, eval_loader
 from .manifests import Manifest, labels_of, load_manifest, votes_of
@@ -50,17 +51,24 @@ def start_from(
     return guard
 
 # %% ../nbs/05_students.ipynb #05-students-009
+def _network(meta: dict) -> nn.Module:
+    "The network that a checkpoint's meta describes."
+    if meta.get("head") != "arcface": return make_student(stem_stride=meta.get("stem_stride", 2))
+    return Teacher(meta["backbone"], meta.get("scale", 30.0), img_size=meta["geometry"]["size"], model_args=meta.get("model_args"),
+                   stem_stride=meta.get("stem_stride", 0))
+
+
 def load_model(
     checkpoint,  # a best.pt of a student or a teacher
 ) -> tuple[nn.Module, dict]:  # the network in eval mode, and its meta
     "Rebuild a network from its checkpoint."
     ckpt = load_checkpoint(checkpoint)
-    meta = ckpt["meta"]
-    if meta.get("head") == "arcface":
-        model = Teacher(meta["backbone"], meta["scale"], img_size=meta["geometry"]["size"], model_args=meta.get("model_args"),
-                        stem_stride=meta.get("stem_stride", 0))
-    else: model = make_student(stem_stride=meta.get("stem_stride", 2))
-    load_whole(model, ckpt, checkpoint, "" if meta.get("head") == "arcface" else STUDENT_BACKBONE)
+    meta, teacher = ckpt["meta"], ckpt["meta"].get("head") == "arcface"
+    if teacher:  # by shapes first, which take no memory: its meta may describe a network that fills the machine
+        with torch.device("meta"): shapes = _network(meta).state_dict()
+        require_whole(backbone_guard(shapes, ckpt["model"], meta["backbone"], meta["backbone"]), checkpoint)
+    model = _network(meta)
+    load_whole(model, ckpt, checkpoint, "" if teacher else STUDENT_BACKBONE)
     return model.eval(), meta
 
 # %% ../nbs/05_students.ipynb #05-students-012

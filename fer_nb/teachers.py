@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from .artifacts import CLASSES, GateError, UsageError, read_npz, sha256_file, write_csv, write_npz
 from .calibration import confusion
-from .callbacks import load_checkpoint, load_matching
+from .callbacks import check_architecture, load_checkpoint, load_matching
 from .evidence import AlignmentReport, BackboneGuard
 from fer_nb.integrity import (
     VIEWS, Softlabels, backbone_guard, check_alignment, require_alignment, require_origin, run_convention,
@@ -249,7 +249,7 @@ def load_pretrained(
     "Load pretrained weights from a file; foreign ones are refused."
     file = Path(path)
     if not file.is_file(): raise UsageError(f"weights '{path}' is no file: give none, auto, or the path of a checkpoint")
-    try: state = timm.models.load_state_dict(str(file))
+    try: state = timm.models.load_state_dict(str(file), weights_only=True)
     except Exception as e:  # pickle, zip and safetensors raise a dozen types
         raise GateError(f"{file}: no checkpoint of plain tensors ({type(e).__name__})") from None
     odd = [k for k, v in state.items() if not isinstance(v, Tensor)]
@@ -270,14 +270,14 @@ def make_backbone(
     model_args: dict | None = None,  # more for timm.create_model
 ) -> tuple[nn.Module, str]:  # without classifier; what was loaded, in words
     "A timm backbone and where its weights come from."
-    name, args = backbone_name(arch), {"num_classes": 0, **(model_args or {})}
+    name, args = backbone_name(arch), {"num_classes": 0, **check_architecture(model_args)}
     known = timm.get_pretrained_cfg(name)
     if known and known.fixed_input_size and img_size: args["img_size"] = img_size
     if weights == "auto":
         try: return timm.create_model(name, pretrained=True, **args), f"timm {known.hf_hub_id}"
         except (OSError, RuntimeError) as e:
-            return timm.create_model(name, **args), f"none: timm's weights could not be had ({type(e).__name__})"
-    backbone = timm.create_model(name, **args)
+            return timm.create_model(name, pretrained=False, **args), f"none: timm's weights could not be had ({type(e).__name__})"
+    backbone = timm.create_model(name, pretrained=False, **args)
     return backbone, "none" if weights == "none" else load_pretrained(backbone, weights, name)
 
 # %% ../nbs/03_teachers.ipynb #03-teachers-039

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import yaml
 
-from fer_nb import artifacts, callbacks, runs, training
+from fer_nb import artifacts, callbacks, locks, runs, training
 from fer_nb.artifacts import GateError, UsageError
 from fer_nb.cli import main
 from fer_nb.distillation import StudentLoss
 from fer_nb.loading import make_loaders
 from fer_nb.teachers import Teacher, export_softlabels
 from fer_nb.training import embedded_data
+from tests.conftest import ROOT
 
 
 def python(code: str, **kwargs) -> subprocess.Popen:
@@ -23,7 +24,7 @@ def python(code: str, **kwargs) -> subprocess.Popen:
 
 
 def test_the_second_run_in_a_folder_is_refused_at_once(tmp_path, capsys):
-    code = "from fer_nb.runs import hold\nimport time\nwith hold({!r}): print('held', flush=True); time.sleep(60)"
+    code = "from fer_nb.locks import hold\nimport time\nwith hold({!r}): print('held', flush=True); time.sleep(60)"
     first = python(code.format(str(tmp_path/"run")))
     try:
         assert first.stdout.readline() == "held\n"
@@ -134,6 +135,77 @@ def test_files_and_folders_obey_the_umask(tmp_path):
     finally: os.umask(before)
     wide = [p.name for p in tmp_path.rglob("*") if p.stat().st_mode & 0o077]
     assert wide == []
+
+
+TINY = """
+rule all:
+    input: "b.txt"
+rule a:
+    output: "a.txt"
+    shell: "sleep 4; echo first > {output}"
+rule b:
+    input: "a.txt"
+    output: "b.txt"
+    shell: "cat {input} > {output}; echo last >> {output}"
+"""
+
+
+@pytest.fixture
+def tiny_run(tmp_path):
+    "`fer-nb run` with a chain of two short jobs in place of ours: gives the command for a folder."
+    root = tmp_path/"root"
+    (root/"workflow").mkdir(parents=True)
+    (root/"workflow"/"Snakefile").write_text(TINY)
+    for name in ("nbs", "profiles"): (root/name).symlink_to(ROOT/name)
+    code = ("import sys\nfrom pathlib import Path\nfrom fer_nb import cli, runs\n"
+            f"runs.project_root = lambda *a: Path({str(root)!r})\n"
+            "sys.exit(cli.main(['run', '--profile', 'embedded', '--cores', '2', '--out', sys.argv[1]]))")
+    return lambda folder: [sys.executable, "-c", code, str(folder)]
+
+
+def left_in(folder) -> dict[str, str]:
+    return {p.name: p.read_text() for p in folder.iterdir() if p.is_file()}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="locks of the kernel")
+@pytest.mark.timeout(300)
+def test_of_two_runs_in_one_folder_the_first_ends_as_alone(tiny_run, tmp_path, capsys):
+    alone, both = tmp_path/"alone", tmp_path/"both"
+    assert subprocess.run(tiny_run(alone)).returncode == 0
+    first = subprocess.Popen(tiny_run(both))
+    until = time.monotonic() + 60
+    while not (both/".snakemake"/"locks").is_dir() and time.monotonic() < until: time.sleep(0.02)
+    began = time.monotonic()
+    assert main(["run", "--profile", "embedded", "--out", str(both)]) == 1
+    assert time.monotonic() - began < 3 and f"pid {first.pid}, since 20" in capsys.readouterr().err
+    assert first.wait(120) == 0 and left_in(both) == left_in(alone)
+    assert left_in(both).keys() == {"a.txt", "b.txt", "profile.yaml"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux tells children")
+@pytest.mark.timeout(300)
+def test_a_killed_run_takes_its_jobs_along_and_the_next_one_goes_on(tiny_run, tmp_path):
+    out = tmp_path/"run"
+    first = subprocess.Popen(tiny_run(out))
+    until = time.monotonic() + 60
+    while not (out/".snakemake"/"incomplete").is_dir() and time.monotonic() < until: time.sleep(0.05)
+    (out/".note.txt.a1b2c3d4.tmp.txt").write_text("half")
+    first.kill(); first.wait()
+    until = time.monotonic() + 30
+    while locks.is_held(out) and time.monotonic() < until: time.sleep(0.1)  # as long as Snakemake lives
+    assert subprocess.run(tiny_run(out)).returncode == 0
+    assert left_in(out).keys() == {"a.txt", "b.txt", "profile.yaml"} and (out/"b.txt").read_text() == "first\nlast\n"
+
+
+@pytest.mark.parametrize("line", ["manifest build --source synthetic={there} --out {held}", "score {held}", "keep {there} {held}",
+                                  "adapt mine {there} --out {held}", "student train --out {held}", "demo --source synthetic:1 --out {held}",
+                                  "manifest validate {held}", "notebook 05_students {there}/x.ipynb -p out {held}"])
+def test_what_is_being_written_is_not_written_by_another(line, tmp_path, capsys):
+    (tmp_path/"there").mkdir()
+    with locks.hold(tmp_path/"held"):
+        assert main(line.format(there=tmp_path/"there", held=tmp_path/"held").split()) == 1
+    said = capsys.readouterr().err
+    assert f"is being written by another run (pid {os.getpid()}, since 20" in said and said.count("\n") == 1
 
 
 @pytest.mark.parametrize(("content", "says"), [

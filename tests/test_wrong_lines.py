@@ -58,6 +58,12 @@ WRONG = """
 2 teacher train -p augment 7
 2 teacher train --parameters [1]
 2 teacher train --parameters {{
+2 teacher train --parameters {deep}
+2 teacher train -p augment {deep}
+2 teacher train -p lr {huge}
+2 teacher train -p epochs 1000000000000
+2 notebook 03_teachers {empty}
+2 notebook {odd}.ipynb {out}.ipynb
 2 teacher train --out {file}
 2 teacher export
 2 teacher export {none}
@@ -204,8 +210,9 @@ def places(tmp_path_factory):
     (root/"binary.yaml").write_bytes(b"about: \xff\xfe")
     for suffix in ("onnx", "png", "mp4", "ipynb"): (root/f"fake.{suffix}").write_bytes(np.random.default_rng(0).bytes(2000))
     cv2.imwrite(str(root/"face.png"), np.full((64, 64, 3), 127, np.uint8))
-    names = {k: str(root/k) for k in ("empty", "full", "file", "none", "out", "binary", "fake")}
-    return names | {"face": str(root/"face.png"), "root": root}
+    (root/"odd.ipynb").write_text('{"cells": [{"cell_type": "code"}]}')
+    names = {k: str(root/k) for k in ("empty", "full", "file", "none", "out", "binary", "fake", "odd")}
+    return names | {"deep": "["*5000, "huge": "1" + "0"*400, "face": str(root/"face.png"), "root": root}
 
 
 @pytest.mark.parametrize("line", WRONG)
