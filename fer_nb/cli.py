@@ -164,12 +164,12 @@ def framing(a):
     from fer_nb.manifests import load_manifest
     manifest = load_manifest(a.manifest)
     if a.model:
-        from fer_nb.exporting import reframe, require_trained_on
+        from fer_nb.exporting import learned_grey, reframe, require_trained_on
         require_trained_on(a.model, manifest.dataset_index_id)
     found = measure_cache(a.cache, manifest, a.sample)
     for s in found.sights:
         print(f"{s.name}: found {s.found:,} of {s.seen:,}" + (f", cut {s.crop.ratio:.3f} of its box" if s.measured else ": not measured"))
-    if a.model: print(f"written into {reframe(a.model, found)}")
+    if a.model: print(f"written into {reframe(a.model, found, learned_grey(a.model, a.manifest, a.cache))}")
 
 
 def student_summarise(a):

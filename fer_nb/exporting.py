@@ -6,7 +6,8 @@
 __all__ = ['OPSET', 'PRECISIONS', 'LOGIT_LIMIT', 'OUTPUTS', 'LIMITS', 'describe', 'to_fp32', 'require_trained_on', 'reframe',
            'to_fp16', 'to_w8', 'to_int8', 'model_file', 'save_checked', 'embedded_faces', 'torch_logits',
            'quick_parity', 'open_run', 'export_model', 'in_points', 'compare_logits', 'check_parity', 'require_parity',
-           'parity_plot', 'in_colour', 'packed_faces', 'answers_file', 'ExportResult', 'export_checkpoint']
+           'parity_plot', 'in_colour', 'learned_grey', 'packed_faces', 'answers_file', 'ExportResult',
+           'export_checkpoint']
 
 # %% ../nbs/09_onnx_export.ipynb #09-exporting-002
 import copy
@@ -99,11 +100,13 @@ def require_trained_on(
 def reframe(
     path,  # an exported .onnx
     framing: Framing,  # as measured on the pictures that it was trained on
+    grey: bool = False,  # all of them are grey
 ) -> Path:
-    "Write a framing into an exported model."
+    "Write into an exported model how its training pictures were cut, and whether they were grey."
     model = onnx.load(path)
     facts = read_facts({p.key: p.value for p in model.metadata_props}, path)
-    return write_bytes(path, describe(model, replace(facts, framing=framing)).SerializeToString())
+    geometry = facts.geometry.model_copy(update={"grey": facts.geometry.grey or grey})
+    return write_bytes(path, describe(model, replace(facts, framing=framing, geometry=geometry)).SerializeToString())
 
 # %% ../nbs/09_onnx_export.ipynb #09-exporting-015
 def to_fp16(fp32: onnx.ModelProto, facts: ModelFacts) -> onnx.ModelProto:
@@ -408,9 +411,20 @@ def _packed_view(
     manifest = load_manifest(manifest_dir, valid=True)
     cache = load_cache(cache_dir, manifest)
     check_geometry(geometry, cache.geometry, what=f"the cache {cache_dir}")
+    cache.look_as(geometry)
     rows = manifest.view(view, convention=convention if convention in manifest.conventions.values() else None)
     if 0 < n < len(rows): rows = rows.iloc[np.sort(np.random.default_rng(seed).choice(len(rows), n, replace=False))].reset_index(drop=True)
     return PackedFaces(cache, rows)
+
+# %% ../nbs/09_onnx_export.ipynb #09-exporting-g0
+def learned_grey(
+    path,  # an exported .onnx
+    manifest_dir,  # that it was trained on
+    cache_dir,  # its packed images
+) -> bool:
+    "Whether no picture that a model learned from has a colour."
+    facts = open_onnx(path, "CPUExecutionProvider", 1)[0]
+    return _packed_view(manifest_dir, cache_dir, "hq_train", facts.geometry, convention=facts.convention).is_grey()
 
 # %% ../nbs/09_onnx_export.ipynb #09-exporting-051
 def _every_face(

@@ -202,6 +202,7 @@ class ImageCache:
         self.folder = Path(folder)
         self.index = CacheIndex.load(self.folder)
         self.geometry, self.framing = Geometry(**self.index.geometry), read_framing(self.index.framing, f"the cache {folder}")
+        if len(self.index.shape) == 3: self.geometry = self.geometry.model_copy(update={"grey": True})
         if self.geometry.pixel_hash != self.index.geometry_hash:
             where = self.folder/CacheIndex.filename
             raise ArtifactError(where, f"does not fit the geometry beside it: {_AGAIN}", key="geometry_hash")
@@ -212,6 +213,18 @@ class ImageCache:
     def images(self) -> np.ndarray:
         "uint8 (n, S, S) or (n, S, S, 3), memory-mapped."
         return np.load(self.folder/"images.npy", mmap_mode="r", allow_pickle=False)
+
+    @property
+    def turned_grey(self) -> bool:
+        "Whether it was packed for a network of grey pictures, whatever its pictures are."
+        return self.index.geometry.get("grey", False)
+
+    def look_as(self, geometry: Geometry):
+        "Give faces as a network of this geometry wants them: grey, or in the colours that the pictures have."
+        if self.turned_grey and not geometry.grey:
+            raise ArtifactError(self.folder/CacheIndex.filename, f"was packed for a network of grey pictures: {_AGAIN}", key="geometry.grey",
+                                expected="colours where the pictures have them")
+        self.geometry = geometry.model_copy(update={"grey": self.geometry.grey or geometry.grey})
 
     def __len__(self): return self.index.n
 
@@ -260,7 +273,7 @@ def load_cache(
     cache = ImageCache(folder, full=full)
     if geometry is not None:
         check_geometry(geometry, cache.geometry, what=f"the cache {folder}", ignore=("mean", "std"))
-        cache.geometry = geometry
+        cache.look_as(geometry)
     if manifest is not None:
         if cache.index.dataset_index_id != manifest.dataset_index_id:
             raise ArtifactError(cache.folder/CacheIndex.filename, "belongs to another manifest: pack the cache from this one",
@@ -278,6 +291,7 @@ def _up_to_date(out: Path, geometry: Geometry, dataset_index_id: str, rows_are: 
     try: cache = ImageCache(out)
     except FerError: return None
     same = cache.geometry.pixel_hash == geometry.pixel_hash and cache.index.row_hash == rows_are and cache.framing is not None
+    same &= cache.geometry.grey if geometry.grey else not cache.turned_grey
     return cache if same and cache.index.dataset_index_id == dataset_index_id else None
 
 # %% ../nbs/02a_images.ipynb #02a-images-031

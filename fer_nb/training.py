@@ -197,7 +197,9 @@ class FaceData:
     def own_val(self) -> PackedFaces:
         "The validation rows of those sources."
         rows = self.val.rows
-        return PackedFaces(self.val.cache, rows[rows["source"].isin(self.label_sources)].reset_index(drop=True))
+        own = PackedFaces(self.val.cache, rows[rows["source"].isin(self.label_sources)].reset_index(drop=True))
+        own.geometry = self.geometry
+        return own
 
 # %% ../nbs/02b_training.ipynb #02b-training-023
 def open_data(
@@ -212,7 +214,10 @@ def open_data(
     cache, convention = load_cache(cache_dir, manifest), manifest.convention_for(convention, source or "")
     rows, every = manifest.splits(view, source, convention), manifest.view(view, source)
     own_rows(rows["test"], convention)  # a model that nothing can judge is not worth its training
-    return FaceData(manifest.dataset_index_id, **{k: PackedFaces(cache, v) for k, v in rows.items()}, convention=convention,
+    parts = {k: PackedFaces(cache, v) for k, v in rows.items()}
+    if parts["train"].is_grey():
+        for part in parts.values(): part.geometry = part.geometry.model_copy(update={"grey": True})
+    return FaceData(manifest.dataset_index_id, **parts, convention=convention,
                     picked=not rows["train"]["id"].equals(every["id"]))
 
 # %% ../nbs/02b_training.ipynb #02b-training-032
