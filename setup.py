@@ -55,7 +55,7 @@ setup(
     ],
     keywords=cfg["keywords"].split(),
     packages=find_packages(include=["fer_nb", "fer_nb.*"]),
-    package_data={"fer_nb": ["models/*.onnx", "models/*.md", "static/*", "templates/*", "py.typed"]},
+    package_data={"fer_nb": ["models/*.onnx", "models/*.md", "models/hash_manifest.json", "static/*", "templates/*", "py.typed"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
     extras_require=extras | {"all": sorted({*extras["train"], *extras["notebooks"]})},

@@ -7,11 +7,14 @@ Each picture is a face already, of any size. Whatever must be known of the model
 """
 import json
 import math
+import os
 import sys
 from pathlib import Path
 
 import cv2
 import numpy as np
+
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # before the import: onnxruntime's official builds report every session home otherwise
 import onnxruntime as ort
 
 KERNELS = {"area-cubic": (cv2.INTER_AREA, cv2.INTER_CUBIC), "area-linear": (cv2.INTER_AREA, cv2.INTER_LINEAR),

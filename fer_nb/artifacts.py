@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['CLASSES', 'STAGES', 'SHARED_CONVENTIONS', 'BLUE', 'ORANGE', 'GREEN', 'GREY', 'PINK', 'AMBER', 'SKY', 'YELLOW',
            'OKABE_ITO', 'CLASS_COLOURS', 'class_order_hash', 'convention_of', 'conventions_of', 'FerError',
-           'UsageError', 'GateError', 'ArtifactError', 'Lines', 'Box', 'sha256_bytes', 'sha256_file', 'atomic_path',
-           'write_bytes', 'write_text', 'write_json', 'write_csv', 'write_npz', 'read_json', 'read_npz', 'plain_key',
-           'find_artifact', 'Artifact']
+           'UsageError', 'GateError', 'ArtifactError', 'Lines', 'Box', 'sha256_bytes', 'sha256_file', 'allowed_mode',
+           'atomic_path', 'write_bytes', 'write_text', 'write_json', 'write_csv', 'write_npz', 'read_json', 'read_npz',
+           'plain_key', 'find_artifact', 'Artifact']
 
 # %% ../nbs/00_artifacts.ipynb #00-artifacts-002
 import hashlib
@@ -182,6 +182,15 @@ def sha256_file(
         while block := f.read(chunk): digest.update(block)
     return digest.hexdigest()
 
+# %% ../nbs/00_artifacts.ipynb #00-artifacts-mode
+def allowed_mode(
+    mode: int,  # of a file or folder, such as 0o666
+) -> int:
+    "The mode that the user's umask leaves: temporary files are made private, and must not end wider than other files of the user."
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mode & ~mask
+
 # %% ../nbs/00_artifacts.ipynb #00-artifacts-025
 @contextmanager
 def atomic_path(
@@ -195,7 +204,7 @@ def atomic_path(
     tmp = Path(name)
     try:
         yield tmp
-        tmp.chmod(0o644)
+        tmp.chmod(allowed_mode(0o666))
         with open(tmp, "rb+") as f: os.fsync(f.fileno())
         os.replace(tmp, path)
     finally:

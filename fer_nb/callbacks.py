@@ -12,6 +12,7 @@ __all__ = ['BEST_BY', 'AMP_DTYPES', 'OPTIMISERS', 'best_epoch', 'TrainConfig', '
 import copy
 import ctypes
 import hashlib
+import io
 import json
 import math
 import random
@@ -29,7 +30,7 @@ from timm.optim import param_groups_weight_decay
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from .artifacts import CLASSES, ArtifactError, UsageError, atomic_path, read_npz, write_csv, write_npz
+from .artifacts import CLASSES, ArtifactError, UsageError, read_npz, write_bytes, write_csv, write_npz
 from .calibration import accuracy, ece, macro_f1, nll
 from .evidence import BackboneGuard
 from .integrity import backbone_guard, require_backbone, require_whole
@@ -334,8 +335,10 @@ class KeepValidation(Callback):
 
 # %% ../nbs/02b_callbacks.ipynb #02b-callbacks-046
 def save_checkpoint(path, **content):
-    "torch.save, atomically."
-    with atomic_path(path) as tmp: torch.save(content, tmp)
+    "torch.save, atomically, and with the same bytes for the same content: into a file it would write that file's passing name as well."
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_bytes(path, buffer.getbuffer())
 
 # %% ../nbs/02b_callbacks.ipynb #02b-callbacks-047
 def load_checkpoint(

@@ -64,6 +64,7 @@ class SyntheticSource(Source):
     "A drawn person whose expressions are known: `events` says when each one begins."
     kind, seekable = "synthetic", True
     def __init__(self, seconds: float = 20, fps: float = 20, size: tuple = (320, 240), seed: int = 1337):
+        if not 0 < seconds <= 86_400: raise UsageError(f"a film of {seconds} seconds can't be drawn: give more than 0, and at most a day")
         self.film = plan_film(seconds, size, seed)
         self.name, self.fps, self.frames, self.index = f"synthetic seed {seed}", fps, max(1, round(seconds*fps)), 0
         self.events = self.film.events  # start_ms, end_ms, label
@@ -84,7 +85,8 @@ def _numbered(path: Path) -> tuple:
     return [int(x) if k % 2 else x for k, x in enumerate(parts)], path.name
 
 # %% ../nbs/06_demo_frames.ipynb #06-capture-020
-def _is_shown(path: Path) -> bool: return path.is_file() and not path.name.startswith(".") and is_picture(path.name, lambda: first_bytes(path))
+def _is_shown(path: Path) -> bool:
+    return path.is_file() and not path.name.startswith(".") and is_picture(path.name, lambda: first_bytes(path))
 
 
 class ImageSource(Source):
@@ -322,6 +324,7 @@ def open_source(
 ) -> Source:
     "The source that a person means."
     spec = str(spec)
+    if spec.isdigit() and len(spec) > 6: raise UsageError(f"there is no camera {spec}: give its number, from 0")
     if spec.isdigit(): return CameraSource(int(spec))
     kind, _, seconds = spec.partition(":")
     if kind == "synthetic":

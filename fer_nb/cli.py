@@ -53,7 +53,8 @@ def require_extra(extra, what, modules=None):
 
 def manifest_build(a):
     from fer_nb.manifests import build_manifest
-    print(build_manifest(a.source, a.out, name=a.name, seed=a.seed, val_fraction=a.val_fraction, conventions=_conventions(a.convention)))
+    print(build_manifest(a.source, a.out, name=a.name, seed=a.seed, val_fraction=a.val_fraction,
+                         test_fraction=a.test_fraction, conventions=_conventions(a.convention)))
 
 
 def _conventions(given):
@@ -102,6 +103,21 @@ def notebook(a):
     with _told_when_done(a.out): run_notebook(a.name, a.out, _parameters(a))
 
 
+def _check_training(parameters: dict):
+    "What can be known of a training before its kernel starts."
+    weights, arch = parameters.get("weights"), parameters.get("arch")
+    if weights not in (None, "", "none", "auto") and not Path(weights).is_file():
+        raise UsageError(f"weights '{weights}' is no file: give none, auto, or the path of a checkpoint")
+    if arch:
+        from fer_nb.runs import SHORT_NAMES
+        if arch not in SHORT_NAMES:
+            from fer_nb.teachers import backbone_name
+            backbone_name(arch)
+    stage, soft = parameters.get("stage"), parameters.get("softlabels")
+    if stage in STAGES and (stage == "CE") == bool(soft):
+        raise UsageError(f"stage {stage} {'takes no soft labels: leave out' if soft else 'needs soft labels: give'} --softlabels")
+
+
 def teacher_train(a):
     name = f"{a.arch}_seed{a.seed}_stage{'B' if a.init_from else 'A'}"
     out = a.out or f"runs/teachers/{name}_{Path(a.cache).name if a.cache else 'embedded'}"
@@ -125,7 +141,10 @@ def teacher_export(a):
 def _stage(name, out, parameters):
     "One papermill run of a stage, then its gates; it resumes, and where all epochs are trained it only calibrates and exports."
     from fer_nb.gates import gates
-    from fer_nb.runs import run_notebook
+    from fer_nb.runs import check_parameters, notebook_path, run_notebook
+    check_parameters(notebook_path(name), parameters)
+    _check_training(parameters)
+    if Path(out).is_file(): raise UsageError(f"'{out}' is a file: give a folder")
     with _told_when_done(out): run_notebook(name, Path(out)/f"{name}.ipynb", parameters | {"out": str(out)}, bar=sys.stderr.isatty())
     print(f"\n{gates(out)}")
 
@@ -236,6 +255,8 @@ STABILISER = ("ema", "delta", "window", "min_count")
 
 def _stabiliser(a):
     "The stabiliser's settings that were given."
+    if a.window is not None and a.min_count is not None and a.min_count > a.window:
+        raise UsageError(f"--min-count {a.min_count} of a window of {a.window} frames can't be: give at most {a.window}")
     return {name: getattr(a, name) for name in STABILISER if getattr(a, name) is not None}
 
 
@@ -274,6 +295,23 @@ def tune(a):
     found = tune(a.session, a.jitter_limit, a.truth)
     if a.plot: tuning_plot(found).savefig(a.plot)
     print(found)
+
+
+def nl_smoke(a):
+    from fer_nb.phase import ARMS, nl_smoke
+    report = nl_smoke(a.manifest, a.cache, a.out, a.softlabels, a.arms or tuple(ARMS), a.epochs, a.rows, a.batch_size, a.accumulate, a.lr,
+                      a.source or None, a.convention, a.amp, a.device, a.seed)
+    print(report)
+    return int(any(arm.reasons for arm in report.arms.values()))
+
+
+def nl_gate(a):
+    from fer_nb.phase import phase_gate
+    twice = [name for name, *_ in a.part if [n for n, *_ in a.part].count(name) > 1]
+    if twice: raise UsageError(f"--part {twice[0]} is given twice: give all its runs at once")
+    gate = phase_gate(a.baseline, {name: runs for name, *runs in a.part}, a.out, a.margin, a.ece_margin)
+    print(gate)
+    return int(not gate.passed)
 
 
 def adapt_mine(a):
@@ -395,10 +433,12 @@ class Parser(argparse.ArgumentParser):
 
 METAVARS = {"out": "DIR", "manifest": "DIR", "cache": "DIR", "softlabels": "DIR", "model": "FILE", "init_from": "PATH", "truth": "CSV",
             "convention": "NAME", "view": "VIEW", "source": "NAME", "data": "PATH", "arch": "NAME", "min_face": "PIXELS", "name": "NAME"}
-RANGES = {"seed": (0, 2**32 - 1), "epochs": (1, 100_000), "val_fraction": (0, 0.9), "sample": (0, 10**9), "max_hamming": (0, 64),
+RANGES = {"seed": (0, 2**32 - 1), "epochs": (1, 100_000), "val_fraction": (0, 0.9), "test_fraction": (0, 0.9),
+          "sample": (0, 10**9), "max_hamming": (0, 64),
           "resamples": (1, 10**7), "ties": (0, 100), "cores": (1, 4096), "batches": (1, 4096), "threads": (1, 4096), "runs": (1, 10**6),
           "min_face": (1, 10_000), "seconds": (0, 10**6), "ema": (0, 0.99), "delta": (0, 1), "window": (1, 120), "min_count": (1, 120),
-          "jitter_limit": (0, 10_000), "most": (0, 10**9)}  # least and most of a number
+          "jitter_limit": (0, 10_000), "most": (0, 10**9), "rows": (7, 10**9), "batch_size": (1, 65_536), "accumulate": (1, 4096),
+          "lr": (1e-8, 10), "margin": (0, 1), "ece_margin": (0, 1)}  # least and most of a number
 MANY: dict[str, dict[str, Any]] = {"*": {"action": "append"}, "+": {"nargs": "+"}, "!": {"required": True}, "?": {"default": None}}
 TYPES = {"int": int, "float": float}
 
@@ -453,6 +493,7 @@ def given(c):
 GROUPS = {"manifest": "build, validate and audit the table of all images", "teacher": "train one teacher; export its softlabels",
           "ensemble": "weigh teachers, write what they teach together, judge it",
           "student": "train one student; judge any checkpoint; compare ways of teaching over seeds",
+          "nl": "NL and negative learning: a smoke test before, a gate after each part alone",
           "adapt": "to a camera or faces of one's own: find mistakes, fine-tune, judge the result"}
 
 
@@ -536,6 +577,17 @@ def _gate_flags(c):
           out={"help": "a folder for dual_gate.json"})
 
 
+def _smoke_flags(c):
+    flags(c, "phase.nl_smoke", "manifest<manifest_dir! cache<cache_dir! out! softlabels arms+ epochs rows batch_size accumulate lr source "
+          "convention amp device seed", arms={"metavar": "ARM", "default": None}, amp={"choices": ("no", "bf16", "fp16")})
+
+
+def _phase_flags(c):
+    flags(c, "phase.phase_gate", "baseline+! part<parts* out margin ece_margin", baseline={"metavar": "RUN"},
+          part={"nargs": "+", "action": "append", "type": str, "metavar": ("NAME", "RUN"), "required": True,
+                "help": "a part and its run folders, such as NL RUN RUN RUN; may be repeated"})
+
+
 def _notebook_flags(c):
     flags(c, "runs.run_notebook", ".name .out", name={"metavar": "NOTEBOOK"}, out={"metavar": "OUT"})
     given(c)
@@ -543,7 +595,7 @@ def _notebook_flags(c):
 
 COMMANDS = {  # name -> (what is called, whose docstring is its help, its flags)
     "manifest build": (manifest_build, "manifests.build_manifest", lambda c: flags(
-        c, "manifests.build_manifest", "source<sources*! convention<conventions* out! name seed val_fraction",
+        c, "manifests.build_manifest", "source<sources*! convention<conventions* out! name seed val_fraction test_fraction",
         source={"metavar": "KIND=PATH"}, convention={"metavar": "SOURCE=NAME"})),
     "manifest validate": (manifest_validate, "audit.validate_manifest", lambda c: flags(
         c, "audit.validate_manifest", ".dir<folder sample")),
@@ -576,6 +628,8 @@ COMMANDS = {  # name -> (what is called, whose docstring is its help, its flags)
     "score": (score, "scoring.score_session", lambda c: flags(c, "scoring.score_session", ".session<folder truth")),
     "replay": (replay, "tuning.replay", _replay_flags),
     "tune": (tune, "tuning.tune", _tune_flags),
+    "nl smoke": (nl_smoke, "phase.nl_smoke", _smoke_flags),
+    "nl gate": (nl_gate, "phase.phase_gate", _phase_flags),
     "adapt mine": (adapt_mine, "hard_samples.mine_sessions", lambda c: flags(
         c, "hard_samples.mine_sessions", ".sessions+ out most", sessions={
             "metavar": "SESSION", "help": "folders of labelled sessions"})),
@@ -627,9 +681,26 @@ def _line(e: BaseException) -> tuple[str, int]:
     if isinstance(e, OSError):
         where = " → ".join(str(f) for f in (e.filename, e.filename2) if f)
         return f"{where}: {e.strerror or e}" if where else f"{type(e).__name__}: {e.strerror or e}", 1
+    if isinstance(e, UnicodeDecodeError): return f"a file is not UTF-8: {e.reason} at byte {e.start}", 2
+    if type(e).__name__ == "ValidationError" and hasattr(e, "errors"):  # pydantic's
+        first = e.errors()[0]
+        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}", 2
     if isinstance(e, MemoryError): return "the memory is not enough for this", 1
     first = (str(e).splitlines() or [""])[0]
     return f"a fault of fer-nb itself ({type(e).__name__}: {first}): with --debug the same command shows where", 1
+
+
+ASKED = ("run_dir", "checkpoint", "dir", "manifest", "cache", "softlabels", "init_from", "truth", "sessions", "members", "baseline")
+
+
+def _check_places(a):
+    "Refuse a path that is not there, and a file where a folder is to be made, before anything is imported for it."
+    for name in ASKED:
+        given = getattr(a, name, None)
+        for path in given if isinstance(given, list) else [given]:
+            if path and not Path(path).exists(): raise UsageError(f"'{path}' does not exist ({name.replace('_', ' ')})")
+    out = getattr(a, "out", None)
+    if out and a.func not in (replay, notebook) and Path(out).is_file(): raise UsageError(f"'{out}' is a file: give a folder")
 
 
 def main(argv=None):
@@ -637,6 +708,7 @@ def main(argv=None):
     debug = "--debug" in (sys.argv if argv is None else argv)
     try:
         args = parser().parse_args(argv)
+        _check_places(args)
         return args.func(args) or 0
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SCHEMA', 'MAX_BIAS', 'OPENERS', 'BATCH', 'SHIPPED', 'STUDENTS', 'ModelFacts', 'read_facts', 'provider_name',
            'node_counts', 'assert_provider', 'open_session', 'class_values', 'probabilities', 'read_class_values',
-           'write_class_values', 'open_onnx', 'checkpoint_facts', 'open_checkpoint', 'prepared', 'check_prepared',
-           'Predictor']
+           'write_class_values', 'require_recorded', 'open_onnx', 'checkpoint_facts', 'open_checkpoint', 'prepared',
+           'check_prepared', 'Predictor']
 
 # %% ../nbs/05b_predictor.ipynb #05b-deploy-002
 import copy
@@ -22,11 +22,11 @@ import numpy as np
 import onnxruntime as ort
 from pydantic import ValidationError
 
-from .artifacts import CLASSES, ArtifactError, GateError, UsageError, read_json, sha256_file
-from .evidence import ClassValues, PastValues
+from .artifacts import CLASSES, ArtifactError, GateError, UsageError, find_artifact, read_json, sha256_file
+from .evidence import ClassValues, ExportReport, PastValues
 from .geometry import Crop, Framing, Geometry, normalise, prepare_face, read_framing
 from .integrity import own_calibration, run_convention
-from .records import Calibration
+from .records import Calibration, HashManifest
 
 # %% ../nbs/05b_predictor.ipynb #05b-deploy-005
 SCHEMA = "1"  # the version of this table
@@ -263,9 +263,27 @@ def _check_graph(session, size: int, path):
         raise ArtifactError(path, "has another input or output than its metadata say: export the model again", got=got,
                             expected=f"faces tensor(float) [N, 3, {size}, {size}] -> logits tensor(float) [N, {len(CLASSES)}]")
 
+# %% ../nbs/05b_predictor.ipynb #05b-deploy-rec2
+def _on_record(path: Path) -> tuple[str, str]:  # sha256 and the file that says so; empty where nobody recorded one
+    "What a model's folder has on record of it: in the report of its export, or, of the students in the package, in a seal."
+    if find_artifact(path.parent, ExportReport.filename):
+        told = next((f.sha256 for f in ExportReport.load(path.parent).files.values() if f.file == path.name), "")
+        if told: return told, ExportReport.filename
+    if find_artifact(path.parent, HashManifest.filename) is None: return "", ""
+    return HashManifest.load(path.parent).files.get(path.name, ""), HashManifest.filename
+
+
+def require_recorded(path):  # an exported .onnx
+    "Refuse a file that is not the one that its folder has on record; a file of which there is no record passes."
+    told, by = _on_record(Path(path))
+    if told and Path(path).is_file() and (found := sha256_file(path)) != told:
+        raise ArtifactError(path, f"is not the file that {by} names: export the model, or install the package, again",
+                            expected=f"sha256 {told[:12]}…", got=f"{found[:12]}…")
+
 # %% ../nbs/05b_predictor.ipynb #05b-deploy-040
 def open_onnx(path, provider: str, threads: int):  # (facts, function from float32 (N, 3, S, S) to (N, 7))
-    "Open an exported model."
+    "Open an exported model; where its export is on record, the file must be the recorded one."
+    require_recorded(path)
     session = open_session(path, provider, threads)
     facts = read_facts(session.get_modelmeta().custom_metadata_map, path)
     _check_graph(session, facts.geometry.size, path)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Panel', 'panel', 'config_weights', 'open_members', 'replay', 'search_ensemble', 'Exported', 'export_ensemble',
            'SplitTargets', 'split_targets', 'gains', 'gains_by_source', 'error_correlation', 'seal',
-           'evaluate_ensemble', 'member_logits', 'recount_ensemble', 'recount']
+           'evaluate_ensemble', 'member_logits', 'recount_ensemble', 'recount', 'compact_softlabels']
 
 # %% ../nbs/04_ensembles.ipynb #04-ensembles-002
 from dataclasses import dataclass, fields, replace
@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from fer_nb.artifacts import (
-    FerError, GateError, Lines, UsageError, read_npz, sha256_bytes, sha256_file, write_csv, write_npz,
+    FerError, GateError, Lines, UsageError, read_npz, sha256_bytes, sha256_file, write_csv, write_npz, write_text,
 )
 from fer_nb.calibration import (
     accuracy, brier, ece, group_codes, macro_f1, nll, per_class, predictions, select_temperature,
@@ -32,7 +32,7 @@ from fer_nb.members import (
     fuse, load_member, log_probs, member_names, open_manifest, preset_members, relative, require_members,
     taught_rows, try_reading,
 )
-from .records import Calibration, HashManifest, RunArgs
+from .records import Calibration, ClassOrder, HashManifest, RunArgs
 from .reliability import METRICS, evaluate
 from .resampling import paired_interval
 from .run_report import groups_of, own_rows, recount_run, report_run, rows_by_id
@@ -466,3 +466,18 @@ def recount(
         said.append((path.parent.relative_to(root).as_posix(), f"written again: {EnsembleMetrics.filename}"))
     if not said: raise UsageError(f"'{folder}' holds no finished run: give a folder of runs, such as runs/mine")
     return pd.DataFrame(said, columns=["folder", "done"])
+
+# %% ../nbs/04_ensembles.ipynb #04-ensembles-c02
+def compact_softlabels(
+    folder,  # sealed softlabels
+    out,  # the small copy's folder
+) -> HashManifest:
+    "The training rows alone, logits in half precision below the row's largest; sealed, and read by `load_softlabels` like any."
+    s, out = load_softlabels(folder).of("train"), Path(out)
+    unseal(out)
+    below = (s.logits - s.logits.max(-1, keepdims=True)).astype(np.float16)
+    write_npz(out/"softlabels.npz", ids=s.ids.astype(str), sha256=s.sha256.astype(str), splits=s.splits.astype(str), logits=below,
+              views=np.array(s.views), temperature=np.float64(s.temperature), scale=np.float64(s.scale), convention=np.array(s.convention))
+    ClassOrder().save(out)
+    write_text(out/"sample_count.txt", f"{len(s.ids)}\n")
+    return seal_folder(out, s.dataset_index_id, [f for f in leaves_of("softlabels", steps=["export"]) if (out/f).is_file()])

@@ -6,18 +6,23 @@
 __all__ = ['Line', 'Checklist', 'gates']
 
 # %% ../nbs/01_integrity_gates.ipynb #01-gates-002
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from .artifacts import FerError, GateError, UsageError, find_artifact, read_npz, sha256_file
 from fer_nb.evidence import (
-    AlignmentReport, BackboneGuard, DKDUnitTest, EnsembleGate, ExportReport, OnnxParity, SmokeTest,
+    AlignmentReport, BackboneGuard, DKDUnitTest, EnsembleGate, ExportReport, OnnxParity, SessionInfo, SmokeTest,
+)
+from fer_nb.facts import (
+    broken_line, broken_session, changed_cache, links_below, lost_folders, mixed_datasets, nameless, other_network, other_rows, other_seed,
+    partly_validated, uncounted_softlabels, unsealed, untrue_scores,
 )
 from .integrity import load_softlabels, own_calibration, run_convention
-from .leaves import check_seal, leaves_of
+from .leaves import check_run_seal, check_seal, is_small_copy, leaves_of, travels
 from fer_nb.records import (
-    Calibration, ClassOrder, DatasetIndex, HashManifest, LeakageReport, ManifestValidation, ReliabilityMetrics,
+    CacheIndex, Calibration, ClassOrder, DatasetIndex, HashManifest, LeakageReport, ManifestValidation, ReliabilityMetrics,
     RunArgs, SelectiveReport, TrainingHistory,
 )
 
@@ -30,10 +35,12 @@ class Line:
     file: str  # the file behind the answer
     go: bool
     reason: str = ""
+    n: int | None = None  # rows, pictures or faces that the answer stands on
 
     def __str__(self):
         mark = "   GO" if self.go else "NO-GO"
-        return f"{mark}  {self.question:<44} {self.file}" + (f"\n       {self.reason}" if self.reason else "")
+        on = self.file if self.n is None else f"{self.file}, n = {self.n:,}"
+        return f"{mark}  {self.question:<44} {on}" + (f"\n       {self.reason}" if self.reason else "")
 
 # %% ../nbs/01_integrity_gates.ipynb #01-gates-006
 @dataclass
@@ -59,14 +66,23 @@ class Checklist:
 class _Judge:
     "Collects the answers for one folder."
     def __init__(self, folder: Path, root: Path):
-        self.folder, self.lines = folder, []
+        self.folder, self.root, self.lines = folder, root, []
         self.run = folder.relative_to(root).as_posix() if folder != root else folder.name
 
-    def ask(self, question: str, file: str, check: Callable[[Path], str | None]):
+    def ask(self, question: str, file: str, check: Callable[[Path], str | None], n: Callable[[Path], int] | None = None):
         "GO if `check` returns nothing; its text or its error is the reason otherwise."
-        try: reason = check(self.folder) or ""
+        size = None
+        try:
+            reason = check(self.folder) or ""
+            if n and not reason: size = n(self.folder)
         except FerError as e: reason = str(e).replace(f"{self.folder}/", "")
-        self.lines.append(Line(self.run, question, file, not reason, reason))
+        except Exception as e: reason = f"cannot be read ({type(e).__name__}: {(str(e).splitlines() or [''])[0][:120]})"
+        self.lines.append(Line(self.run, question, file, not reason, reason, size))
+
+    def note(self, question: str, file: str, tell: Callable[[Path], str]):
+        "GO with a remark: what a reader should know, and what forbids nothing."
+        try: self.lines.append(Line(self.run, question, file, True, tell(self.folder)))
+        except FerError as e: self.lines.append(Line(self.run, question, file, False, str(e).replace(f"{self.folder}/", "")))
 
 # %% ../nbs/01_integrity_gates.ipynb #01-gates-009
 def _exists(*names):
@@ -93,11 +109,18 @@ def _same_index(folder):
 # %% ../nbs/01_integrity_gates.ipynb #01-gates-011
 def _judge_manifest(j: _Judge):
     "A frozen manifest: valid, in order, and free of leaks among the usable rows."
-    j.ask("every image exists, decodes and has a label", "manifest_validation.json", _says(ManifestValidation, "passed"))
+    j.ask("every image exists, decodes and has a label", "manifest_validation.json",
+          lambda f: _says(ManifestValidation, "passed")(f) or partly_validated(f), lambda f: ManifestValidation.load(f).checked_rows)
     j.ask("class order is the one order", "class_order.json", lambda f: ClassOrder.load(f) and None)
     j.ask("no test picture among the training rows", "leakage_report.json", _says(LeakageReport, "remaining_leaks", 0))
     j.ask("validated and audited as it was frozen", "dataset_index.json", _same_index)
-    j.ask("no file changed since freezing", "hash_manifest.json", lambda f: check_seal(f) and None)
+    j.note("every part has rows of every class", "dataset_index.json", lambda f: "; ".join(DatasetIndex.load(f).thin))
+    small = not (j.folder/"manifest.parquet").is_file() and not any(j.root.rglob("*.pt"))
+    if not small or is_small_copy(j.folder): j.ask("no file changed since freezing", "hash_manifest.json", lambda f: check_seal(f) and None)
+    owed = leaves_of("manifest", steps=("freeze",))
+    later = leaves_of("manifest", "small copy", steps=("validate", "audit", "keep"))
+    j.ask("the seal lists all that is here", "hash_manifest.json", lambda f: unsealed(f, owed, later))
+    if not small: j.ask("the rows are those that were frozen", "dataset_index.json", other_rows, lambda f: DatasetIndex.load(f).row_count)
 
 # %% ../nbs/01_integrity_gates.ipynb #01-gates-013
 _OWED = ("begin", "train", "report", "seal")  # the steps that every run goes through
@@ -105,7 +128,9 @@ _OWED = ("begin", "train", "report", "seal")  # the steps that every run goes th
 
 def _trained_to_the_end(folder):
     "Whether every epoch was trained."
-    h = TrainingHistory.load(folder)
+    h, asked = TrainingHistory.load(folder), RunArgs.load(folder).parameters.get("epochs")
+    if h.epochs_done != len(h.rows): return f"history.json names {h.epochs_done} epochs and has {len(h.rows)}"
+    if asked and asked != h.epochs_total: return f"history.json is of {h.epochs_total} epochs, args.json of {asked}"
     return None if h.epochs_done >= h.epochs_total else f"{h.epochs_done} of {h.epochs_total} epochs are trained: run it again to resume"
 
 # %% ../nbs/01_integrity_gates.ipynb #01-gates-014
@@ -125,7 +150,8 @@ def _reported_elsewhere(folder):
     "Whether no row of the report has chosen the temperature."
     fitted, reported = Calibration.load(folder).split, ReliabilityMetrics.load(folder).split
     if fitted == reported: return f"T was fitted on '{fitted}', and the report is on '{reported}'"
-    rows = read_npz(folder/"evaluation.npz", ["val_ids", "test_ids"])
+    rows = read_npz(folder/"evaluation.npz", ["test_ids"])
+    if "val_ids" not in rows: return None if is_small_copy(folder) else "evaluation.npz names no validation rows"
     shared = set(rows["val_ids"].tolist()) & set(rows["test_ids"].tolist())
     return f"{len(shared)} rows stand in validation and test, for instance {min(shared)}" if shared else None
 
@@ -156,91 +182,143 @@ def _promise_kept(folder):
 # %% ../nbs/01_integrity_gates.ipynb #01-gates-019
 def _judge_softlabels(j: _Judge):
     "What a folder that teaches owes to those who learn from it."
-    j.ask("softlabels are whole", "softlabels/hash_manifest.json", lambda f: load_softlabels(f/"softlabels") and None)
+    j.ask("softlabels are whole", "softlabels/hash_manifest.json", lambda f: load_softlabels(f/"softlabels") and None,
+          lambda f: len(load_softlabels(f/"softlabels").ids))
+    j.ask("index and count are the softlabels' own", "softlabels/softlabels_index.jsonl", lambda f: uncounted_softlabels(f/"softlabels"))
     j.ask("softlabels belong to the dataset's rows", "softlabels/alignment_report.json",
-          lambda f: _says(AlignmentReport, "passed")(f/"softlabels"))
+          lambda f: _says(AlignmentReport, "passed")(f/"softlabels") or mixed_datasets(f/"softlabels"))
+
+# %% ../nbs/01_integrity_gates.ipynb #01-gates-w01
+def _judge_whole(j: _Judge, owed: list[str]) -> bool:  # whether it is a small copy
+    "What every run and ensemble is asked: all there, all sealed, all about one dataset, scores that its own answers give."
+    small = is_small_copy(j.folder)
+    there = [n for n in owed if travels(n)] if small else owed
+    j.ask("every artifact of the row is there", "hash_manifest.json", _exists(*there))
+    j.ask("no file changed since the run ended", "hash_manifest.json", lambda f: check_run_seal(f) and None)
+    j.ask("the seal lists all that is here", "hash_manifest.json", lambda f: unsealed(f, owed, ("through_detector.json",)))
+    j.ask("all files are about one dataset", "calibration.json", mixed_datasets)
+    j.ask("scores are those of its own answers", "evaluation.npz", untrue_scores, lambda f: ReliabilityMetrics.load(f).n)
+    return small
 
 # %% ../nbs/01_integrity_gates.ipynb #01-gates-017
 def _judge_training(j: _Judge, datasets: set[str]):
     "A training run: complete, of a known dataset, calibrated off the bound, reported on rows it was not fitted on."
     args = RunArgs.load(j.folder)
-    j.ask("every artifact of the row is there", "hash_manifest.json", _exists(*leaves_of(args.stage, steps=_OWED, within=False)))
-    j.ask("no file changed since the run ended", "hash_manifest.json", lambda f: check_seal(f) and None)
+    small = _judge_whole(j, leaves_of(args.stage, steps=_OWED, within=False))
+    j.ask("one seed", "seed.txt", other_seed)
     j.ask("class order is the one order", "classes.json", lambda f: ClassOrder.load(f/"classes.json") and None)
     j.ask("trained to the end", "history.json", _trained_to_the_end)
     j.ask("temperature is inside the grid", "calibration.json", _calibrated)
     if (j.folder/"best.pt").is_file():
         j.ask("temperature was fitted to these weights", "calibration.json", lambda f: own_calibration(f/"best.pt") and None)
+        j.ask("the weights are those of this run", "best.pt", other_network)
     if datasets: j.ask("trained on a manifest that is here", "calibration.json", lambda f: _known_dataset(f, datasets))
     j.ask("reported on rows that T was not fitted on", "reliability_metrics.json", _reported_elsewhere)
     j.ask("judged by the labels that it learned", "reliability_metrics.json", _judged_by_its_own)
     j.ask("prediction sets keep their promise", "selective.json", _promise_kept)
-    if args.stage == "teacher": _judge_softlabels(j)
+    if args.stage == "teacher" and not small: _judge_softlabels(j)
     if args.stage == "student":
         j.ask("checkpoint is the student's", "backbone_guard.json", _says(BackboneGuard, "passed"))
         j.ask("distillation losses hold", "dkd_unit_test.json", _says(DKDUnitTest, "passed"))
         j.ask("smoke test", "smoke_test.json", _says(SmokeTest, "go_no_go", "GO"))
+        j.ask("its teacher and its start are what they were", "args.json", lambda f: broken_line(f, j.root))
         if args.parameters.get("softlabels"):
             j.ask("taught by softlabels of its own rows", "alignment_report.json", _says(AlignmentReport, "passed"))
 
 # %% ../nbs/01_integrity_gates.ipynb #01-gates-022
 def _judge_ensemble(j: _Judge, datasets: set[str]):
     "An ensemble: every member admitted, fused, calibrated on validation, reported on other rows."
-    j.ask("every artifact of the row is there", "hash_manifest.json", _exists(*leaves_of("ensemble", within=False)))
-    j.ask("no file changed since the run ended", "hash_manifest.json", lambda f: check_seal(f) and None)
+    small = _judge_whole(j, leaves_of("ensemble", within=False))
     j.ask("every member passed the gate", "ensemble_alignment_gate.json", _says(EnsembleGate, "passed"))
     j.ask("temperature is inside the grid", "calibration.json", _calibrated)
     if datasets: j.ask("fused on a manifest that is here", "calibration.json", lambda f: _known_dataset(f, datasets))
     j.ask("reported on rows that T was not fitted on", "reliability_metrics.json", _reported_elsewhere)
     j.ask("judged by the labels that its members learned", "reliability_metrics.json", _judged_by_its_own)
     j.ask("prediction sets keep their promise", "selective.json", _promise_kept)
-    _judge_softlabels(j)
+    if not small: _judge_softlabels(j)
 
 # %% ../nbs/01_integrity_gates.ipynb #01-gates-026
-def _proved_files(folder: Path) -> str | None:
+def _proved_files(folder: Path, root: Path) -> str | None:
     "What is wrong with the files of an export, or None."
-    for name, v in OnnxParity.load(folder).variants.items():
+    small = not any(x for kind in ("*.pt", "*.onnx") for x in root.rglob(kind))  # weights are not kept with the small results
+    report, proved = ExportReport.load(folder), OnnxParity.load(folder)
+    unproved = [p for p in report.files if p not in proved.variants]
+    if unproved: return f"{report.files[unproved[0]].file} ({unproved[0]}) was compared with nothing"
+    for name, v in proved.variants.items():
         path = folder/v.file
-        if not path.is_file(): continue  # weights are not kept with the small results
+        if not path.is_file():
+            if small: continue
+            return f"{v.file} ({name}) is missing"
         if sha256_file(path) != v.sha256: return f"{v.file} ({name}) is not the file that was compared"
     return None
 
+# %% ../nbs/01_integrity_gates.ipynb #01-gates-w02
+def _foreign_export(folder: Path, root: Path) -> str | None:
+    "Whether an export is of a run that stands here."
+    hashed, proved = ExportReport.load(folder).checkpoint_hash, OnnxParity.load(folder).checkpoint_hash
+    if hashed != proved: return f"exported from {hashed[:12]}…, compared with {proved[:12]}…"
+    sealed = [p.parent for p in root.rglob(RunArgs.filename) if find_artifact(p.parent, HashManifest.filename)]
+    runs = [HashManifest.load(r).files.get("best.pt") for r in sealed]
+    return None if hashed in runs or not any(runs) else f"no run here has the weights {hashed[:12]}… that it was exported from"
+
 # %% ../nbs/01_integrity_gates.ipynb #01-gates-027
 def _judge_export(j: _Judge):
-    "An exported model: computed as PyTorch does, compared on faces, unchanged since."
+    "An exported model: of a run that stands here, computed as PyTorch does, compared on faces, unchanged since."
+    j.ask("the export is of a run that stands here", ExportReport.filename, lambda f: _foreign_export(f, j.root))
     j.ask("the export computes what PyTorch computes", ExportReport.filename,
           lambda f: None if ExportReport.load(f).parity_check.passed else "fp32 differs from PyTorch")
-    j.ask("fp32 and fp16 answer as the checkpoint on faces", OnnxParity.filename, _says(OnnxParity, "passed"))
-    j.ask("the files are those that were compared", OnnxParity.filename, _proved_files)
+    j.ask("fp32 and fp16 answer as the checkpoint on faces", OnnxParity.filename, _says(OnnxParity, "passed"),
+          lambda f: OnnxParity.load(f).n)
+    j.ask("the files are those that were compared", OnnxParity.filename, lambda f: _proved_files(f, j.root))
+
+# %% ../nbs/01_integrity_gates.ipynb #01-gates-w04
+def _judge_root(j: _Judge, manifests, trainings):
+    "A folder of runs: all that its profile owes is here, nothing is a link, nothing is nameless."
+    if (j.folder/"profile.yaml").is_file(): j.ask("every folder that the profile owes is here", "profile.yaml", lost_folders)
+    several = any((j.folder/kind).is_dir() for kind in ("teachers", "students", "ensembles"))
+    if several and not manifests: j.ask("the dataset of these runs is here", DatasetIndex.filename, lambda f: "no manifest stands here")
+    for link in links_below(j.root):
+        where = link.relative_to(j.root).as_posix() if link != j.root else link.name
+        j.ask("every folder is itself", where, lambda f, link=link: f"is a link to {os.readlink(link)}")
+    for folder in nameless(j.root):
+        where = folder.relative_to(j.root).as_posix()
+        j.ask("every result says which run it is of", f"{where}/args.json", lambda f: "is missing, and a run's files stand beside it")
 
 # %% ../nbs/01_integrity_gates.ipynb #01-gates-029
+_KINDS = {  # kind -> the files by which its folders are found
+    "manifest": ("dataset_index.json", "manifest.parquet"), "cache": (CacheIndex.filename,),
+    "ensemble": ("ensemble_config.json", "ensemble_alignment_gate.json"), "export": (ExportReport.filename, OnnxParity.filename),
+    "session": (SessionInfo.filename,), "training": (RunArgs.filename,)}
+
+
+def _found(root: Path) -> dict[str, list[Path]]:
+    "Folders by kind; hidden ones are not ours."
+    def ours(p): return not any(part.startswith(".") for part in p.relative_to(root).parts)
+    return {kind: sorted({p.parent for name in names for p in root.rglob(name) if ours(p)}) for kind, names in _KINDS.items()}
+
+# %% ../nbs/01_integrity_gates.ipynb #01-gates-w05
 def gates(
     run_dir,  # a run, or a folder of runs
 ) -> Checklist:
     "The go/no-go checklist of everything below a folder."
     root = Path(run_dir)
     if not root.is_dir(): raise UsageError(f"'{run_dir}' is no folder: give a run, or a folder of runs such as runs/embedded")
-    manifests = sorted({p.parent for name in ("dataset_index.json", "manifest.parquet") for p in root.rglob(name)})
-    trainings = sorted(p.parent for p in root.rglob("args.json"))
-    ensembles = sorted(p.parent for name in ("ensemble_config.json", "ensemble_alignment_gate.json") for p in root.rglob(name))
-    lines, datasets = [], set()
-    for folder in manifests:
-        judge = _Judge(folder, root)
-        _judge_manifest(judge)
-        if find_artifact(folder, DatasetIndex.filename): datasets.add(DatasetIndex.load(folder).dataset_index_id)
-        lines += judge.lines
-    for folder in dict.fromkeys(ensembles):
-        judge = _Judge(folder, root)
-        _judge_ensemble(judge, datasets)
-        lines += judge.lines
-    for folder in sorted({p.parent for name in (ExportReport.filename, OnnxParity.filename) for p in root.rglob(name)}):
-        judge = _Judge(folder, root)
-        _judge_export(judge)
-        lines += judge.lines
-    for folder in trainings:
-        judge = _Judge(folder, root)
-        try: _judge_training(judge, datasets)
-        except FerError as e: judge.lines.append(Line(judge.run, "the run can be read", "args.json", False, str(e)))
-        lines += judge.lines
+    found, datasets = _found(root), set()
+    for folder in found["manifest"]:
+        try: datasets.add(DatasetIndex.load(folder).dataset_index_id)
+        except FerError: continue  # its own lines say so
+    asked = {"manifest": _judge_manifest, "ensemble": lambda j: _judge_ensemble(j, datasets), "export": _judge_export,
+             "cache": lambda j: j.ask("its pictures are those that were packed", CacheIndex.filename, changed_cache,
+                                      lambda f: CacheIndex.load(f).n),
+             "session": lambda j: j.ask("the session is whole, frame after frame", "per_frame.csv", broken_session),
+             "training": lambda j: _judge_training(j, datasets)}
+    judges = [_Judge(root, root)]
+    _judge_root(judges[0], found["manifest"], found["training"])
+    for kind, folders in found.items():
+        for folder in folders:
+            judges.append(_Judge(folder, root))
+            try: asked[kind](judges[-1])
+            except FerError as e: judges[-1].lines.append(Line(judges[-1].run, "the folder can be read", _KINDS[kind][0], False, str(e)))
+    lines = [line for j in judges for line in j.lines]
     if not lines: raise GateError(f"'{run_dir}' holds neither a manifest nor a run: there is nothing to judge")
     return Checklist(lines)

@@ -21,7 +21,7 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from .artifacts import ArtifactError, FerError, UsageError, sha256_bytes, sha256_file
+from .artifacts import ArtifactError, FerError, UsageError, allowed_mode, sha256_bytes, sha256_file
 from .framing import measure_framing, row_box, row_crop, row_image
 from .geometry import Framing, Geometry, check_geometry, prepare_pixels, read_framing
 from .likeness import face_box
@@ -267,7 +267,7 @@ def load_cache(
     folder,
     manifest: Manifest | None = None,  # that the cache must belong to
     geometry: Geometry | None = None,  # that its pixels must have been made with
-    full: bool = False,  # also hash every pixel
+    full: bool = True,  # also hash the pixels, once for this opening
 ) -> ImageCache:
     "Open a packed cache; refuse one that is broken, foreign, or of another geometry."
     cache = ImageCache(folder, full=full)
@@ -288,7 +288,7 @@ CACHE_FILES = frozenset(leaves_of("cache"))
 
 def _up_to_date(out: Path, geometry: Geometry, dataset_index_id: str, rows_are: str) -> ImageCache | None:
     "The cache that stands there, if it is whole and the one that is asked for."
-    try: cache = ImageCache(out)
+    try: cache = ImageCache(out, full=True)
     except FerError: return None
     same = cache.geometry.pixel_hash == geometry.pixel_hash and cache.index.row_hash == rows_are and cache.framing is not None
     same &= cache.geometry.grey if geometry.grey else not cache.turned_grey
@@ -328,19 +328,19 @@ def pack_cache(
     if len(twice := rows["id"][rows["id"].duplicated()]): raise UsageError(f"id {twice.iloc[0]!r} stands twice in the view")
     _check_place(out)
     ask, threads = (geometry, manifest.dataset_index_id, row_hash(rows)), threads or os.cpu_count() or 1
-    if _up_to_date(out, *ask) is not None: return load_cache(out, geometry=geometry)
+    if _up_to_date(out, *ask) is not None: return load_cache(out, geometry=geometry, full=False)  # hashed a moment ago
     out.parent.mkdir(parents=True, exist_ok=True)
     tmp = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
     try:
         framing = measure_framing(rows, sample, models=models, margin=geometry.margin, threads=threads, progress=progress)
         _write_cache(tmp, rows, geometry, framing, manifest.dataset_index_id, threads, progress)
-        tmp.chmod(0o755)
+        tmp.chmod(allowed_mode(0o777))
         if _up_to_date(out, *ask) is None: _install(tmp, out)
     except OSError:  # another run put its own there in the same moment
         if _up_to_date(out, *ask) is None: raise
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
-    return load_cache(out, geometry=geometry)
+    return load_cache(out, geometry=geometry, full=False)
 
 # %% ../nbs/02a_images.ipynb #02a-images-034
 def measure_cache(

@@ -201,7 +201,8 @@ def load_softlabels(
     seal = check_seal(folder)
     ClassOrder.load(folder)
     z = read_npz(folder/"softlabels.npz", ["ids", "sha256", "logits", "views", "temperature", "scale"])
-    s = Softlabels(z["ids"], z["sha256"], z["logits"], tuple(z["views"].tolist()), float(z["temperature"]), float(z["scale"]),
+    logits = z["logits"].astype(np.float32, copy=False)  # a compact copy holds half precision
+    s = Softlabels(z["ids"], z["sha256"], logits, tuple(z["views"].tolist()), float(z["temperature"]), float(z["scale"]),
                    seal.dataset_index_id, z.get("splits"), str(z.get("convention", "")))
     _check_softlabels(s, folder/"softlabels.npz")
     return s

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SEAL', 'MANIFEST_LEAVES', 'CACHE_LEAVES', 'SOFTLABEL_LEAVES', 'TRAINED_LEAVES', 'THROUGH', 'REPORTED_LEAVES',
            'LEAVES', 'RESUMED', 'FOLDERS', 'OTHER_NAMES', 'Leaf', 'leaves_of', 'declared', 'leaves_table',
-           'leaves_markdown', 'seal_folder', 'unseal', 'check_seal', 'travels', 'check_run_seal', 'reseal',
-           'artifact_models', 'inventory']
+           'leaves_markdown', 'seal_folder', 'unseal', 'check_seal', 'travels', 'is_small_copy', 'check_run_seal',
+           'reseal_copy', 'reseal', 'artifact_models', 'inventory']
 
 # %% ../nbs/00_artifacts_table.ipynb #00-leaves-002
 from pathlib import Path
@@ -68,7 +68,7 @@ REPORTED_LEAVES = (
     Leaf("selective.json", "report", "risk by coverage, prediction sets and their promise"),
     Leaf("confusion.csv", "report", "who is taken for whom"),
     Leaf("metrics_by_source.csv", "report", "scores by source and by whose labels"),
-    Leaf("evaluation.npz", "report", "validation and test logits (a small copy: test logits in half precision)"))
+    Leaf("evaluation.npz", "report", "validation and test logits (a small copy: in half precision)"))
 
 # %% ../nbs/00_artifacts_table.ipynb #00-leaves-t4
 def _inside(folder: str, leaves): return tuple(x._replace(file=f"{folder}/{x.file}") for x in leaves)
@@ -218,14 +218,16 @@ def travels(
     return any(x.file == name and x.kept for leaves in LEAVES.values() for x in leaves) and not name.startswith("softlabels/")
 
 # %% ../nbs/00_artifacts_table.ipynb #00-leaves-k2
-def _is_small_copy(
+def is_small_copy(
     folder,  # a run
 ) -> bool:
-    "Whether a sealed run lacks its weights, or an ensemble its softlabels, and has its test logits alone."
+    "Whether a folder's seal is a copy's own; of older copies, whether weights or softlabels are away and the test logits alone."
     folder = Path(folder)
+    if find_artifact(folder, HashManifest.filename) is None: return False
+    if HashManifest.load(folder).original: return True
     logits = folder/"evaluation.npz"
     whole = (folder/"best.pt").is_file() or (folder/"split_targets.npz").is_file() or not logits.is_file()
-    return not whole and "val_logits" not in read_npz(logits) and find_artifact(folder, HashManifest.filename) is not None
+    return not whole and "val_logits" not in read_npz(logits)
 
 # %% ../nbs/00_artifacts_table.ipynb #00-leaves-011
 def check_run_seal(
@@ -233,13 +235,26 @@ def check_run_seal(
 ) -> bool:  # whether it is a small copy
     "Check a run's seal; of a small copy, everything that travelled unchanged."
     folder = Path(folder)
-    if not _is_small_copy(folder): check_seal(folder); return False
-    for name, digest in HashManifest.load(folder).files.items():
+    if not is_small_copy(folder): check_seal(folder); return False
+    if (seal := HashManifest.load(folder)).original: check_seal(folder); return True
+    for name, digest in seal.files.items():  # an older copy, under its run's seal
         path = folder/name
         if name == "evaluation.npz" or not (path.is_file() or travels(name)): continue
         if not path.is_file(): raise ArtifactError(path, "is missing, though the folder's seal lists it")
         if sha256_file(path) != digest: raise ArtifactError(path, "was changed after its folder was sealed: copy the run again")
     return True
+
+# %% ../nbs/00_artifacts_table.ipynb #00-leaves-k3
+def reseal_copy(
+    folder,  # of a small copy, which still has its run's seal
+) -> HashManifest:
+    "Seal what travelled as it travelled, and keep what the run had sealed on record."
+    folder = Path(folder)
+    seal = HashManifest.load(folder)
+    original = seal.original or seal.files
+    seal = seal.model_copy(update={"files": {f: sha256_file(folder/f) for f in original if (folder/f).is_file()}, "original": original})
+    seal.save(folder)
+    return seal
 
 # %% ../nbs/00_artifacts_table.ipynb #00-leaves-012
 def reseal(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'VIEWS', 'MANIFEST_FILE', 'MANIFEST_CSV', 'POLICY', 'conventions_in', 'Manifest', 'majority_share',
-           'conflicting', 'label_sources', 'labels_of', 'votes_of', 'draw_validation', 'exclude_copies',
+           'conflicting', 'label_sources', 'labels_of', 'votes_of', 'draw_validation', 'exclude_copies', 'hold_out',
            'assign_splits', 'dataset_fingerprint', 'dataset_index', 'freeze_manifest', 'require_valid', 'load_manifest',
            'check_rows', 'validation', 'with_conventions', 'collection_paused', 'BuildResult', 'build_manifest']
 
@@ -130,6 +130,11 @@ def view(
     return df[df.split.isin(splits)].reset_index(drop=True)
 
 # %% ../nbs/00_manifests.ipynb #00-manifests-n08
+_REMEDIES = {"train": "give another view or a source that has training rows",
+             "val": "build the manifest with --val-fraction 0.1, or add a source that has a validation part",
+             "test": "build the manifest with --test-fraction 0.2, or add a source that has a test part"}
+
+
 @patch
 def splits(
     self: Manifest,
@@ -139,7 +144,11 @@ def splits(
 ) -> dict[str, pd.DataFrame]:  # train, val and test rows
     "The rows that a model is trained, validated and tested on; whatever it was trained on, its test rows are those of all sources."
     own = dict(source=source, convention=convention)
-    return {"train": self.view(train_view, **own), "val": self.view("val", **own), "test": self.view("test_all_sources")}
+    rows = {"train": self.view(train_view, **own), "val": self.view("val", **own), "test": self.view("test_all_sources")}
+    if empty := next((s for s, r in rows.items() if not len(r)), None):
+        view = {"train": train_view, "val": "val", "test": "test_all_sources"}[empty]
+        raise UsageError(f"the view {view} has no rows: {_REMEDIES[empty]}")
+    return rows
 
 # %% ../nbs/00_manifests.ipynb #00-manifests-013
 @patch
@@ -246,13 +255,30 @@ def exclude_copies(df: pd.DataFrame) -> np.ndarray:
         excluded[below & (excluded == "") & held[codes]] = reason
     return excluded
 
+# %% ../nbs/00_manifests.ipynb #00-manifests-i01
+def hold_out(
+    df: pd.DataFrame,  # as `assign_splits` gets it
+    fraction: float,  # of the rows of each source without a test part; 0: none
+    seed: int,
+) -> pd.DataFrame:
+    "Rows of sources without a test part become one: whole groups, by label, the same for any order of rows."
+    if not fraction: return df
+    own = df.source[df.split == "test"].unique()
+    fixed = df.group[(df.split != "train") | df.source.isin(own)].unique()
+    drawable = ((df.split == "train") & ~df.group.isin(fixed) & (df.group != "")).to_numpy()
+    split = df.split.to_numpy(object).copy()
+    split[np.flatnonzero(drawable)[draw_validation(df[drawable], fraction, seed)]] = "test"
+    return df.assign(split=split)
+
 # %% ../nbs/00_manifests.ipynb #00-manifests-027
 def assign_splits(
     df: pd.DataFrame,  # rows with split as the sources give it, pixel_hash, group, label, source, excluded
     fraction: float,  # of training rows that become validation
     seed: int,
+    test_fraction: float = 0,  # of the rows of sources without a test part that become one
 ) -> pd.DataFrame:
     "The final `split` and `excluded`."
+    df = hold_out(df, test_fraction, seed)
     df = df.assign(excluded=exclude_copies(df))
     own_val = df.source[df.split == "val"].unique()
     fixed = df.group[(df.split != "train") | df.source.isin(own_val)].unique()
@@ -274,15 +300,15 @@ def dataset_fingerprint(
 def _counts(values) -> dict[str, int]: return {str(k): int(v) for k, v in sorted(Counter(values).items())}
 
 
-def dataset_index(df: pd.DataFrame, name: str, seed: int, val_fraction: float, max_hamming: int) -> DatasetIndex:
+def dataset_index(df: pd.DataFrame, name: str, seed: int, val_fraction: float, max_hamming: int, test_fraction: float = 0) -> DatasetIndex:
     "Counts and identity of a manifest."
     usable, mark = df[df.excluded == ""], dataset_fingerprint(df)
     table = pd.crosstab(usable.split, usable.label).reindex(index=list(SPLITS), columns=list(CLASSES), fill_value=0)
     classes = {s: {c: int(table.at[s, c]) for c in CLASSES} for s in SPLITS}
     return DatasetIndex(dataset_index_id=f"{name}-{mark[:12]}", name=name, row_count=len(df), usable_count=len(usable),
-                        excluded=_counts(df.excluded[df.excluded != ""]), split_counts={s: int((usable.split == s).sum()) for s in SPLITS},
+                        excluded=_counts(df.excluded[df.excluded != ""]), split_counts={x: int((usable.split == x).sum()) for x in SPLITS},
                         class_counts=classes, source_counts=_counts(df.source), fingerprint=mark, seed=seed, val_fraction=val_fraction,
-                        max_hamming=max_hamming, conventions=Manifest(df, None).conventions)
+                        test_fraction=test_fraction, max_hamming=max_hamming, conventions=Manifest(df, None).conventions)
 
 # %% ../nbs/00_manifests.ipynb #00-manifests-032
 _SCHEMA = pa.schema([(c, {"width": pa.int32(), "height": pa.int32(), "confidence": pa.float64(), "votes": pa.list_(pa.float64()),
@@ -380,11 +406,12 @@ def validation(
                               excluded_rows=int((manifest.df.excluded != "").sum()), problems=problems, passed=not problems, **counts)
 
 # %% ../nbs/00_manifests.ipynb #00-manifests-047
-def _check_build(sources, name, val_fraction, max_hamming):
+def _check_build(sources, name, val_fraction, max_hamming, test_fraction):
     "Refuse wrong arguments before any picture is read."
     if isinstance(sources, str) or not len(sources): raise UsageError("no sources: give at least one kind=path")
     if not re.fullmatch(r"[A-Za-z0-9_.-]+", name): raise UsageError(f"name {name!r}: use letters, digits, _ . -")
     if not 0 <= val_fraction < 1: raise UsageError(f"val_fraction {val_fraction}: give a share from 0 to below 1")
+    if not 0 <= test_fraction < 1: raise UsageError(f"test_fraction {test_fraction}: give a share from 0 to below 1")
     if not 0 <= max_hamming < HASH_BITS: raise UsageError(f"max_hamming {max_hamming}: give bits from 0 to {HASH_BITS - 1}")
     for spec in sources: parse_source(spec)
 
@@ -429,9 +456,10 @@ def _hex(hashes: np.ndarray) -> list[str]:
 # %% ../nbs/00_manifests.ipynb #00-manifests-051
 def _with_prints(df: pd.DataFrame, prints: Prints, max_hamming: int) -> pd.DataFrame:
     "Rows with their fingerprints, groups, and reasons for pictures that cannot be read."
+    unreadable = (prints.problem != "") & (df.excluded != "not a picture")
     return df.assign(sha256=prints.sha256, pixel_hash=prints.pixel_hash, width=prints.width, height=prints.height,
                      perceptual_hash=np.where(prints.pixel_hash != "", _hex(prints.perceptual), ""),
-                     group=find_groups(prints, max_hamming).group, excluded=np.where((prints.problem != "") & (df.excluded != "not a picture"), prints.problem, df.excluded))
+                     group=find_groups(prints, max_hamming).group, excluded=np.where(unreadable, prints.problem, df.excluded))
 
 # %% ../nbs/00_manifests.ipynb #00-manifests-039
 class BuildResult(Lines):
@@ -448,6 +476,7 @@ class BuildResult(Lines):
         head = f"{index.dataset_index_id}: {len(df):,} rows, {len(usable):,} usable, built in {self.seconds:.1f} s ({rate:,.0f} images/s)"
         out = [head, (("source", "labels by", "rows", *SPLITS, "excluded"), rows)]
         if self.validated: out.append(f"validated: all {len(usable):,} usable rows exist, decode and carry one of the seven labels")
+        out += index.thin
         if index.excluded: out.append((("excluded because", "rows"), sorted(index.excluded.items(), key=lambda kv: -kv[1])))
         return out
 
@@ -463,17 +492,18 @@ def build_manifest(
     workers: int | None = None,  # processes or threads; all usable cores where None
     progress: bool | None = None,  # show a bar; None: only in a terminal
     conventions: dict[str, str] | None = None,  # source -> whose labels it has, where that is not the usual convention of its kind
+    test_fraction: float = 0,  # of the rows of sources without a test part, held out as one; 0 holds none
 ) -> BuildResult:
     "Build and freeze a manifest from sources; wrong arguments and empty sources are usage errors."
     start = time.perf_counter()
-    _check_build(sources, name, val_fraction, max_hamming)
+    _check_build(sources, name, val_fraction, max_hamming, test_fraction)
     with collection_paused():
         df = with_conventions(_together([read_source(s) for s in sources]), conventions or {})
     prints = fingerprint(df.path, df.box, workers, progress=progress)
-    df = assign_splits(_with_prints(df, prints, max_hamming), val_fraction, seed)
+    df = assign_splits(_with_prints(df, prints, max_hamming), val_fraction, seed, test_fraction)
     if not (df.excluded == "").any():
         raise UsageError(f"none of {len(df)} pictures can be used: {dict(Counter(df.excluded).most_common(3))}")
     df = df[list(COLUMNS)]
-    manifest = freeze_manifest(df, out, dataset_index(df, name, seed, val_fraction, max_hamming))
+    manifest = freeze_manifest(df, out, dataset_index(df, name, seed, val_fraction, max_hamming, test_fraction))
     if validate: validation(manifest, df, prints).save(out)
     return BuildResult(manifest, time.perf_counter() - start, validate)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ARMS', 'arm_parameters', 'ArmSmoke', 'NLSmoke', 'judge_smoke', 'few_rows', 'smoke_arm', 'nl_smoke', 'require_smoke',
-           'ArmVerdict', 'PhaseGate', 'judge_part', 'phase_gate', 'require_phase']
+           'ArmVerdict', 'PhaseGate', 'judge_part', 'phase_gate', 'require_phase', 'arm_name', 'require_arm']
 
 # %% ../nbs/07_nl_phase.ipynb #07-nl-phase-002
 import math
@@ -154,19 +154,20 @@ def nl_smoke(
     cache_dir,  # its packed images
     out,  # gets nl_smoke.json and a folder an arm
     softlabels: str = "",  # a teacher's or an ensemble's; empty: no distillation
-    arms=tuple(ARMS),  # the first is the baseline
-    epochs: int = 3,
+    arms=tuple(ARMS),  # the first is the baseline; all where none is named
+    epochs: int = 3,  # of every arm
     rows: int = 640,  # training rows
-    batch_size: int = 32,
-    accumulate: int = 4,
-    lr: float = 1e-3,
+    batch_size: int = 32,  # rows of a micro-batch
+    accumulate: int = 4,  # micro-batches a step
+    lr: float = 1e-3,  # of every arm
     source: str | None = None,  # one source only
     convention: str = "",  # whose labels are learned
     amp: str = "no",  # no | bf16 | fp16
-    device: str = "cpu",
-    seed: int = 1337,
+    device: str = "cpu",  # or cuda
+    seed: int = 1337,  # of the rows and of training
 ) -> NLSmoke:
     "A few epochs of every arm on reduced data; long runs of an arm require its GO."
+    for name in arms: arm_parameters(name)  # a wrong name is told before anything is opened
     out, data, soft = Path(out), open_data(manifest_dir, cache_dir, source=source, convention=convention), None
     if softlabels:
         alignment, soft = open_supervision(softlabels, "fused", data)
@@ -268,8 +269,8 @@ def phase_gate(
     baseline,  # run folders of the student without any of it
     parts: dict,  # name of a part -> its run folders; "NL" and "NegL" for the arm with everything
     out=None,  # gets nl_phase_gate.json; None: nothing is written
-    margin: float = 0.005,
-    ece_margin: float = 0.01,
+    margin: float = 0.005,  # macro-F1 that a part may lose
+    ece_margin: float = 0.01,  # ECE that it may gain
 ) -> PhaseGate:
     "Compare each part with its baseline, seed by seed, on validation rows."
     if not parts: raise UsageError("no parts: give name -> run folders, such as {'NL': [...], 'NegL': [...]}")
@@ -300,3 +301,33 @@ def require_phase(
             raise GateError(f"{folder}: '{name}' alone is {v.verdict}: macro-F1 {100*v.macro_f1_difference:+.2f} points "
                             f"(from {100*v.lower:+.2f}), ECE {v.ece_difference:+.4f} over {len(v.seeds)} seeds")
     return gate
+
+# %% ../nbs/07_nl_phase.ipynb #07-nl-phase-a01
+def arm_name(
+    optimizer: str = "adamw",
+    negl: dict | None = None,  # changes to negative learning's config; none: no negative learning
+) -> str:  # "" for a plain student
+    "What a student's parameters are called among the arms: DeepMomentum+NegL_replace."
+    of = {v["optimizer"]: k for k, v in ARMS.items() if "optimizer" in v}
+    negative = ("NegL_replace" if negl.get("replace_ce") else "NegL") if negl else ""
+    return "+".join(filter(None, (of.get(optimizer, ""), negative)))
+
+# %% ../nbs/07_nl_phase.ipynb #07-nl-phase-a03
+def require_arm(
+    optimizer: str,
+    negl: dict,  # changes to negative learning's config
+    stage: str,  # CE | KD | DKD
+    dataset_index_id: str,
+    smoke: str = "",  # folder of nl_smoke.json
+    phase: str = "",  # folder of nl_phase_gate.json
+) -> str:  # the arm; "" for a plain student, which needs neither
+    "Stop a full run of an arm that was not smoked, and of the arm with everything where a part of it alone is inferior."
+    arm = arm_name(optimizer, negl)
+    if not arm: return arm
+    if not smoke: raise GateError(f"arm '{arm}' was not smoked: run `fer-nb nl smoke` and give its folder as nl_smoke")
+    require_smoke(smoke, arm, dataset_index_id)
+    if stage == "DKD" and "+" in arm:
+        if not phase: raise GateError(f"'{arm}' with DKD needs its parts judged alone: give the folder of `fer-nb nl gate` as nl_phase")
+        judged = require_phase(phase).dataset_index_id
+        if judged != dataset_index_id: raise GateError(f"{phase}: the parts were judged on {judged}, not on {dataset_index_id}")
+    return arm

@@ -113,9 +113,7 @@ class PicturePredictions:
     def found(self) -> int: return sum(map(len, self.faces.values()))
 
     @property
-    def exit_code(self) -> int:
-        "0; 1 where no picture has a face; 3 where some could not be read."
-        return 3 if self.problems else 0 if self.found else 1
+    def exit_code(self) -> int: return 3 if self.problems else 0 if self.found else 1  # some unreadable; none with a face
 
     @property
     def hint(self) -> str:

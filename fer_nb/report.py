@@ -10,6 +10,8 @@ __all__ = ['CHECKLIST', 'Run', 'find_runs', 'by_convention', 'tables_markdown', 
 
 # %% ../nbs/09b_report.ipynb #09b-report-002
 import importlib.resources
+import json
+import os
 import re
 import tempfile
 from io import BytesIO
@@ -28,13 +30,13 @@ from tabulate import tabulate
 from .arms import FREE, arm_labels, arm_of, kept_sources
 from fer_nb.artifacts import (
     BLUE, CLASSES, ORANGE, ArtifactError, GateError, UsageError, atomic_path, convention_of, find_artifact,
-    read_npz, write_bytes, write_csv, write_npz, write_text,
+    read_npz, write_bytes, write_csv, write_json, write_npz, write_text,
 )
 from .calibration import confusion, per_class, top_label
 from .evidence import EnsembleConfig, EnsembleMetrics, OnnxParity
 from .gates import gates
 from .integrity import own_test_rows, run_convention
-from .leaves import LEAVES, SEAL, travels
+from .leaves import LEAVES, SEAL, reseal_copy, travels
 from fer_nb.records import (
     Calibration, ClassMetrics, DatasetIndex, Environment, Interval, LeakageReport, ReliabilityMetrics, RunArgs,
     TrainingHistory,
@@ -370,10 +372,32 @@ def _belongs(path: Path) -> bool:  # below the root
 
 # %% ../nbs/09b_report.ipynb #09b-report-smaller
 def _small_evaluation(path) -> dict[str, np.ndarray]:
-    "The test rows of an evaluation.npz, their logits in half precision."
+    "An evaluation.npz with logits in half precision and below the row's largest: ties stay as rare as they were."
     z = read_npz(path, ["test_logits", "test_labels", "test_ids"])
-    small = {"test_logits": z["test_logits"].astype("float16"), "test_labels": z["test_labels"].astype("int8")}
-    return small | {k: z[k] for k in ("test_ids", "test_groups") if k in z}
+    small = {k: v for k, v in z.items() if k.endswith(("_ids", "_groups"))}
+    for k in (k for k in z if k.endswith("_logits")): small[k] = (z[k] - z[k].max(1, keepdims=True)).astype("float16")
+    return small | {k: v.astype("int8") for k, v in z.items() if k.endswith("_labels")}
+
+# %% ../nbs/09b_report.ipynb #09b-report-relative
+def _relative(value, root: str):
+    "The same JSON value with paths that say nothing of the machine: relative to the root, where they are absolute."
+    if isinstance(value, dict): return {k: _relative(v, root) for k, v in value.items()}
+    if isinstance(value, list): return [_relative(v, root) for v in value]
+    if not isinstance(value, str): return value
+    value = value.replace(f"{root}/", "")
+    if not os.path.isabs(value) or len(Path(value).parts) < 3: return value
+    try: return Path(os.path.relpath(value, root)).as_posix()
+    except ValueError: return Path(value).name  # on another drive
+
+# %% ../nbs/09b_report.ipynb #09b-report-copied
+def _copy_relative(path: Path, copy: Path, root: str) -> Path:
+    "Copy a file; a JSON file that names absolute paths is written anew without them, any other as it is, byte for byte."
+    content = path.read_bytes()
+    if path.suffix == ".json" and path.name != SEAL.file:
+        try: told = json.loads(content)
+        except ValueError: told = None  # the gates say what is wrong with it
+        if told is not None and (found := _relative(told, root)) != told: return write_json(copy, found)
+    return write_bytes(copy, content)
 
 # %% ../nbs/09b_report.ipynb #09b-report-039
 def keep_results(
@@ -384,11 +408,12 @@ def keep_results(
     "Copy the small results of a run folder."
     root, out = Path(runs_dir), Path(out)
     if not (root/"report"/"report.html").is_file(): raise UsageError(f"'{runs_dir}' holds no report/report.html: finish its chain first")
-    kept = []
+    kept, here = [], root.resolve().as_posix()
     for path in sorted(p for p in root.rglob("*") if p.is_file() and _belongs(p.relative_to(root))):
         copy = out/path.relative_to(root)
         if path.name == "evaluation.npz": kept.append(write_npz(copy, **_small_evaluation(path)))
-        elif path.suffix == ".npz" or path.stat().st_size <= largest: kept.append(write_bytes(copy, path.read_bytes()))
+        elif path.suffix == ".npz" or path.stat().st_size <= largest: kept.append(_copy_relative(path, copy, here))
+    for seal in (p for p in kept if p.name == SEAL.file): reseal_copy(seal.parent)
     write_text(out/"report"/"report.html", _live_links((root/"report"/"report.html").read_text(encoding="utf-8"), out/"report"))
     return kept
 
@@ -431,7 +456,8 @@ def render(
 ) -> Path:
     "Make one offline HTML page of an executed report notebook."
     if not Path(notebook).is_file(): raise UsageError(f"'{notebook}' does not exist: run the report notebook first")
-    nb = nbformat.read(notebook, as_version=4)
+    try: nb = nbformat.read(notebook, as_version=4)
+    except Exception as e: raise UsageError(f"'{notebook}' is no notebook ({type(e).__name__})") from None  # nbformat raises a dozen types
     nb.cells = _page_cells(nb)
     if not nb.cells: raise ArtifactError(notebook, "holds no run part: is it an executed 09b_report?")
     with tempfile.TemporaryDirectory() as d, atomic_path(page) as tmp:

@@ -480,13 +480,11 @@ def tuning_section(root) -> str:
 # %% ../nbs/09c_results.ipynb #09c-older-section
 def older_section(reference) -> str:
     "Earlier and unfinished runs, so that nothing is forgotten."
-    first, wide = Path(reference)/"fer2013_first", Path(reference)/"fer2013"/"reference224"
-    runs = [*find_kept(first, "teachers"), *find_kept(first, "students"), *find_kept(wide, ".")]
+    runs = find_kept(Path(reference)/"fer2013"/"reference224", ".")
     rows = [[_link(k, reference, k.folder.relative_to(reference).as_posix()),
              f"{k.args['img_size']} px, {_epochs_of(k.args)}, {_minutes(k)} min",
              *(k.shown(m, "ferplus") for m in ("accuracy", "macro_f1"))] for k in runs]
-    about = ("By FERPlus's labels. `fer2013_first` is the first run of four epochs; its KD started from CE's best, so it trained twice as "
-             "long; its intervals count rows. The one at 224 px is a single epoch from the weights that ship, far from converged: what "
+    about = ("By FERPlus's labels. The one at 224 px is a single epoch from the weights that shipped then, far from converged: what "
              "small inputs cost could not be measured fairly.")
     return _section("Earlier and unfinished", about, md_table(["run", "how", "accuracy", "macro-F1"], rows))
 
@@ -526,16 +524,19 @@ def _ground_section(root) -> str:
     known = ", ".join(f"{n:,} by {said(c)}'s labels" for c, n in sorted(chosen.items()))
     seeds = sorted({k.args["seed"] for kind in ("teachers", "students") for k in find_kept(root, kind)})
     view, kept = any_run.args["train_view"], ", ".join(map(str, seeds))
+    ran = [Environment.load(k.folder) for kind in ("teachers", "students") for k in find_kept(root, kind)]
+    on = " and ".join(sorted({"processors" if e.device == "cpu" else e.device_name for e in ran}))
     told = (f"`{d.dataset_index_id}`: {d.usable_count:,} usable rows of {d.row_count:,}, seed {d.seed}. Training rows: the view `{view}`, "
             f"{gate['train']:,} for the ensembles' members; validation {d.split_counts['val']:,} ({known}). Test rows: {counts}. "
-            f"No training picture stands among them. Runs have the seeds {kept}; all ran on CPUs.")
+            f"No training picture stands among them. Runs have the seeds {kept}; they ran on {on}.")
     chosen = ("Temperatures and ensembles' weights are chosen on validation rows of the convention that was learned, and so are epochs "
               "where nothing else is said. Brackets are 95% intervals by a bootstrap over pictures: a drawn picture brings all its rows.")
     columns = ["test part", "judge", "perfect labeller of", "accuracy", "macro-F1", *(f"recall {c}" for c in CLASSES)]
-    return _section("What it stands on", told, chosen,
-                   "Two conventions label the same pictures. Whoever knows one by heart scores by the other:",
-                   md_table(columns, _perfect_rows(root)),
-                   "So columns marked *no judgement* say how far a model agrees with labels that it never learned, and not how good it is.")
+    perfect = _perfect_rows(root)
+    about = "Two conventions label the same pictures. Whoever knows one by heart scores by the other:"
+    judged = [about, md_table(columns, perfect)] if perfect else []
+    return _section("What it stands on", told, chosen, *judged,
+                    "Columns marked *no judgement* say how far a model agrees with labels that it never learned, and not how good it is.")
 
 # %% ../nbs/09c_results.ipynb #09c-046
 def _reading_section(reference, convention: str) -> str:
@@ -556,13 +557,16 @@ PENDING = "## What comes next\n\n[The plan of training](PENDING.md) has the bars
 def results_page(reference) -> str:
     "The page of results, from the artifacts."
     reference = Path(reference)
-    root, before, parts = reference/"gpu", reference/"fer2013", [OPENING]
+    root, first, before, parts = (*(reference/f for f in ("gpu", "gpu_first", "fer2013")), [OPENING])
     parts.append(_ground_section(root))
     for c in conventions_in(root):
         own = [_reading_section(reference, c), models_section(reference, root, c), gains_section(reference, root, c),
                students_section(root, c), comparisons_section(root, c), sets_section(root, c)]
         parts.append(_section(f"Models that learned {said(c)}'s labels, judged by them", *own))
     parts.append(shipped_section(reference, root))
+    for c in conventions_in(first):
+        own = [models_section(reference, first, c), gains_section(reference, first, c), sets_section(first, c)]
+        parts.append(_section(f"The teachers of the first loan: {said(c)}'s labels", *own))
     for c in conventions_in(before):
         own = [models_section(reference, before, c), gains_section(reference, before, c), students_section(before, c),
                comparisons_section(before, c), sets_section(before, c)]
@@ -584,19 +588,27 @@ def _mean_row(text: str, runs: list[Kept], convention: str) -> list[str]:
 def _said_detector(name: str) -> str: return {"yunet": "YuNet", "haar": "Haar", "dnn": "SSD"}.get(name, name)
 
 # %% ../nbs/09c_results.ipynb #09c-readme-rows
-def _readme_rows(root) -> list[list[str]]:
-    "What ships, what is left of it behind a detector, its network taught by labels and by an ensemble, and that ensemble."
+def _teacher_of(run: Kept, roots) -> Kept:  # folders of runs, to look in
+    "The ensemble whose soft labels taught a student."
+    name = Path(run.args["softlabels"]).parent.name
+    return next(k for root in roots for k in find_kept(root, "ensembles", run.convention) if k.name == name)
+
+
+def _readme_rows(reference) -> list[list[str]]:
+    "What ships, what is left of it behind a detector, its network taught by labels and by an ensemble at equal cost, and its own teacher."
+    root = Path(reference)/"gpu"
     s = find_shipped(root)[0]
     found, through = _shipped_scores(s), min(ThroughDetector.load(s.export).rows, key=lambda r: r.missed)
-    c, arms, every = s.run.convention, find_arms(root, s.run.convention), ("accuracy", "macro_f1", "ece")
-    best = max(find_kept(root, "ensembles", c), key=lambda k: k.by(c)["macro_f1"])
-    config, taught = EnsembleConfig.load(best.folder), _arm_name(s.run)
-    return [[f"**the student that ships** ({s.precision}, seed {s.run.args['seed']})", *(shown(found[k]) for k in every)],
+    c, every = s.run.convention, ("accuracy", "macro_f1", "ece")
+    fair = {stage: runs for a, runs in find_arms(root, c).items() if len(runs) > 1 for stage in ("CE", "KD") if a.split()[0] == stage}
+    best = _teacher_of(s.run, (root, Path(reference)/"gpu_first"))
+    config, epochs = EnsembleConfig.load(best.folder), " + ".join(map(str, chain_of(s.run)))
+    return [[f"**the student that ships** ({s.precision}, seed {s.run.args['seed']}, {epochs} epochs)", *(shown(found[k]) for k in every)],
             [f"the same behind {_said_detector(through.detector)}, a missed face counts as wrong, n = {through.n:,}",
              shown(through.through_all.accuracy), shown(through.through_all.macro_f1), "–"],
-            _mean_row("students by labels alone", arms[taught.replace("KD", "CE").replace("DCE", "CE")], c),
-            _mean_row(f"students by {taught}", arms[taught], c),
-            [f"the ensemble that taught them ({len(config.members)} networks, seed {config.seed})", *(best.shown(k, c) for k in every)]]
+            _mean_row("students by labels alone", fair["CE"], c),
+            _mean_row(f"students by KD of {taught_by(fair['KD'][0].args).split(' (')[0]}", fair["KD"], c),
+            [f"the ensemble that taught the one that ships ({len(config.members)} networks)", *(best.shown(k, c) for k in every)]]
 
 # %% ../nbs/09c_results.ipynb #09c-told-other
 def _told_other(s: Shipped) -> str:
@@ -608,9 +620,8 @@ def _told_other(s: Shipped) -> str:
 # %% ../nbs/09c_results.ipynb #09c-readme-table
 def readme_table(reference) -> str:
     "The README's five rows, and the other students in a line; numbers don't break from their intervals."
-    root = Path(reference)/"gpu"
-    first, *others = find_shipped(root)
-    rows = [[text, *(cell.replace(" ", "\u00a0") for cell in cells)] for text, *cells in _readme_rows(root)]
+    first, *others = find_shipped(Path(reference)/"gpu")
+    rows = [[text, *(cell.replace(" ", "\u00a0") for cell in cells)] for text, *cells in _readme_rows(reference)]
     n = _shipped_scores(first)["n"]
     table = md_table([f"judged by {said(first.run.convention)}'s labels, n\u00a0=\u00a0{n:,}", "accuracy", "macro-F1", "ECE"], rows)
     return "\n\n".join([table, *(_told_other(s) for s in others)])

@@ -301,6 +301,7 @@ def recount_run(
     "Judge a run by the labels that it learned, with intervals by picture and prediction sets by convention."
     folder = Path(folder)
     small, z = check_run_seal(folder), read_npz(folder/"evaluation.npz", ["test_ids", "test_logits", "test_labels"])
+    if small: z = {k: v for k, v in z.items() if not k.startswith("val_")}  # half precision chooses no threshold anew
     old, calibration = ReliabilityMetrics.load(folder), Calibration.load(folder)
     logits, labels, t = z["test_logits"].astype(np.float64), z["test_labels"].astype(np.int64), old.temperature
     rows, how = rows_by_id(manifest_rows, z["test_ids"], labels), dict(resamples=old.resamples, seed=old.seed)

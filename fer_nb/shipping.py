@@ -22,6 +22,7 @@ from .exporting import answers_file, in_points, model_file
 from .geometry import Framing, Geometry
 from .integrity import own_test_rows, run_convention
 from .latency import show_change
+from .leaves import seal_folder
 from .records import Calibration, ReliabilityMetrics, RunArgs, ThroughDetector
 from .reliability import evaluate
 from .resampling import paired_interval
@@ -265,4 +266,5 @@ def ship(
         network, meta = load_model(Path(run_dir)/"best.pt")
         about = {"temperature": Calibration.load(run_dir).selected_temperature, "name": Predictor(path).name}
         save_trainable(network, meta | about, path.with_suffix(".safetensors"))
+    seal_folder(path.parent, Calibration.load(run_dir).dataset_index_id, sorted(p.name for p in path.parent.glob("*.onnx")))
     return path

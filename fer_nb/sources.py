@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['ALIASES', 'FER_ORDER', 'RAF_ORDER', 'AFFECTNET_ORDER', 'FERPLUS_ORDER', 'SPLITS', 'PARTS', 'ADAPTERS', 'FER_USAGES',
-           'FERPLUS_COLUMNS', 'FERPLUS_PARTS', 'RAF_COMPOUND', 'RAF_COMPOUND_ORDER', 'AFFECTNET_COLUMNS', 'Tree',
-           'whole_number', 'to_class', 'split_of', 'Row', 'adapter', 'parse_source', 'read_source', 'class_folders',
-           'any_folder', 'fer2013_folder', 'fer2013_csv', 'ferplus_label', 'ferplus', 'rafdb_basic', 'rafdb_compound',
-           'rafml', 'affectnet', 'expw', 'synthetic_faces']
+           'FERPLUS_COLUMNS', 'FERPLUS_PARTS', 'RAF_COMPOUND', 'RAF_COMPOUND_ORDER', 'AFFECTNET_COLUMNS',
+           'whole_number', 'to_class', 'Tree', 'split_of', 'Row', 'adapter', 'parse_source', 'read_source',
+           'class_folders', 'any_folder', 'fer2013_folder', 'fer2013_csv', 'ferplus_label', 'ferplus', 'rafdb_basic',
+           'rafdb_compound', 'rafml', 'affectnet', 'expw', 'synthetic_faces']
 
 # %% ../nbs/00_data_sources.ipynb #00-sources-002
 import csv
@@ -26,6 +26,36 @@ from fastcore.basics import patch
 
 from .archives import LOCKED, as_text, first_bytes, is_picture, open_archive, read_bytes, separator, split_path, text_encoding
 from .artifacts import CLASSES, Box, UsageError, convention_of
+
+# %% ../nbs/00_data_sources.ipynb #00-sources-013
+ALIASES = {a: c for c, names in {
+    "Angry": "angry anger an ang", "Disgust": "disgust disgusted di dis", "Fear": "fear fearful afraid scared fe",
+    "Happy": "happy happiness joy ha joyful smile", "Sad": "sad sadness sa", "Surprise": "surprise surprised su sur",
+    "Neutral": "neutral neutrality ne calm"}.items() for a in names.split()}
+FER_ORDER = CLASSES  # FER2013 and ExpW number the classes in our order
+RAF_ORDER = ("Surprise", "Fear", "Disgust", "Happy", "Sad", "Angry", "Neutral")  # from 1
+AFFECTNET_ORDER = ("Neutral", "Happy", "Sad", "Surprise", "Fear", "Disgust", "Angry", "contempt", "none", "uncertain", "no face")
+FERPLUS_ORDER = ("Neutral", "Happy", "Surprise", "Sad", "Angry", "Disgust", "Fear", "contempt", "unknown", "not a face")
+
+# %% ../nbs/00_data_sources.ipynb #00-sources-i04
+def whole_number(
+    text: str,  # such as 3, 03 or 3.0
+) -> int | None:
+    "A label's number, however a program wrote it; None where it is none."
+    return int(text.split(".")[0]) if re.fullmatch(r"[0-9]{1,9}(\.0*)?", text) else None
+
+# %% ../nbs/00_data_sources.ipynb #00-sources-014
+def to_class(
+    name: str,  # a name, or a number
+    order=(),  # names for the numbers 0, 1, 2 ...
+) -> tuple[str, str]:  # (class, "") or ("", reason)
+    "One of the seven classes, or why not."
+    key = str(name).strip()
+    number = whole_number(key)
+    if number is not None: key = order[number] if number < len(order) else str(number)
+    if c := ALIASES.get(key.lower()): return c, ""
+    if key.lower() in ("no face", "no-face", "not a face", "nf"): return "", "not a face"
+    return "", f"unmapped label: {key.lower() or 'empty'}"
 
 # %% ../nbs/00_data_sources.ipynb #00-sources-005
 _HIDDEN = re.compile(r"(^|/)(\.|__MACOSX(/|$)|Thumbs\.db$|desktop\.ini$)").search  # what systems leave behind
@@ -80,7 +110,8 @@ class Tree:
         self.paths = {}
         for name, other, path in sorted(found, key=lambda f: (f[0], f[0] != f[1], f[1:])):
             if _HIDDEN(name): continue
-            if name in self.paths: name = next(n for n in (other, *(f"{i}/{other}" for i in itertools.count(2))) if n not in self.paths)
+            others = itertools.chain(() if "\\" in other else (other,), (f"{i}/{name}" for i in itertools.count(2)))
+            if name in self.paths: name = next(n for n in others if n not in self.paths)  # never without its folders
             self.paths[name] = as_text(path)
         if not self.paths: raise UsageError(f"{self.root}: is empty; give the folder or zip that holds the dataset")
         self.names = sorted(self.paths)
@@ -172,36 +203,6 @@ def _agree(name: str, parts: list[str]) -> int:
     "How many parts of two paths agree, from the end."
     pairs = zip(reversed(name.lower().split("/")), reversed(parts))
     return sum(1 for _ in itertools.takewhile(lambda ab: ab[0] == ab[1].lower(), pairs))
-
-# %% ../nbs/00_data_sources.ipynb #00-sources-013
-ALIASES = {a: c for c, names in {
-    "Angry": "angry anger an ang", "Disgust": "disgust disgusted di dis", "Fear": "fear fearful afraid scared fe",
-    "Happy": "happy happiness joy ha joyful smile", "Sad": "sad sadness sa", "Surprise": "surprise surprised su sur",
-    "Neutral": "neutral neutrality ne calm"}.items() for a in names.split()}
-FER_ORDER = CLASSES  # FER2013 and ExpW number the classes in our order
-RAF_ORDER = ("Surprise", "Fear", "Disgust", "Happy", "Sad", "Angry", "Neutral")  # from 1
-AFFECTNET_ORDER = ("Neutral", "Happy", "Sad", "Surprise", "Fear", "Disgust", "Angry", "contempt", "none", "uncertain", "no face")
-FERPLUS_ORDER = ("Neutral", "Happy", "Surprise", "Sad", "Angry", "Disgust", "Fear", "contempt", "unknown", "not a face")
-
-# %% ../nbs/00_data_sources.ipynb #00-sources-i04
-def whole_number(
-    text: str,  # such as 3, 03 or 3.0
-) -> int | None:
-    "A label's number, however a program wrote it; None where it is none."
-    return int(text.split(".")[0]) if re.fullmatch(r"[0-9]{1,9}(\.0*)?", text) else None
-
-# %% ../nbs/00_data_sources.ipynb #00-sources-014
-def to_class(
-    name: str,  # a name, or a number
-    order=(),  # names for the numbers 0, 1, 2 ...
-) -> tuple[str, str]:  # (class, "") or ("", reason)
-    "One of the seven classes, or why not."
-    key = str(name).strip()
-    number = whole_number(key)
-    if number is not None: key = order[number] if number < len(order) else str(number)
-    if c := ALIASES.get(key.lower()): return c, ""
-    if key.lower() in ("no face", "no-face", "not a face", "nf"): return "", "not a face"
-    return "", f"unmapped label: {key.lower() or 'empty'}"
 
 # %% ../nbs/00_data_sources.ipynb #00-sources-n03
 SPLITS = ("train", "val", "test")

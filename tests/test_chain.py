@@ -1,17 +1,23 @@
 """The chain end to end, by the command that users type: every artifact, up-to-date runs skipped, lost files noticed, tampering refused."""
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 
+import numpy as np
 import pandas as pd
 import pytest
 import yaml
 
+from fer_nb.artifacts import read_npz, write_npz
+from fer_nb.calibration import fit_temperature
 from fer_nb.gates import gates
 from fer_nb.leaves import inventory, leaves_of
+from fer_nb.records import Calibration, HashManifest
+from tests.attacks import ATTACKS
 from tests.conftest import ROOT
 
 STUDIO = {"train_source": "synthetic_studio", "epochs": 2}
@@ -119,6 +125,53 @@ def test_tampering_is_caught(chain, tmp_path):
     done = fer_nb("gates", copy)
     assert done.returncode == 1
     assert "softlabels_index.jsonl: was changed" in done.stdout and "calibration.json: is not whole JSON" in done.stdout
+
+
+@pytest.fixture(scope="module")
+def whole(chain, tmp_path_factory):
+    "A finished run without what no attack touches, small enough to be copied often."
+    copy = tmp_path_factory.mktemp("whole")/"run"
+    shutil.copytree(chain[0], copy, ignore=shutil.ignore_patterns(".snakemake", "synthetic", "*.ipynb", "report"))
+    assert gates(copy).go  # untouched
+    return copy
+
+
+def fitted_again(folder):
+    "T by the logits that a folder holds, on the rows that chose it."
+    z, told = read_npz(folder/"evaluation.npz"), Calibration.load(folder)
+    fit = np.isin([i.split("/")[0] for i in z["val_ids"].tolist()], told.sources)
+    return fit_temperature(z["val_logits"][fit].astype(float), z["val_labels"][fit].astype(int)), told.selected_temperature
+
+
+def test_a_kept_copy_proves_itself(chain, tmp_path):
+    run, kept = chain[0], tmp_path/"kept"
+    assert fer_nb("keep", run, kept).returncode == 0
+    done = fer_nb("gates", kept)
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert not [p for p in kept.rglob("*.json") if run.as_posix() in p.read_text()], "a path of the machine"
+    seals = [HashManifest.load(p.parent) for p in kept.rglob("hash_manifest.json")]
+    assert len(seals) > 5 and all(s.original for s in seals)
+    folder = kept/students(run, "KD").relative_to(run)
+    assert HashManifest.load(folder).original == HashManifest.load(students(run, "KD")).files
+    whole, small = fitted_again(students(run, "KD")), fitted_again(folder)
+    assert whole[0] == pytest.approx(small[0], rel=2e-3), "T fitted to half precision"
+    z = read_npz(folder/"evaluation.npz")
+    write_npz(folder/"evaluation.npz", **z | {"val_logits": z["val_logits"][::-1]})  # no score is about these rows
+    told = fer_nb("gates", kept)
+    assert told.returncode == 1 and "evaluation.npz: was changed after its folder was sealed" in told.stdout
+    (kept/"students").rename(kept/"elsewhere")
+    assert fer_nb("gates", kept).returncode == 1
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_no_forgery_passes_the_gates(whole, tmp_path, name):
+    do, says = ATTACKS[name]
+    shutil.copytree(whole, tmp_path/"run")
+    do(tmp_path/"run")
+    checklist = gates(tmp_path/"run")
+    bad = [str(line) for line in checklist.lines if not line.go]
+    assert not checklist.go and any(re.search(says, line) for line in bad), bad
+    assert len(checklist.lines) > 20  # one broken file doesn't end the list
 
 
 def test_a_foreign_checkpoint_stops_the_student(chain, tmp_path):

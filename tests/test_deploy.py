@@ -3,6 +3,7 @@ import functools
 import json
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 import warnings
@@ -22,7 +23,7 @@ from fer_nb import deploy, geometry
 from fer_nb.artifacts import CLASSES, ArtifactError, FerError, GateError, UsageError, sha256_file
 from fer_nb.calibration import softmax
 from fer_nb.callbacks import save_checkpoint
-from fer_nb.deploy import Predictor, prepared, probabilities, read_class_values, write_class_values
+from fer_nb.deploy import SHIPPED, Predictor, prepared, probabilities, read_class_values, write_class_values
 from fer_nb.distillation import STUDENT_BACKBONE, make_student
 from fer_nb.geometry import Crop, Framing, Geometry, Sight, normalise, prepare_face
 from fer_nb.leaves import seal_folder
@@ -452,3 +453,12 @@ def test_the_stride_of_the_stem_travels_into_the_onnx_file(run_dir, tmp_path):
     with pytest.raises(ArtifactError, match="fer_nb.stem_stride.*is no stride"): read_facts(said | {"fer_nb.stem_stride": "one"}, "m.onnx")
     x = normalise(prepared(faces(3), GEOMETRY), GEOMETRY)
     assert np.abs(run(x) - open_checkpoint(run_dir / "best.pt", "cpu", 1)[1](x)).max() > 1e-3  # the same weights, another network
+
+
+def test_a_shipped_student_with_a_flipped_bit_is_refused(tmp_path):
+    folder = shutil.copytree(SHIPPED.parent, tmp_path/"models", ignore=shutil.ignore_patterns("*.safetensors"))
+    assert Predictor(folder/SHIPPED.name).name  # untouched
+    content = bytearray((folder/SHIPPED.name).read_bytes())
+    content[len(content)//2] ^= 1
+    (folder/SHIPPED.name).write_bytes(content)
+    with pytest.raises(ArtifactError, match="is not the file that hash_manifest.json names"): Predictor(folder/SHIPPED.name)

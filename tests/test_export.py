@@ -46,7 +46,7 @@ def test_notebook_is_executed_small_and_clean(path):
     assert tagged == 1 if path.stem in RUN else tagged <= 1, "one cell of parameters in what the chain runs, at most one elsewhere"
 
 
-LAZY = {("deploy", "students")}  # a .pt needs torch; an .onnx, which most people have, must do without
+LAZY = {("deploy", "students"), ("runs", "teachers")}  # a .pt needs torch; an .onnx, which most people have, must do without
 
 
 def test_modules_import_only_what_comes_before():

@@ -1,6 +1,4 @@
 """Datasets, pictures and films as they come: the cases that public reports led to, and others of each kind that are drawn here."""
-import csv
-import io
 import os
 import zipfile
 from pathlib import Path
@@ -11,7 +9,7 @@ import pytest
 
 from fer_nb.archives import PICTURES, as_text, decode, is_picture, read_bytes
 from fer_nb.artifacts import CLASSES, FerError, UsageError
-from fer_nb.capture import SourceLost, open_source
+from fer_nb.capture import open_source
 from fer_nb.geometry import Geometry
 from fer_nb.images import prepare_row
 from fer_nb.likeness import crop_box, face_box, pixel_hash
@@ -125,21 +123,22 @@ def test_frames_in_the_order_of_their_numbers(case):
 def test_one_reading_for_every_orientation(tmp_path, orientation):
     image = np.full((60, 90, 3), 200, np.uint8)
     image[5:25, 8:38], image[30:50, 60:80] = (20, 60, 220), (200, 40, 10)
-    turned = np.ascontiguousarray(next(t for o, t in TURNS.items() if o == {6: 8, 8: 6}.get(orientation, orientation))(image))  # its inverse
+    turned = np.ascontiguousarray(TURNS[{6: 8, 8: 6}.get(orientation, orientation)](image))  # the inverse of what EXIF asks for
     for k in range(7): put(tmp_path/f"faces/image/{k}.png", drawn(k))
-    (tmp_path/"faces/image/phone.jpg").write_bytes(oriented(cv2.imencode(".jpg", turned, [cv2.IMWRITE_JPEG_QUALITY, 100])[1].tobytes(), orientation))
+    jpeg = cv2.imencode(".jpg", turned, [cv2.IMWRITE_JPEG_QUALITY, 100])[1].tobytes()
+    (tmp_path/"faces/image/phone.jpg").write_bytes(oriented(jpeg, orientation))
     lines = [f"{k}.png 0 0 0 30 30 90.0 {k}" for k in range(7)] + ["phone.jpg 0 5 8 38 25 90.0 3"]
     (tmp_path/"faces/label.lst").write_text("\n".join(lines))
     row = build(f"expw={tmp_path/'faces'}", tmp_path/"m").set_index("id").loc["expw/image/phone.jpg#0"]
     upright = decode(read_bytes(row.path))
     assert (row.width, row.height) == (90, 60) and np.abs(upright.astype(int) - image).mean() < 3
     face = crop_box(upright, face_box(row.box))
-    assert row.pixel_hash == pixel_hash(face) and abs(face.reshape(-1, 3).mean(0) - (20, 60, 220)).max() < 6
+    assert row.pixel_hash == pixel_hash(face) and abs(face.reshape(-1, 3).mean(0) - (20, 60, 220)).max() < 12
     from fer_nb.pictures import read_picture
     assert (read_picture(row.path) == upright).all()
     geometry = Geometry(size=32, margin=0, clahe=None)
     packed = prepare_row(row, geometry)
-    assert abs(packed.reshape(-1, 3).mean(0) - (220, 60, 20)).max() < 12  # RGB of the same box
+    assert abs(packed[12:20, 12:20].reshape(-1, 3).mean(0) - (220, 60, 20)).max() < 12  # RGB of the same box, which a square is cut around
 
 
 @pytest.mark.parametrize("kind", [".gif", ".avif", ".jfif", ".jpe", ".jp2", ".webp", ".tif", ".bmp", ".dib", ".png", ".ppm", ".pbm"])
@@ -157,7 +156,8 @@ def test_every_format_becomes_rows(tmp_path, kind):
 
 def test_endings_and_beginnings_agree():
     for kind in (".png", ".jpg", ".gif", ".webp", ".avif", ".tif", ".jp2", ".bmp", ".pgm"):
-        assert kind in PICTURES and is_picture("x", lambda: cv2.imencode(kind, drawn(1, colour=kind != ".pgm"))[1].tobytes()[:64])
+        head = cv2.imencode(kind, drawn(1, colour=kind != ".pgm"))[1].tobytes()[:64]
+        assert kind in PICTURES and is_picture("x", lambda head=head: head)
     assert not is_picture("notes.txt", lambda: b"no picture") and not is_picture("empty")
 
 
@@ -173,7 +173,7 @@ def test_links_are_followed_and_loops_end(tmp_path):
     assert len(df) == 7 and set(df.label) == set(CLASSES)
     (root/"test").mkdir()
     (root/"test"/"happy").symlink_to(tmp_path/"gone")
-    with pytest.raises(UsageError, match="happy: is a link to .*gone, which isn't there"): read_source(f"folder={root}")
+    with pytest.raises(UsageError, match="happy: leads to no folder"): read_source(f"folder={root}")
 
 
 def test_ids_never_clash(tmp_path):
@@ -201,7 +201,9 @@ def test_names_in_any_encoding(tmp_path):
 
 def fer_csv(sep=",", end="\n", usage=("Training", "PublicTest", "PrivateTest"), head=("emotion", "pixels", "Usage"), label=str, side=8):
     rows = [sep.join(head)]
-    for k in range(28): rows.append(sep.join([label(k % 7), " ".join(map(str, drawn(k, side).ravel())), usage[k % len(usage)]][:len(head)]))
+    for k in range(28):
+        pixels = " ".join(map(str, drawn(k, side).ravel()))
+        rows.append(sep.join([label(k % 7), pixels, usage[k % len(usage)]][:len(head)]))
     return end.join(rows) + end
 
 
@@ -209,8 +211,9 @@ VARIANTS = {
     "utf-16": (dict(), "utf-16"), "utf-16-le without a mark": (dict(), "utf-16-le"), "utf-8 with a mark": (dict(), "utf-8-sig"),
     "semicolons": (dict(sep=";"), "utf-8"), "tabs": (dict(sep="\t"), "utf-8"), "carriage returns": (dict(end="\r"), "utf-8"),
     "windows": (dict(end="\r\n"), "utf-8"), "capitals": (dict(head=("Emotion", "Pixels", "usage")), "utf-8"),
-    "spaces in the head": (dict(head=("emotion", " Usage", " pixels")[:1] + (" pixels", " Usage")), "utf-8"),
-    "floats": (dict(label=lambda k: f"{k}.0"), "utf-8"), "parts in capitals": (dict(usage=("TRAINING", "PUBLICTEST", "privatetest")), "utf-8"),
+    "spaces in the head": (dict(head=("emotion", " pixels", " Usage")), "utf-8"),
+    "floats": (dict(label=lambda k: f"{k}.0"), "utf-8"), "parts in capitals": (
+        dict(usage=("TRAINING", "PUBLICTEST", "privatetest")), "utf-8"),
     "parts with blanks": (dict(usage=("training", "Public Test", "private_test")), "utf-8"),
     "other parts": (dict(usage=("train", "val", "test")), "utf-8"), "long fields": (dict(side=260), "utf-8"),
     "semicolons, utf-16, returns": (dict(sep=";", end="\r"), "utf-16"),

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from fer_nb.phase import arm_name
 from fer_nb.runs import check_parameters, notebook_path
 
 ROOT = Path(__file__).parent.parent
@@ -55,10 +56,25 @@ def test_what_is_unfinished_when_the_time_is_up_is_stopped(lease, tmp_path):
     assert told["long"]["state"] == "stopped" and told["long"]["seconds"] < 30 and told["after"]["state"] == "not begun"
 
 
-def test_the_plan_of_the_reference_asks_for_parameters_that_exist(lease):
-    words = dict.fromkeys(("manifests", "cache", "weights", "device", "amp", "out"), "x") | dict.fromkeys(
+def test_the_plan_of_the_reference_asks_for_parameters_that_exist(lease, monkeypatch):
+    monkeypatch.setattr("fer_nb.runs.PLACES", ())  # its folders are not here
+    words = dict.fromkeys(("manifests", "cache", "weights", "device", "out"), "x") | {"amp": "no"} | dict.fromkeys(
         ("epochs", "teacher_epochs", "scratch_epochs", "scratch_batch", "scratch_lr"), 1)
     runs = lease.expand(yaml.safe_load((ROOT/"workflow"/"lease.yaml").read_text()), words)
     assert len(runs) == 4 + 4 + 2 + 12
     for r in runs: check_parameters(notebook_path(r["notebook"]), r["parameters"])
     assert len({r["parameters"]["epochs"] for r in runs if r["notebook"] == "05_students"}) == 1  # at equal cost
+
+
+def test_the_matrix_of_nl_has_every_optimiser_with_every_use_of_negative_labels(lease, monkeypatch):
+    monkeypatch.setattr("fer_nb.runs.PLACES", ())  # its folders are not here
+    words = dict.fromkeys(("manifests", "cache", "softlabels", "init", "init_origin", "smoke", "phase", "convention", "device", "out"), "x")
+    words |= {"targets": "votes", "amp": "no"}
+    runs = lease.expand(yaml.safe_load((ROOT/"workflow"/"nl_matrix.yaml").read_text()), words | {"epochs": 2})
+    assert len(runs) == 2*3*3*3
+    for r in runs: check_parameters(notebook_path(r["notebook"]), r["parameters"])
+    kd = [r for r in runs if r["name"].startswith("students/")]
+    assert {arm_name(r["parameters"]["optimizer"], r["parameters"]["negl"]) for r in kd} == {
+        "", "NegL", "NegL_replace", *(f"{o}{n}" for o in ("DeepMomentum", "MultiFrequency") for n in ("", "+NegL", "+NegL_replace"))}
+    alike = [{k: v for k, v in r["parameters"].items() if k not in ("seed", "optimizer", "negl")} for r in kd]
+    assert all(a == alike[0] for a in alike)  # one start, one cost

@@ -8,10 +8,13 @@ import pytest
 
 from fer_nb.arms import simulate_student
 from fer_nb.artifacts import CLASSES, GateError, UsageError
+from fer_nb.cli import main
 from fer_nb.evidence import SmokeTest
+from fer_nb.manifests import load_manifest
 from fer_nb.negl import NegLConfig
 from fer_nb.phase import (
-    ARMS, NLSmoke, PhaseGate, arm_parameters, judge_part, judge_smoke, nl_smoke, phase_gate, require_phase, require_smoke,
+    ARMS, ArmSmoke, NLSmoke, PhaseGate, arm_parameters, judge_part, judge_smoke, nl_smoke, phase_gate, require_arm, require_phase,
+    require_smoke,
 )
 from fer_nb.records import RunArgs, TrainingHistory
 from fer_nb.training import embedded_data
@@ -111,9 +114,16 @@ def test_the_students_notebook_runs_with_both(prepared, tmp_path):
     negl = {"replace_ce": True, "uncertainty_gate": {"by": "label", "average": 0.5}}
     parameters = dict(manifest_dir=manifest, cache_dir=cache, out=str(tmp_path/"run"), epochs=2, accumulate=2, optimizer="deep_momentum",
                       optimizer_args={"ramp": 4}, negl=negl)
-    nb = papermill.execute_notebook(str(ROOT/"nbs"/"05_students.ipynb"), str(tmp_path/"run.ipynb"), parameters, kernel_name="python3",
-                                    cwd=str(ROOT/"nbs"), progress_bar=False)
+    def execute(**more):
+        return papermill.execute_notebook(str(ROOT/"nbs"/"05_students.ipynb"), str(tmp_path/"run.ipynb"), parameters | more,
+                                          kernel_name="python3", cwd=str(ROOT/"nbs"), progress_bar=False)
+    with pytest.raises(papermill.PapermillExecutionError, match="was not smoked"): execute()
     run = tmp_path/"run"
+    assert not run.exists()  # refused before anything is written
+    arm = ArmSmoke(loss_curve=[2.0, 1.9], skipped_steps=0, seconds=1.0, time_ratio=1.0, optimizer_state_mb=1.0, go_no_go="GO")
+    index_id = load_manifest(manifest).dataset_index_id
+    NLSmoke(dataset_index_id=index_id, stage="CE", rows=64, epochs=2, seed=1, arms=dict.fromkeys(ARMS, arm)).save(tmp_path/"smoke")
+    nb = execute(nl_smoke=str(tmp_path/"smoke"))
     assert NegLConfig.load(run).uncertainty_gate.by == "label" and "in place of" in (run/"negl_rules.md").read_text()
     assert SmokeTest.load(run).go_no_go == "GO"
     rows = TrainingHistory.load(run).rows
@@ -121,3 +131,37 @@ def test_the_students_notebook_runs_with_both(prepared, tmp_path):
     assert set(pd.read_csv(run/"negl_applied.csv")["label"]) <= set(CLASSES)
     assert RunArgs.load(run).parameters["optimizer_args"] == {"ramp": 4}
     assert "R²" in json.dumps(nb["cells"], ensure_ascii=False)
+
+
+def test_the_commands_smoke_and_gate(prepared, tmp_path, capsys):
+    manifest, cache = map(str, prepared)
+    small = ["--epochs", "1", "--rows", "64", "--batch-size", "16", "--accumulate", "2"]
+    given = ["nl", "smoke", "--manifest", manifest, "--cache", cache]
+    code = main([*given, "--out", str(tmp_path/"smoke"), "--arms", "AdamW", "NegL", *small])
+    smoke = NLSmoke.load(tmp_path/"smoke")
+    assert list(smoke.arms) == ["AdamW", "NegL"] and code == int(any(a.reasons for a in smoke.arms.values()))
+    assert "AdamW" in capsys.readouterr().out
+    assert main([*given, "--out", str(tmp_path/"no"), "--arms", "Foo"]) == 2
+    assert "'Foo' is no arm" in capsys.readouterr().err and not (tmp_path/"no").exists()
+    plain, good, bad = ([str(simulate_student(tmp_path/f"{n}{s}", {"stage": "KD", "seed": s}, skill)) for s in (1337, 2025, 42)]
+                        for n, skill in (("plain", 2.0), ("good", 2.4), ("bad", 1.2)))
+    gate = ["nl", "gate", "--baseline", *plain, "--part", "NL", *good]
+    assert main([*gate, "--out", str(tmp_path/"gate")]) == 0 and PhaseGate.load(tmp_path/"gate").passed
+    assert main([*gate, "--part", "NegL", *bad]) == 1 and "shut" in capsys.readouterr().out
+    assert main([*gate, "--part", "NL", *bad]) == 2 and "given twice" in capsys.readouterr().err
+    assert main(["nl", "gate", "--baseline", plain[0], "--part", "NL", good[0]]) == 1
+    assert "share 1 seeds" in capsys.readouterr().err
+
+
+def test_a_full_run_asks_for_what_the_plan_asks(tmp_path):
+    assert require_arm("adamw", {}, "DKD", "any") == require_arm("sgd", {}, "KD", "any") == ""
+    arm = ArmSmoke(loss_curve=[2.0, 1.9], skipped_steps=0, seconds=1.0, time_ratio=1.0, optimizer_state_mb=1.0, go_no_go="GO")
+    NLSmoke(dataset_index_id="a-1", stage="KD", rows=64, epochs=2, seed=1, arms=dict.fromkeys(ARMS, arm)).save(tmp_path)
+    assert require_arm("multi_frequency", {}, "DKD", "a-1", tmp_path) == "MultiFrequency"
+    assert require_arm("deep_momentum", {"weight": 2}, "KD", "a-1", tmp_path) == "DeepMomentum+NegL"  # not with DKD: no phase gate yet
+    with pytest.raises(GateError, match="parts judged alone"): require_arm("deep_momentum", {"weight": 2}, "DKD", "a-1", tmp_path)
+    good = [simulate_student(tmp_path/f"{n}{s}", {"stage": "KD", "seed": s}, k) for n, k in (("a", 2.0), ("b", 2.4)) for s in (1, 2, 3)]
+    gate = phase_gate(good[:3], {"NL": good[3:], "NegL": good[3:]}, tmp_path)
+    with pytest.raises(GateError, match="judged on"): require_arm("deep_momentum", {"weight": 2}, "DKD", "a-1", tmp_path, tmp_path)
+    NLSmoke(dataset_index_id=gate.dataset_index_id, stage="KD", rows=9, epochs=2, seed=1, arms=dict.fromkeys(ARMS, arm)).save(tmp_path)
+    assert require_arm("deep_momentum", {"weight": 2}, "DKD", gate.dataset_index_id, tmp_path, tmp_path) == "DeepMomentum+NegL"

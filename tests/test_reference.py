@@ -13,9 +13,9 @@ from fer_nb import arms, ensembles, reliability, resampling, run_report, selecti
 from fer_nb import calibration as cal
 from fer_nb.artifacts import CLASSES, read_npz, sha256_file
 from fer_nb.deploy import Predictor, prepared
-from fer_nb.evidence import EnsembleConfig, EnsembleMetrics
+from fer_nb.evidence import EnsembleConfig, EnsembleGate, EnsembleMetrics
 from fer_nb.gates import gates
-from fer_nb.integrity import own_test_rows, run_convention
+from fer_nb.integrity import load_softlabels, own_test_rows, run_convention
 from fer_nb.leaves import check_run_seal
 from fer_nb.geometry import normalise
 from fer_nb.records import Calibration, HashManifest, ReliabilityMetrics, RunArgs, SelectiveReport
@@ -309,10 +309,23 @@ def test_the_small_copy_is_whole_and_gives_its_sealed_scores(folder):
 
 @pytest.mark.parametrize("learned", SHIPS)
 def test_arms_of_one_convention_cost_the_same(learned):
-    runs = [p for p in (NOW/"students").iterdir() if f"_{learned}_" in p.name]
+    runs = [p for p in (NOW/"students").iterdir() if f"_{learned}_" in p.name and "_from_" not in p.name]
     same = ("epochs", "batch_size", "lr", "init_sha256", "img_size", "mixup")
     told = [{k: RunArgs.load(p).parameters.get(k) for k in same} for p in runs]
     assert len(runs) == 9 and all(t == told[0] for t in told)
+
+
+@pytest.mark.parametrize("learned", SHIPS)
+def test_distillation_can_be_repeated_without_the_teachers(learned):
+    "The small softlabels have every training row, and say what the ensemble's own evaluation says of its temperature."
+    soft, name = load_softlabels(NOW/"teaching"/f"four_{learned}"), f"ensembles/four_{learned}"
+    assert (soft.convention, soft.views, set(soft.splits.tolist())) == (learned, ("identity", "hflip"), {"train"})
+    assert len(soft.ids) == EnsembleGate.load(NOW/name).rows["train"] == len(set(soft.ids.tolist()))
+    assert soft.temperature == Calibration.load(NOW/name).selected_temperature == EnsembleConfig.load(NOW/name).temperature
+    assert soft.dataset_index_id == Calibration.load(NOW/name).dataset_index_id
+    if learned == "fer2013":  # its ids name the class: the ensemble knows its training pictures
+        known = np.array([CLASSES.index(i.split("/")[2].capitalize()) for i in soft.ids.tolist()])
+        assert np.mean(soft.probs().mean(1).argmax(1) == known) > 0.7
 
 
 @pytest.mark.parametrize("learned", SHIPS)

@@ -1,0 +1,135 @@
+"""Bad hours: two runs in one folder, a run that is ended, a profile with ill intent, a setting that was mistyped."""
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from fer_nb import artifacts, callbacks, runs, training
+from fer_nb.artifacts import GateError, UsageError
+from fer_nb.cli import main
+from fer_nb.distillation import StudentLoss
+from fer_nb.loading import make_loaders
+from fer_nb.teachers import Teacher, export_softlabels
+from fer_nb.training import embedded_data
+
+
+def python(code: str, **kwargs) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-c", code], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **kwargs)
+
+
+def test_the_second_run_in_a_folder_is_refused_at_once(tmp_path, capsys):
+    code = "from fer_nb.runs import hold\nimport time\nwith hold({!r}): print('held', flush=True); time.sleep(60)"
+    first = python(code.format(str(tmp_path/"run")))
+    try:
+        assert first.stdout.readline() == "held\n"
+        (tmp_path/"run"/"profile.yaml").write_text("{}")
+        began = time.monotonic()
+        assert main(["run", "--profile", "embedded", "--out", str(tmp_path/"run")]) == 1
+        said = capsys.readouterr().err
+        assert time.monotonic() - began < 3 and f"pid {first.pid}, since 20" in said and "written by another run" in said
+    finally:
+        first.kill(); first.wait()
+    with runs.hold(tmp_path/"run"): pass  # the kernel took the lock back with its holder
+
+
+def test_a_dry_run_writes_nothing_and_a_foreign_folder_is_left_alone(tmp_path, capsys):
+    assert main(["run", "--profile", "embedded", "--out", str(tmp_path/"new"), "--dry-run"]) == 0
+    assert "would run  synthetic/00a_synthetic_faces.ipynb" in capsys.readouterr().out and not list(tmp_path.iterdir())
+    (tmp_path/"photos").mkdir()
+    (tmp_path/"photos"/"hash_manifest.json").write_text('{"dataset_index_id": "a-1", "files": {"gone.txt": "0"}}')
+    for extra in ([], ["--dry-run"]):
+        assert main(["run", "--profile", "embedded", "--out", str(tmp_path/"photos"), *extra]) == 2
+        assert "holds something else than a run" in capsys.readouterr().err
+    assert [p.name for p in (tmp_path/"photos").iterdir()] == ["hash_manifest.json"]
+    (tmp_path/"file").write_text("")
+    assert main(["run", "--profile", "embedded", "--out", str(tmp_path/"file")]) == 2
+
+
+INTENTS = [({"teachers": {"a;touch HERE;b": {}}}, "teachers"), ({"teachers": {"$(touch HERE)": None}}, "teachers"),
+           ({"ensembles": {"x`touch HERE`": {"members": ["RN18"]}}}, "ensembles"), ({"conventions": ["a&&touch HERE"]}, "conventions"),
+           ({"teachers": ["../../etc"]}, "teachers"), ({"seeds": ["1; touch HERE"]}, "seeds"), ({"seeds": [True]}, "seeds"),
+           ({"seeds": []}, "seeds"), ({"seeds": [-1]}, "seeds"), ({"seeds": [1, 1]}, "seeds"), ({"seeds": [2**32]}, "seeds"),
+           ({"img_size": -3}, "img_size"), ({"img_size": "48; touch HERE"}, "img_size"), ({"img_size": 10**6}, "img_size"),
+           ({"teachers": {}}, "teachers"), ({"teachers": {"RN81": {}}}, "RN81"), ({"stages": {"CE": {"epochs": 0}}}, "epochs"),
+           ({"notebooks": {"05_students": {"batch_size": -1}}}, "batch_size"), ({"stage_b": {"img_size": "x"}}, "img_size"),
+           ({"teachers": {"RN18": [1]}}, "RN18"), ({"notebooks": ["x"]}, "notebooks"), ({"stages": 7}, "7"), ({"nonsense": 1}, "nonsense"),
+           ({"threads": "all"}, "threads"), (["a", "list"], "no names and values"), ({1: 2}, "no key")]
+
+
+@pytest.mark.parametrize(("profile", "says"), INTENTS, ids=lambda x: str(x)[:40])
+def test_a_profile_is_refused_before_anything_starts(tmp_path, monkeypatch, capsys, profile, says):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/"my.yaml").write_text(yaml.safe_dump(profile))
+    assert main(["run", "--profile", str(tmp_path/"my.yaml"), "--out", str(tmp_path/"run")]) == 2
+    said = capsys.readouterr().err
+    assert says in said and said.count("\n") == 1 and [p.name for p in tmp_path.iterdir()] == ["my.yaml"]
+
+
+@pytest.mark.parametrize(("content", "says"), [
+    (b"about: \xe4\xff", "not UTF-8"), (b"a: [", "no YAML"), (b"&a [*a, *a]", ""), (b"[" * 5000, "no YAML")])
+def test_a_broken_profile_is_named(tmp_path, capsys, content, says):
+    (tmp_path/"my.yaml").write_bytes(content)
+    assert main(["run", "--profile", str(tmp_path/"my.yaml"), "--out", str(tmp_path/"run")]) == 2
+    assert says in (said := capsys.readouterr().err) and said.count("\n") == 1
+
+
+@pytest.mark.skipif(os.name != "posix", reason="process groups")
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_what_a_run_has_started_ends_with_it(tmp_path, sign):
+    "The child is asked to end when its parent ends, even by kill -9; it then has its own child, which it ends as Snakemake does."
+    child = ("import subprocess, sys, time, os\\np = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\\n"
+             "print(os.getpid(), p.pid, flush=True)\\ntry: time.sleep(60)\\nfinally: p.kill()")
+    parent = python(f"import sys\nfrom fer_nb.runs import _snakemake\n_snakemake([sys.executable, '-c', \"{child}\"])")
+    pids = [int(x) for x in parent.stdout.readline().split()]
+    parent.send_signal(sign)
+    parent.wait(30)
+    def alive(pid):
+        try: return open(f"/proc/{pid}/stat").read().split()[2] != "Z"
+        except OSError: return False
+    deadline = time.monotonic() + 10
+    while any(map(alive, pids)) and time.monotonic() < deadline: time.sleep(0.1)
+    assert len(pids) == 2 and not any(map(alive, pids))
+
+
+def test_other_settings_leave_a_finished_run_as_it_is(tmp_path):
+    config = callbacks.TrainConfig(epochs=2)
+    callbacks.save_checkpoint(tmp_path/"checkpoint_last.pt", rows=[{}, {}], fingerprint=config.fingerprint(arm="a"))
+    training.check_settings(tmp_path, config, arm="a")
+    with pytest.raises(GateError, match="other settings"): training.check_settings(tmp_path, config, arm="b")
+    with pytest.raises(GateError, match="2 epochs behind it"): training.check_settings(tmp_path, callbacks.TrainConfig(epochs=1), arm="a")
+
+
+@pytest.mark.timeout(300)
+def test_equal_seeds_leave_equal_bytes(tmp_path):
+    manifest, cache = embedded_data(tmp_path/"data", n=300, img_size=32)
+    data = training.open_data(manifest, cache)
+    for name in ("one", "two"):
+        callbacks.seed_everything(7)
+        teacher = Teacher("RN18", img_size=32)
+        loaders = make_loaders(data.train, data.own_val, 16, 7, augment=None)
+        meta = {"geometry": data.geometry.to_dict(), "dataset_index_id": data.dataset_index_id, "scale": 30.0}
+        training.train(teacher, *loaders, StudentLoss("CE"), callbacks.TrainConfig(epochs=6, seed=7), tmp_path/name, meta, bar=False)
+        training.evaluate_run(teacher, data, tmp_path/name, "same", 7, resamples=20)
+        export_softlabels(teacher, data, tmp_path/name, 1.5)
+    for f in ("best.pt", "evaluation.npz", "softlabels/softlabels.npz"):
+        assert (tmp_path/"one"/f).read_bytes() == (tmp_path/"two"/f).read_bytes(), f
+
+
+def test_a_profile_that_runs_is_not_refused():
+    for name in ("embedded", "fer2013", "fer2013_gpu", "full"): assert runs.load_profile(name)["seeds"]
+    with pytest.raises(UsageError, match="unknown profile"): runs.load_profile("embeded")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="umask")
+def test_files_and_folders_obey_the_umask(tmp_path):
+    before = os.umask(0o077)
+    try:
+        artifacts.write_text(tmp_path/"note.txt", "mine")
+        embedded_data(tmp_path/"data", n=40, img_size=32)
+    finally: os.umask(before)
+    wide = [p.name for p in tmp_path.rglob("*") if p.stat().st_mode & 0o077]
+    assert wide == []
