@@ -32,12 +32,13 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 from torch import nn
 
 from fer_nb.artifacts import (
-    BLUE, GREEN, GREY, ORANGE, ArtifactError, GateError, Lines, UsageError, atomic_path, sha256_file, write_bytes,
-    write_npz,
+    BLUE, GREEN, GREY, ORANGE, ArtifactError, GateError, Lines, UsageError, atomic_path, find_artifact, read_npz,
+    sha256_file, write_bytes, write_npz,
 )
 from .calibration import macro_f1
 from fer_nb.deploy import (
     ModelFacts, Predictor, check_prepared, checkpoint_facts, open_onnx, prepared, probabilities, read_facts,
+    require_recorded,
 )
 from .evidence import ExportReport, ExportedFile, OnnxParity, ParityCheck, VariantParity
 from .geometry import Framing, Geometry, check_geometry, normalise
@@ -45,7 +46,7 @@ from .images import load_cache
 from .integrity import package_versions
 from .loading import PackedFaces
 from .manifests import load_manifest
-from .leaves import leaves_of
+from .leaves import leaves_of, reseal
 from .records import HashManifest, Interval
 from .resampling import paired_interval
 from .run_report import groups_of
@@ -97,16 +98,39 @@ def require_trained_on(
                         "measure the framing of its own pictures")
 
 # %% ../nbs/09_onnx_export.ipynb #09-exporting-012
+def _follow(folder: Path, name: str, old: str):
+    "Let what is on record of a file name the one that was written in its place, which computes the same."
+    new, size, changed = sha256_file(folder/name), (folder/name).stat().st_size, [name]
+    def again(files, **more): return {k: v.model_copy(update={"sha256": new, **more}) if v.sha256 == old else v for k, v in files.items()}
+    if find_artifact(folder, ExportReport.filename):
+        report = ExportReport.load(folder)
+        report.model_copy(update={"files": again(report.files, bytes=size)}).save(folder)
+        changed.append(ExportReport.filename)
+    if find_artifact(folder, OnnxParity.filename):
+        parity = OnnxParity.load(folder)
+        parity.model_copy(update={"variants": again(parity.variants)}).save(folder)
+        changed.append(OnnxParity.filename)
+    for path in folder.glob("answers_*.npz"):
+        if str((kept := read_npz(path))["sha256"]) != old: continue
+        write_npz(path, **{**kept, "sha256": np.array(new)})
+        changed.append(path.name)
+    if find_artifact(folder, HashManifest.filename): reseal(folder, changed)
+
+# %% ../nbs/09_onnx_export.ipynb #09-exporting-g1
 def reframe(
     path,  # an exported .onnx
     framing: Framing,  # as measured on the pictures that it was trained on
     grey: bool = False,  # all of them are grey
 ) -> Path:
     "Write into an exported model how its training pictures were cut, and whether they were grey."
-    model = onnx.load(path)
+    path = Path(path)
+    require_recorded(path)
+    model, before = onnx.load(path), sha256_file(path)
     facts = read_facts({p.key: p.value for p in model.metadata_props}, path)
     geometry = facts.geometry.model_copy(update={"grey": facts.geometry.grey or grey})
-    return write_bytes(path, describe(model, replace(facts, framing=framing, geometry=geometry)).SerializeToString())
+    write_bytes(path, describe(model, replace(facts, framing=framing, geometry=geometry)).SerializeToString())
+    _follow(path.parent, path.name, before)
+    return path
 
 # %% ../nbs/09_onnx_export.ipynb #09-exporting-015
 def to_fp16(fp32: onnx.ModelProto, facts: ModelFacts) -> onnx.ModelProto:
