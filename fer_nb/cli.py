@@ -240,14 +240,33 @@ def bench(a):
 
 
 def predict(a):
-    from fer_nb.pictures import predict_pictures
-    found = predict_pictures(a.images, a.model, a.detector, a.min_face, whole=a.whole, say=lambda line: print(line, file=sys.stderr))
+    if bool(a.images) == bool(a.video): raise UsageError("give pictures, or one film with --video")
+    for given, beside in (("draw", "--video"), ("whole", "--video"), ("annotate", "pictures")):
+        if getattr(a, given) and bool(a.video) == (beside == "--video"): raise UsageError(f"--{given} does not go with {beside}")
+    found = _predict_film(a) if a.video else _predict_pictures(a)
     text = found.to_json() if a.json else found.to_csv().rstrip("\n") if a.csv else str(found)
     if a.out:
         from fer_nb.artifacts import write_text
         write_text(a.out, text + "\n")
     else: print(text)
     return found.exit_code
+
+
+def _told(line): print(line, file=sys.stderr)
+
+
+def _predict_pictures(a):
+    from fer_nb.pictures import predict_pictures
+    each = None
+    if a.draw or a.consent:
+        from fer_nb.written import Drawer
+        each = Drawer(a.draw, a.consent)
+    return predict_pictures(a.images, a.model, a.detector, a.min_face, whole=a.whole, each=each, say=_told)
+
+
+def _predict_film(a):
+    from fer_nb.written import predict_film
+    return predict_film(a.video, a.model, a.detector, a.min_face, a.annotate, a.consent, say=_told)
 
 
 STABILISER = ("ema", "delta", "window", "min_count")
@@ -536,7 +555,10 @@ def _bench_flags(c):
 
 
 def _predict_flags(c):
-    flags(c, "pictures.predict_pictures", ".images<paths+ model detector min_face whole", images={"metavar": "IMAGE"})
+    flags(c, "pictures.predict_pictures", ".images<paths+ model detector min_face whole", images={"metavar": "IMAGE", "nargs": "*"})
+    flags(c, "written.predict_film", "video? annotate consent", video={"metavar": "FILM"}, annotate={"metavar": "FILM"})
+    c.add_argument("--draw", metavar="DIR", default="", help="draw the pictures with boxes and labels into this folder: only together with "
+                                                             "--consent")
     form = c.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="all probabilities, as JSON")
     form.add_argument("--csv", action="store_true", help="all probabilities, as CSV: a row a face")
