@@ -722,10 +722,17 @@ def _check_places(a):
         for path in given if isinstance(given, list) else [given]:
             if path and not Path(path).exists(): raise UsageError(f"'{path}' does not exist ({name.replace('_', ' ')})")
     out = getattr(a, "out", None)
-    if out and a.func not in (replay, notebook) and Path(out).is_file(): raise UsageError(f"'{out}' is a file: give a folder")
+    if out and a.func not in (replay, notebook, predict) and Path(out).is_file(): raise UsageError(f"'{out}' is a file: give a folder")
+
+
+def _speak_plainly():
+    "What the terminal's encoding lacks is written as its number, and ends nothing."
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"): stream.reconfigure(errors="backslashreplace")
 
 
 def main(argv=None):
+    _speak_plainly()
     warnings.filterwarnings("ignore", message=".*torch.jit", category=FutureWarning)  # inside fastai and timm
     debug = "--debug" in (sys.argv if argv is None else argv)
     try:

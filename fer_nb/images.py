@@ -21,7 +21,7 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from .artifacts import ArtifactError, FerError, UsageError, allowed_mode, sha256_bytes, sha256_file
+from .artifacts import ArtifactError, FerError, GateError, UsageError, allowed_mode, sha256_bytes, sha256_file
 from .framing import measure_framing, row_box, row_crop, row_image
 from .geometry import Framing, Geometry, check_geometry, prepare_pixels, read_framing
 from .likeness import face_box
@@ -105,11 +105,34 @@ def _blocks(
         finally:
             for task in waiting: task.cancel()
 
+# %% ../nbs/02a_images.ipynb #02a-images-full1
+def _take_room(path: Path, size: int):
+    "Give a file its bytes on the disk; what stands in it already stays."
+    try:
+        with open(path, "rb+") as f:
+            if hasattr(os, "posix_fallocate"): os.posix_fallocate(f.fileno(), 0, size)
+            else:
+                f.seek(0, os.SEEK_END)
+                while (left := size - f.tell()) > 0: f.write(bytes(min(left, 1 << 24)))
+            os.fsync(f.fileno())
+    except OSError as e:
+        raise GateError(f"{path.parent.parent}: no room for {size/1e6:,.0f} MB of prepared faces ({e.strerror or e}): "
+                        "free some, or give a folder on another disk") from None
+
+# %% ../nbs/02a_images.ipynb #02a-images-full2
+def _new_array(path: Path, shape) -> np.memmap:  # uint8
+    "An array on the disk, which has its room before anything is written into it."
+    with open(path, "wb") as f:
+        np.lib.format.write_array_header_1_0(f, {"descr": "|u1", "fortran_order": False, "shape": tuple(shape)})
+        size = f.tell() + int(np.prod(shape))
+    _take_room(path, size)
+    return np.lib.format.open_memmap(path, "r+")
+
 # %% ../nbs/02a_images.ipynb #02a-images-027
 def _widen(path: Path, images: np.ndarray, done: int) -> np.ndarray:
     "Replace a grey array on disk by an RGB one that holds its first `done` faces."
     wide = path.with_name("wide.npy")
-    out = np.lib.format.open_memmap(wide, "w+", np.uint8, (*images.shape, 3))
+    out = _new_array(wide, (*images.shape, 3))
     for i in range(0, done, 1024): out[i:min(i + 1024, done)] = images[i:min(i + 1024, done), ..., None]
     return out
 
@@ -123,7 +146,7 @@ def _fill(
     progress: bool,
 ) -> list[int]:  # the array's shape
     "Write images.npy."
-    images = np.lib.format.open_memmap(folder/"images.npy", "w+", np.uint8, (len(rows), geometry.size, geometry.size))
+    images = _new_array(folder/"images.npy", (len(rows), geometry.size, geometry.size))
     done = 0
     with tqdm(total=len(rows), desc="packing", unit="img", disable=not progress, delay=2) as bar:
         for block in _blocks(rows, geometry, framing, threads):
