@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CLASSES', 'STAGES', 'SHARED_CONVENTIONS', 'BLUE', 'ORANGE', 'GREEN', 'GREY', 'PINK', 'AMBER', 'SKY', 'YELLOW',
-           'OKABE_ITO', 'CLASS_COLOURS', 'class_order_hash', 'convention_of', 'conventions_of', 'FerError',
+           'OKABE_ITO', 'CLASS_COLOURS', 'MOST_JSON', 'class_order_hash', 'convention_of', 'conventions_of', 'FerError',
            'UsageError', 'GateError', 'ArtifactError', 'Lines', 'Box', 'sha256_bytes', 'sha256_file', 'allowed_mode',
            'atomic_path', 'write_bytes', 'write_text', 'write_json', 'write_csv', 'write_npz', 'read_json', 'read_npz',
            'plain_key', 'find_artifact', 'Artifact']
@@ -16,6 +16,7 @@ import math
 import os
 import re
 import tempfile
+import zipfile
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -245,14 +246,27 @@ def write_npz(path, **arrays) -> Path:
     return Path(path)
 
 # %% ../nbs/00_artifacts.ipynb #00-artifacts-034
+MOST_JSON = 1 << 28  # bytes: hash lists of large datasets come to tens of megabytes
+
+
 def read_json(path) -> Any:
     "Read a JSON file, or say where it breaks."
     path = Path(path)
     if not path.is_file(): raise ArtifactError(path, "is missing", expected="a JSON file")
+    if path.stat().st_size > MOST_JSON: raise ArtifactError(path, "is larger than any artifact", expected=f"at most {MOST_JSON:,} bytes")
     try: return json.loads(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError: raise ArtifactError(path, "is not text", expected="a JSON file") from None
+    except RecursionError: raise ArtifactError(path, "is nested deeper than any artifact; make it again") from None
     except json.JSONDecodeError as e:
         raise ArtifactError(path, f"is not whole JSON: {e.msg} at line {e.lineno}, column {e.colno}; make it again") from None
+    except ValueError as e: raise ArtifactError(path, f"is not JSON that can be read ({str(e)[:80]})") from None  # a number of 5,000 digits
+
+# %% ../nbs/00_artifacts.ipynb #00-artifacts-unpacked
+def _check_unpacked(path: Path):
+    "Refuse an npz that promises far more than it holds, before anything is unpacked."
+    with zipfile.ZipFile(path) as z: total = sum(i.file_size for i in z.infolist())
+    if total > max(1 << 27, 100*path.stat().st_size):
+        raise ArtifactError(path, f"would unpack to {total:,} bytes from {path.stat().st_size:,}: no array of this project does so")
 
 # %% ../nbs/00_artifacts.ipynb #00-artifacts-035
 def read_npz(
@@ -263,7 +277,9 @@ def read_npz(
     path = Path(path)
     if not path.is_file(): raise ArtifactError(path, "is missing", expected="an npz file")
     try:
+        _check_unpacked(path)
         with np.load(path, allow_pickle=False) as z: arrays = {k: z[k] for k in z.files}
+    except ArtifactError: raise
     except Exception as e:  # numpy and zipfile raise a dozen types here
         raise ArtifactError(path, f"is truncated or not an npz file ({type(e).__name__}); make it again") from None
     missing = [k for k in keys if k not in arrays]

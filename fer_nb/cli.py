@@ -712,7 +712,7 @@ def _line(e: BaseException) -> tuple[str, int]:
     return f"a fault of fer-nb itself ({type(e).__name__}: {first}): with --debug the same command shows where", 1
 
 
-ASKED = ("run_dir", "checkpoint", "dir", "manifest", "cache", "softlabels", "init_from", "truth", "sessions", "members", "baseline")
+ASKED = ("run_dir", "dir", "softlabels", "init_from", "truth", "sessions", "baseline")
 
 
 def _check_places(a):

@@ -258,7 +258,7 @@ def _foreign_export(folder: Path, root: Path) -> str | None:
     hashed, proved = ExportReport.load(folder).checkpoint_hash, OnnxParity.load(folder).checkpoint_hash
     if hashed != proved: return f"exported from {hashed[:12]}…, compared with {proved[:12]}…"
     sealed = [p.parent for p in root.rglob(RunArgs.filename) if find_artifact(p.parent, HashManifest.filename)]
-    runs = [HashManifest.load(r).files.get("best.pt") for r in sealed]
+    runs = [(seal.files | seal.original).get("best.pt") for seal in map(HashManifest.load, sealed)]
     return None if hashed in runs or not any(runs) else f"no run here has the weights {hashed[:12]}… that it was exported from"
 
 # %% ../nbs/01_integrity_gates.ipynb #01-gates-027

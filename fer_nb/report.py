@@ -6,15 +6,17 @@
 __all__ = ['CHECKLIST', 'Run', 'find_runs', 'by_convention', 'tables_markdown', 'results_table', 'per_class_table',
            'by_source_table', 'find_ensembles', 'one_judge', 'ensembles_markdown', 'onnx_markdown', 'data_tables',
            'compact', 'plot_curves', 'plot_confusions', 'plot_reliability', 'links_markdown', 'write_checklist',
-           'keep_results', 'render']
+           'keep_results', 'clean_page', 'render']
 
 # %% ../nbs/09b_report.ipynb #09b-report-002
+import html
 import importlib.resources
 import json
 import os
 import re
 import tempfile
 from io import BytesIO
+from html.parser import HTMLParser
 from pathlib import Path
 from textwrap import fill
 
@@ -448,6 +450,66 @@ def _page_cells(nb) -> list:
             elif out.output_type == "error": raise ArtifactError("the executed report", f"stopped with {out.ename}: {out.evalue}")
     return cells
 
+# %% ../nbs/09b_report.ipynb #09b-report-clean
+_DROPPED = {"script", "iframe", "object", "embed", "applet", "frame", "frameset", "template"}  # with all that they hold
+_ALONE = {"link", "base"}  # they hold nothing
+_FETCHED = {"src", "srcset", "poster", "data", "background", "xlink:href", "action", "formaction"}
+_PICTURE = re.compile(r"data:image/(png|jpeg|gif|webp|svg\+xml);", re.IGNORECASE)
+_CLICKED = re.compile(r"(https?:|mailto:|#|[\w./-]+(#|$))", re.IGNORECASE)
+_URL = re.compile(r"url\s*\((?!\s*['\"]?data:image/)[^)]*\)|@import[^;]*;?|expression\s*\(", re.IGNORECASE)
+
+
+class _Cleaner(HTMLParser):
+    "Copies HTML without what acts or fetches by itself."
+    def __init__(self):
+        super().__init__(convert_charrefs=False)
+        self.out, self.inside, self.style = [], [], False
+
+    def _attributes(self, attrs) -> str:
+        kept = []
+        for name, value in attrs:
+            plain = re.sub(r"[\x00-\x20]", "", value or "")
+            acts = name.startswith("on") or name in _FETCHED and not _PICTURE.match(plain)
+            if acts or name == "href" and not _CLICKED.match(plain): continue
+            if name == "style": value = _URL.sub("", value or "")
+            kept.append(f" {name}" if value is None else f' {name}="{html.escape(value)}"')
+        return "".join(kept)
+
+    def handle_starttag(self, tag, attrs):
+        if tag in _DROPPED: self.inside.append(tag)
+        if self.inside or tag in _ALONE or "http-equiv" in dict(attrs): return
+        self.style = tag == "style"
+        self.out.append(f"<{tag}{self._attributes(attrs)}>")
+
+    def handle_startendtag(self, tag, attrs):
+        if self.inside or tag in _DROPPED | _ALONE or "http-equiv" in dict(attrs): return
+        self.out.append(f"<{tag}{self._attributes(attrs)} />")
+
+    def handle_endtag(self, tag):
+        if self.inside:
+            if tag == self.inside[-1]: self.inside.pop()
+            return
+        self.style = False
+        if tag not in _DROPPED | _ALONE: self.out.append(f"</{tag}>")
+
+    def _keep(self, text: str):
+        if not self.inside: self.out.append(_URL.sub("", text) if self.style else text)
+
+    def handle_data(self, data): self._keep(data)
+    def handle_entityref(self, name): self._keep(f"&{name};")
+    def handle_charref(self, name): self._keep(f"&#{name};")
+    def handle_decl(self, decl): self._keep(f"<!{decl}>")
+
+# %% ../nbs/09b_report.ipynb #09b-report-clean-fn
+def clean_page(
+    page: str,  # HTML
+) -> str:
+    "The page without scripts, and without anything that a browser would fetch."
+    cleaner = _Cleaner()
+    cleaner.feed(page)
+    cleaner.close()
+    return "".join(cleaner.out)
+
 # %% ../nbs/09b_report.ipynb #09b-report-045
 def render(
     notebook,  # an executed report notebook
@@ -463,6 +525,7 @@ def render(
     with tempfile.TemporaryDirectory() as d, atomic_path(page) as tmp:
         (Path(d)/"style.html").write_text(_page_style(), encoding="utf-8")
         pypandoc.convert_text(nbformat.writes(nb), "html5", format="ipynb", outputfile=str(tmp), extra_args=[
-            "--standalone", "--embed-resources", "--mathml", "--toc", "--toc-depth=2", "--number-sections", f"--metadata=pagetitle:{title}",
+            "--standalone", "--mathml", "--toc", "--toc-depth=2", "--number-sections", f"--metadata=pagetitle:{title}",
             "--metadata=lang:en", f"--include-in-header={d}/style.html"])
+        tmp.write_text(clean_page(tmp.read_text(encoding="utf-8")), encoding="utf-8")
     return Path(page)

@@ -343,7 +343,8 @@ def _exported_run(root, export) -> Kept:
     "The run whose checkpoint an export is of."
     hashed = ExportReport.load(export).checkpoint_hash
     for k in find_kept(root, "students"):
-        if HashManifest.load(k.folder).files.get("best.pt") == hashed: return k
+        seal = HashManifest.load(k.folder)
+        if (seal.files | seal.original).get("best.pt") == hashed: return k
     raise ArtifactError(export, "was exported from a checkpoint that no student here has", key="checkpoint_hash", got=hashed)
 
 # %% ../nbs/09c_results.ipynb #09c-find-shipped

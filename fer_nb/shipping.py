@@ -261,10 +261,10 @@ def ship(
     path = Path(folder or SHIPPED.parent)/own.name
     card = model_card(run_dir, export_dir, precision)
     write_bytes(path, (Path(export_dir)/model_file(precision)).read_bytes())
+    seal_folder(path.parent, Calibration.load(run_dir).dataset_index_id, sorted(p.name for p in path.parent.glob("*.onnx")))
     write_text(card_of(path), card)
     if (Path(run_dir)/"best.pt").is_file():
         network, meta = load_model(Path(run_dir)/"best.pt")
         about = {"temperature": Calibration.load(run_dir).selected_temperature, "name": Predictor(path).name}
         save_trainable(network, meta | about, path.with_suffix(".safetensors"))
-    seal_folder(path.parent, Calibration.load(run_dir).dataset_index_id, sorted(p.name for p in path.parent.glob("*.onnx")))
     return path

@@ -204,6 +204,17 @@ def _agree(name: str, parts: list[str]) -> int:
     pairs = zip(reversed(name.lower().split("/")), reversed(parts))
     return sum(1 for _ in itertools.takewhile(lambda ab: ab[0] == ab[1].lower(), pairs))
 
+# %% ../nbs/00_data_sources.ipynb #00-sources-i10
+@patch
+def unlisted(
+    self: Tree,
+    rows: list,  # what a table gave
+    table: str,  # its name
+) -> list:
+    "Rows for the pictures that no table lists: they are counted, not forgotten."
+    listed = {r.path for r in rows}
+    return [Row(n, p, excluded=f"no label in {table}") for n in self.images() if (p := self.paths[n]) not in listed]
+
 # %% ../nbs/00_data_sources.ipynb #00-sources-n03
 SPLITS = ("train", "val", "test")
 PARTS = {p: s for s, names in {"train": "train training trainset trainingset", "val": "val valid validation valset validset validationset",
@@ -555,7 +566,9 @@ def affectnet(tree: Tree) -> list[Row]:
     tables = [n for n in tree.names if n.lower().endswith(".csv") and os.path.splitext(n.rsplit("/", 1)[-1].lower())[0] in
               ("training", "train", "validation", "val", "valid", "test", "labels", "automatically_annotated")]
     if any(n.lower().endswith("_exp.npy") for n in tree.names): return _affectnet_npy(tree)
-    if tables: return [row for t in tables for row in _affectnet_table(tree, t)]
+    if tables:
+        rows = [row for t in tables for row in _affectnet_table(tree, t)]
+        return rows + tree.unlisted(rows, "the tables")
     return [Row(inside, tree.paths[name], label, "test" if PARTS.get(_plain(part)) in ("val", "test") else "train", part, reason)
             for inside, name, part, label, reason in class_folders(tree, AFFECTNET_ORDER)]
 
@@ -577,7 +590,7 @@ def expw(tree: Tree) -> list[Row]:
         path = f"{tree.root.as_posix()}/{name}" if inside is None else tree.paths[inside]
         rows.append(Row(f"{inside or name}#{face}", path, label, excluded=reason if inside else "missing file", box=box,
                         confidence=_number(confidence)))
-    return rows
+    return rows + tree.unlisted(rows, "label.lst")
 
 # %% ../nbs/00_data_sources.ipynb #00-sources-050
 @adapter("synthetic")

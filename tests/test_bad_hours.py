@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import yaml
 
@@ -133,3 +134,18 @@ def test_files_and_folders_obey_the_umask(tmp_path):
     finally: os.umask(before)
     wide = [p.name for p in tmp_path.rglob("*") if p.stat().st_mode & 0o077]
     assert wide == []
+
+
+@pytest.mark.parametrize(("content", "says"), [
+    (b"[" * 200_000, "nested deeper"), (b"9" * 6000, "not JSON that can be read"), (b"{", "not whole JSON"), (b"\xff", "not text")])
+def test_json_that_no_stage_wrote_is_one_line(tmp_path, content, says):
+    (tmp_path/"a.json").write_bytes(content)
+    with pytest.raises(artifacts.ArtifactError, match=says): artifacts.read_json(tmp_path/"a.json")
+
+
+def test_an_npz_that_unpacks_a_thousandfold_is_not_unpacked(tmp_path):
+    np.savez_compressed(tmp_path/"bomb.npz", logits=np.zeros(40_000_000))
+    assert (tmp_path/"bomb.npz").stat().st_size < 1_000_000
+    with pytest.raises(artifacts.ArtifactError, match="would unpack to 320,000"): artifacts.read_npz(tmp_path/"bomb.npz")
+    np.savez_compressed(tmp_path/"small.npz", logits=np.zeros(1_000_000))  # dense, but small
+    assert len(artifacts.read_npz(tmp_path/"small.npz")["logits"]) == 1_000_000

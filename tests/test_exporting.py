@@ -218,6 +218,11 @@ def test_parity_of_an_honest_export(copied, run_dir):  # noqa: F811
 
 def test_parity_finds_a_file_that_was_changed(copied, run_dir):  # noqa: F811
     spoil(copied / "model_fp32.onnx")
+    with pytest.raises(ArtifactError, match="is not the file that onnx_export_report.json names"):
+        check_parity(copied, run_dir, prepared(faces(8), GEOMETRY))
+    report = ExportReport.load(copied)  # forged as well: the answers still tell
+    report.files["fp32"].sha256 = sha256_file(copied / "model_fp32.onnx")
+    report.save(copied)
     p = check_parity(copied, run_dir, prepared(faces(8), GEOMETRY))
     assert not p.passed and not p.variants["fp32"].passed and p.variants["fp16"].passed and p.variants["fp32"].macro_f1 is None
     with pytest.raises(GateError) as e: require_parity(p, copied)
@@ -392,7 +397,8 @@ def test_a_shipped_student_is_described_from_its_artifacts(own_run, traced, data
     shown = prepared([cv2.imread(r.path, cv2.IMREAD_UNCHANGED) for r in test.itertuples()], Geometry(size=48))
     np.testing.assert_allclose(said["test_logits"], Predictor(path, threads=1).logits(shown), atol=1e-3)
     (run / "onnx" / "model_int8.onnx").write_bytes((run / "onnx" / "model_fp32.onnx").read_bytes())
-    with pytest.raises(ArtifactError, match="answered by another file"): ship(run, run / "onnx", "int8", tmp_path / "shipped")
+    with pytest.raises(ArtifactError, match="is not the file that onnx_export_report.json names"):
+        ship(run, run / "onnx", "int8", tmp_path / "shipped")
     assert "interleaved runs each" in card and "trained as well" not in card and not set("{}") & set(card)
     path = run / "onnx"
     pd.DataFrame({"source": "all", "model": ["big", "small"], "macro_f1": [0.5, 0.49], "change": [0, -1.0], "change_low": [0, -1.5],

@@ -10,6 +10,7 @@ import pytest
 from fer_nb.archives import PICTURES, as_text, decode, is_picture, read_bytes
 from fer_nb.artifacts import CLASSES, FerError, UsageError
 from fer_nb.capture import open_source
+from fer_nb.gates import gates
 from fer_nb.geometry import Geometry
 from fer_nb.images import prepare_row
 from fer_nb.likeness import crop_box, face_box, pixel_hash
@@ -232,7 +233,8 @@ def test_spellings_of_a_csv(tmp_path, name):
 
 @pytest.mark.parametrize("text, says", [
     (fer_csv(usage=("Training", "Held-Back")), "unknown part 'Held-Back'"), (fer_csv(usage=("Training", "")), "unknown part ''"),
-    (fer_csv(head=("emotion", "pixels")), "lacks the column 'Usage"), ("emotion,pixels,Usage\n3,1 2 3 4,Training\n4\n", "")])
+    (fer_csv(head=("emotion", "pixels")), "lacks the column 'Usage"),
+    ("emotion,pixels,Usage\n3,1 2 3 4,Training\n4\n", "is not a whole CSV")])
 def test_what_is_refused_in_one_line(tmp_path, text, says):
     (tmp_path/"fer2013.csv").write_text(text)
     with pytest.raises(FerError, match=says) as e: build(f"fer2013_csv={tmp_path/'fer2013.csv'}", tmp_path/"m")
@@ -242,3 +244,50 @@ def test_what_is_refused_in_one_line(tmp_path, text, says):
 def test_an_unknown_part_beside_known_ones_is_refused(tmp_path):
     for part in ("train", "test", "extra"): put(tmp_path/f"d/{part}/happy/1.png", drawn(1))
     with pytest.raises(UsageError, match="unknown part 'extra'"): read_source(f"folder={tmp_path/'d'}")
+
+
+def test_a_missing_test_part_is_said_and_can_be_held_out(case, tmp_path):
+    source = f"folder={case('no-test-part')}"
+    built = build_manifest([source], tmp_path/"m", progress=False, workers=1)
+    assert any("no test rows: hold some out with --test-fraction" in str(line) for line in built.lines())
+    with pytest.raises(UsageError, match="the view test_all_sources has no rows: .*--test-fraction"): built.manifest.splits("train_all")
+    noted = [line for line in gates(tmp_path).lines if "--test-fraction" in line.reason]
+    assert len(noted) == 1 and noted[0].go
+    held = [build(source, tmp_path/f"held{k}", test_fraction=0.2, seed=seed) for k, seed in enumerate((1, 1, 2))]
+    assert held[0].equals(held[1]) and not held[0].split.equals(held[2].split)
+    usable = held[0][held[0].excluded == ""]
+    assert set(usable[usable.split == "test"].label) == set(CLASSES) and usable.groupby("group").split.nunique().max() == 1
+    assert 0.15 < (usable.split == "test").mean() < 0.35
+
+
+@pytest.mark.parametrize("name", ["cfr.mp4", "vfr.mp4", "vfr.webm", "jitter.mp4", "recorder.webm", "recorder_jitter.webm", "raw.h264"])
+def test_no_frame_of_a_film_is_lost(case, name):
+    "All seven films show the same 272 pictures; what their headers count and how their times run differs."
+    source, times, seen = open_source(case("videos")/name), [], []
+    while frame := source.read():
+        times.append(frame.time_sec)
+        seen.append(frame.image.tobytes())
+    assert len(seen) == source.frames == 272 and (np.diff(times) > 0).all() and not source.mended
+    assert (source.clock == "container") == (name != "raw.h264") == (not source.note)
+    if name.startswith("vfr"): assert np.diff(times).max() > 1.5*np.diff(times).min()  # times are the container's, not the mean rate's
+    for k in (136, 3, 271):
+        source.seek(k)
+        frame = source.read()
+        assert (frame.index, frame.time_sec, frame.image.tobytes()) == (k, times[k], seen[k])
+
+
+@pytest.mark.parametrize("address", ["rtsp://me:secret@127.0.0.1:9/stream", "http://127.0.0.1:9/film.mp4?key=secret", "nonsense://x"])
+def test_an_address_that_gives_nothing_is_refused_as_one(address):
+    with pytest.raises(UsageError, match="no film comes from this address") as e: open_source(address)
+    assert "secret" not in str(e.value) and len(str(e.value).splitlines()) == 1
+
+
+def test_a_picture_that_no_table_lists_is_counted(tmp_path):
+    for k in range(9): put(tmp_path/f"d/image/{k}.png", drawn(k))
+    (tmp_path/"d/label.lst").write_text("\n".join(f"{k}.png 0 0 0 30 30 90.0 {k}" for k in range(7)))
+    (tmp_path/"a/image").mkdir(parents=True)
+    for k in range(9): put(tmp_path/f"a/image/{k}.png", drawn(k))
+    (tmp_path/"a/training.csv").write_text("image,label\n" + "".join(f"image\\{k}.png,{k}\n" for k in range(7)))
+    for source, reason in ((f"expw={tmp_path/'d'}", "no label in label.lst"), (f"affectnet={tmp_path/'a'}", "no label in the tables")):
+        df = read_source(source)
+        assert len(df) == 9 and (df.excluded == reason).sum() == 2 and (df.excluded == "").sum() == 7

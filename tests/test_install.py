@@ -73,7 +73,7 @@ def test_a_missing_module_in_the_midst_is_one_line(monkeypatch, capsys):
     "What no check before a command foresees, such as a run's best.pt where torch is missing."
     def needs_torch(_): raise ModuleNotFoundError("No module named 'torch._C'", name="torch._C")
     monkeypatch.setitem(cli.COMMANDS, "gates", (needs_torch, *cli.COMMANDS["gates"][1:]))
-    assert cli.main(["gates", "x"]) == 1
+    assert cli.main(["gates", "."]) == 1
     assert capsys.readouterr().err == "fer-nb: this needs torch, which is not installed: pip install 'fer_nb[train]'\n"
 
 
@@ -122,7 +122,7 @@ def test_the_chain_is_found_without_a_checkout(wheel, tmp_path):
     done = subprocess.run([sys.executable, "-m", "fer_nb.cli", "run", "--profile", "embedded", "--dry-run"], capture_output=True, text=True,
                           cwd=tmp_path/"empty", env={**os.environ, "PYTHONPATH": str(tmp_path/"site")})
     assert done.returncode == 0 and "would run  teachers/RN18_seed1337_stageA_img48/03_teachers.ipynb" in done.stdout, done.stderr
-    assert (tmp_path/"empty"/"runs"/"embedded"/"profile.yaml").is_file()
+    assert not list((tmp_path/"empty").iterdir())  # a dry run writes nothing
 
 
 def megabytes(site: Path) -> float:

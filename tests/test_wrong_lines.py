@@ -80,7 +80,7 @@ WRONG = """
 2 student train --supervision both
 2 student train --out {file}
 2 student evaluate {empty}
-2 student evaluate {none} --manifest {empty} --cache {empty}
+1 student evaluate {none} --manifest {empty} --cache {empty}
 1 student evaluate {empty} --manifest {empty} --cache {empty}
 2 student summarise
 2 student summarise {none}
@@ -111,7 +111,7 @@ WRONG = """
 2 run --profile fer2013 --data {empty}
 2 run --profile embedded --convention nobody
 2 export
-2 export {none}
+1 export {none}
 1 export {empty}
 1 export {file}
 2 export {empty} --precision fp8
