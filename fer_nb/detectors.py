@@ -10,6 +10,7 @@ __all__ = ['SLIMMEST', 'VISIBLE', 'SHARED', 'MODEL_FILES', 'Detection', 'iou', '
 # %% ../nbs/01b_detectors.ipynb #01b-detectors-002
 import http.client
 import os
+import tempfile
 import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
