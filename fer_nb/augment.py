@@ -47,9 +47,9 @@ class AugmentParams(NamedTuple):
     offset: torch.Tensor  # (B,)
     patch: torch.Tensor  # (B, 4) centre y, centre x, height, width, in shares of the side; height 0 erases nothing
     shade: torch.Tensor  # (B,) grey of the patch, 0..1
-    grey: torch.Tensor | None = None  # (B,) bool, whose colours go; None: nobody's
+    grey: torch.Tensor = torch.zeros(1, dtype=torch.bool)  # (B,), whose colours go; or (1,) for all
 
-    def to(self, device): return AugmentParams(*(t if t is None else t.to(device, non_blocking=True) for t in self))
+    def to(self, device): return AugmentParams(*(t.to(device, non_blocking=True) for t in self))
 
 # %% ../nbs/02a_images_augment.ipynb #02a-augment-008
 def _thetas(augment: Augment, u: torch.Tensor) -> torch.Tensor:
@@ -80,7 +80,7 @@ def draw_augment(
         view=(u[:, 0] < augment.flip).long(), theta=_thetas(augment, signed[:, 1:5]),
         gain=1 + augment.contrast*signed[:, 5], offset=augment.brightness*signed[:, 6],
         patch=_patches(augment, u[:, 7:12]), shade=u[:, 12],
-        grey=torch.rand(n, generator=generator) < augment.grey if augment.grey else None)
+        grey=torch.rand(n, generator=generator) < augment.grey if augment.grey else torch.zeros(n, dtype=torch.bool))
 
 # %% ../nbs/02a_images_augment.ipynb #02a-augment-012
 def flip_views(
@@ -122,7 +122,7 @@ def augment_faces(
     params: AugmentParams,  # on the device of x
 ) -> torch.Tensor:  # the same shape, in 0..1
     "Flip, warp, brighten, erase: each sample by its own parameters."
-    if params.grey is not None and x.shape[1] == 3: x = _without_colour(x, params.grey)
+    if x.shape[1] == 3: x = _without_colour(x, params.grey)
     x = flip_views(x, params.view)
     x = F.grid_sample(x, warp_grid(params.theta, x.shape[-1]), mode="bilinear", padding_mode="border", align_corners=False)
     x = x.sub_(0.5).mul_(params.gain[:, None, None, None]).add_(params.offset[:, None, None, None] + 0.5).clamp_(0, 1)
