@@ -38,6 +38,7 @@ class Model:
     def prepare(self, image):  # uint8 (H, W, 3) BGR or (H, W) grey -> uint8 (S, S, 3) RGB
         g, (h, w) = self.geometry, image.shape[:2]
         side, size = max(h, w), g["size"]
+        if g.get("grey") and image.ndim == 3: image = cv2.cvtColor(image, cv2.COLOR_BGR2GRAY)  # colours are nothing that it has learned
         if h != w:  # pad to a square by repeating the border; a large one is halved, thirded, ... on the way
             out = side if side <= 2*size else size*math.ceil(side/(2*size))
             k, shift = out/side, np.floor((side - np.array([w, h]))/2 + 0.5)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_serializer
 
 from .geometry import Framing
 
@@ -27,6 +27,11 @@ class Augment(BaseModel):
     contrast: float = Field(0.20, ge=0, lt=1)  # gain about mid-grey
     erase: float = Field(0.25, ge=0, le=1)  # probability of one grey rectangle
     erase_area: tuple[float, float] = (0.02, 0.12)  # of the face, smallest and largest
+    grey: float = Field(0.0, ge=0, le=1)  # probability that a coloured face is shown grey
+
+    @model_serializer(mode="wrap")
+    def _told(self, told) -> dict:
+        return {k: v for k, v in told(self).items() if k != "grey" or v}
 
 # %% ../nbs/02a_images_augment.ipynb #02a-augment-007
 def batch_generator(*numbers: int) -> torch.Generator:  # for instance seed, epoch, batch
@@ -42,6 +47,7 @@ class AugmentParams(NamedTuple):
     offset: torch.Tensor  # (B,)
     patch: torch.Tensor  # (B, 4) centre y, centre x, height, width, in shares of the side; height 0 erases nothing
     shade: torch.Tensor  # (B,) grey of the patch, 0..1
+    grey: torch.Tensor = torch.zeros(1, dtype=torch.bool)  # (B,), whose colours go; or (1,) for all
 
     def to(self, device): return AugmentParams(*(t.to(device, non_blocking=True) for t in self))
 
@@ -73,7 +79,8 @@ def draw_augment(
     return AugmentParams(
         view=(u[:, 0] < augment.flip).long(), theta=_thetas(augment, signed[:, 1:5]),
         gain=1 + augment.contrast*signed[:, 5], offset=augment.brightness*signed[:, 6],
-        patch=_patches(augment, u[:, 7:12]), shade=u[:, 12])
+        patch=_patches(augment, u[:, 7:12]), shade=u[:, 12],
+        grey=torch.rand(n, generator=generator) < augment.grey if augment.grey else torch.zeros(n, dtype=torch.bool))
 
 # %% ../nbs/02a_images_augment.ipynb #02a-augment-012
 def flip_views(
@@ -103,12 +110,19 @@ def _erase(x: torch.Tensor, patch: torch.Tensor, shade: torch.Tensor) -> torch.T
     inside = (rows[:, :, None] & columns[:, None, :])[:, None]
     return torch.where(inside, shade[:, None, None, None], x)
 
+# %% ../nbs/02a_images_augment.ipynb #02a-augment-g0
+def _without_colour(x: torch.Tensor, grey: torch.Tensor) -> torch.Tensor:
+    "Luminance in all three channels, of the samples that it is asked for."
+    luma = (x*x.new_tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
+    return torch.where(grey[:, None, None, None], luma, x)
+
 # %% ../nbs/02a_images_augment.ipynb #02a-augment-015
 def augment_faces(
     x: torch.Tensor,  # (B, 1 or 3, S, S), float32 in 0..1
     params: AugmentParams,  # on the device of x
 ) -> torch.Tensor:  # the same shape, in 0..1
     "Flip, warp, brighten, erase: each sample by its own parameters."
+    if x.shape[1] == 3: x = _without_colour(x, params.grey)
     x = flip_views(x, params.view)
     x = F.grid_sample(x, warp_grid(params.theta, x.shape[-1]), mode="bilinear", padding_mode="border", align_corners=False)
     x = x.sub_(0.5).mul_(params.gain[:, None, None, None]).add_(params.offset[:, None, None, None] + 0.5).clamp_(0, 1)

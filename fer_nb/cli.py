@@ -186,12 +186,12 @@ def framing(a):
     from fer_nb.manifests import load_manifest
     manifest = load_manifest(a.manifest)
     if a.model:
-        from fer_nb.exporting import reframe, require_trained_on
+        from fer_nb.exporting import learned_grey, reframe, require_trained_on
         require_trained_on(a.model, manifest.dataset_index_id)
     found = measure_cache(a.cache, manifest, a.sample)
     for s in found.sights:
         print(f"{s.name}: found {s.found:,} of {s.seen:,}" + (f", cut {s.crop.ratio:.3f} of its box" if s.measured else ": not measured"))
-    if a.model: print(f"written into {reframe(a.model, found)}")
+    if a.model: print(f"written into {reframe(a.model, found, learned_grey(a.model, a.manifest, a.cache))}")
 
 
 def student_summarise(a):
@@ -243,14 +243,33 @@ def bench(a):
 
 
 def predict(a):
-    from fer_nb.pictures import predict_pictures
-    found = predict_pictures(a.images, a.model, a.detector, a.min_face, whole=a.whole, say=lambda line: print(line, file=sys.stderr))
+    if bool(a.images) == bool(a.video): raise UsageError("give pictures, or one film with --video")
+    for given, beside in (("draw", "--video"), ("whole", "--video"), ("annotate", "pictures")):
+        if getattr(a, given) and bool(a.video) == (beside == "--video"): raise UsageError(f"--{given} does not go with {beside}")
+    found = _predict_film(a) if a.video else _predict_pictures(a)
     text = found.to_json() if a.json else found.to_csv().rstrip("\n") if a.csv else str(found)
     if a.out:
         from fer_nb.artifacts import write_text
         write_text(a.out, text + "\n")
     else: print(text)
     return found.exit_code
+
+
+def _told(line): print(line, file=sys.stderr)
+
+
+def _predict_pictures(a):
+    from fer_nb.pictures import predict_pictures
+    each = None
+    if a.draw or a.consent:
+        from fer_nb.written import Drawer
+        each = Drawer(a.draw, a.consent)
+    return predict_pictures(a.images, a.model, a.detector, a.min_face, whole=a.whole, each=each, say=_told)
+
+
+def _predict_film(a):
+    from fer_nb.written import predict_film
+    return predict_film(a.video, a.model, a.detector, a.min_face, a.annotate, a.consent, say=_told)
 
 
 STABILISER = ("ema", "delta", "window", "min_count")
@@ -540,7 +559,10 @@ def _bench_flags(c):
 
 
 def _predict_flags(c):
-    flags(c, "pictures.predict_pictures", ".images<paths+ model detector min_face whole", images={"metavar": "IMAGE"})
+    flags(c, "pictures.predict_pictures", ".images<paths+ model detector min_face whole", images={"metavar": "IMAGE", "nargs": "*"})
+    flags(c, "written.predict_film", "video? annotate consent", video={"metavar": "FILM"}, annotate={"metavar": "FILM"})
+    c.add_argument("--draw", metavar="DIR", default="", help="draw the pictures with boxes and labels into this folder: only together with "
+                                                             "--consent")
     form = c.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="all probabilities, as JSON")
     form.add_argument("--csv", action="store_true", help="all probabilities, as CSV: a row a face")
@@ -704,7 +726,13 @@ def _check_places(a):
         for path in given if isinstance(given, list) else [given]:
             if path and not Path(path).exists(): raise UsageError(f"'{path}' does not exist ({name.replace('_', ' ')})")
     out = getattr(a, "out", None)
-    if out and a.func not in (replay, notebook) and Path(out).is_file(): raise UsageError(f"'{out}' is a file: give a folder")
+    if out and a.func not in (replay, notebook, predict) and Path(out).is_file(): raise UsageError(f"'{out}' is a file: give a folder")
+
+
+def _speak_plainly():
+    "What the terminal's encoding lacks is written as its number, and ends nothing."
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"): stream.reconfigure(errors="backslashreplace")
 
 
 def _onnx_folder(a):
@@ -732,6 +760,7 @@ def _held(a):
 
 
 def main(argv=None):
+    _speak_plainly()
     warnings.filterwarnings("ignore", message=".*torch.jit", category=FutureWarning)  # inside fastai and timm
     debug = "--debug" in (sys.argv if argv is None else argv)
     try:

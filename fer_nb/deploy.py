@@ -62,7 +62,7 @@ def _whole_geometry(
     "A geometry with every field named and none unknown, or a refusal."
     known = list(Geometry.model_fields)
     if not isinstance(data, dict): raise ArtifactError(path, "is no geometry", key=key, expected=f"the fields {', '.join(known)}", got=data)
-    odd = [f"{k} is missing" for k in known if k not in data] + [f"{k} is unknown" for k in data if k not in known]
+    odd = [f"{k} is missing" for k in known if k not in (*data, "grey")] + [f"{k} is unknown" for k in data if k not in known]
     if odd: raise ArtifactError(path, f"is a geometry of another schema ({'; '.join(odd)}): export the model again", key=key)
     try: return Geometry(**data)
     except ValidationError as e:

@@ -10,6 +10,7 @@ __all__ = ['SLIMMEST', 'VISIBLE', 'SHARED', 'MODEL_FILES', 'Detection', 'iou', '
 # %% ../nbs/01b_detectors.ipynb #01b-detectors-002
 import http.client
 import os
+import tempfile
 import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -330,8 +331,9 @@ MODEL_FILES = {  # detector -> its files, in the order of its arguments
 
 # %% ../nbs/01b_detectors.ipynb #01b-detectors-040
 def cache_folder() -> Path:
-    "Where downloaded files are kept."
-    return platformdirs.user_cache_path("fer_nb", appauthor=False)/"models"
+    "Where downloaded files are kept; a user without a home folder has them among the temporary files."
+    try: return platformdirs.user_cache_path("fer_nb", appauthor=False)/"models"
+    except RuntimeError: return Path(tempfile.gettempdir())/"fer_nb"/"models"
 
 # %% ../nbs/01b_detectors.ipynb #01b-detectors-041
 def named_folders(
@@ -393,9 +395,11 @@ def fetch(
 
 # %% ../nbs/01b_detectors.ipynb #01b-detectors-052
 def _tilde(path) -> str:
-    "A path as people write it, with ~ for their home."
+    "A path as people write it, with ~ for their home, where they have one."
     path = Path(path)
-    return f"~/{path.relative_to(Path.home()).as_posix()}" if path.is_relative_to(Path.home()) else str(path)
+    try: home = Path.home()
+    except RuntimeError: return str(path)
+    return f"~/{path.relative_to(home).as_posix()}" if path.is_relative_to(home) else str(path)
 
 # %% ../nbs/01b_detectors.ipynb #01b-detectors-053
 def get_file(

@@ -6,7 +6,8 @@
 __all__ = ['OPSET', 'PRECISIONS', 'LOGIT_LIMIT', 'OUTPUTS', 'LIMITS', 'describe', 'to_fp32', 'require_trained_on', 'reframe',
            'to_fp16', 'to_w8', 'to_int8', 'model_file', 'save_checked', 'embedded_faces', 'torch_logits',
            'quick_parity', 'open_run', 'export_model', 'in_points', 'compare_logits', 'check_parity', 'require_parity',
-           'parity_plot', 'in_colour', 'packed_faces', 'answers_file', 'ExportResult', 'export_checkpoint']
+           'parity_plot', 'in_colour', 'learned_grey', 'packed_faces', 'answers_file', 'ExportResult',
+           'export_checkpoint']
 
 # %% ../nbs/09_onnx_export.ipynb #09-exporting-002
 import copy
@@ -31,12 +32,13 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 from torch import nn
 
 from fer_nb.artifacts import (
-    BLUE, GREEN, GREY, ORANGE, ArtifactError, GateError, Lines, UsageError, atomic_path, sha256_file, write_bytes,
-    write_npz,
+    BLUE, GREEN, GREY, ORANGE, ArtifactError, GateError, Lines, UsageError, atomic_path, find_artifact, read_npz,
+    sha256_file, write_bytes, write_npz,
 )
 from .calibration import macro_f1
 from fer_nb.deploy import (
     ModelFacts, Predictor, check_prepared, checkpoint_facts, open_onnx, prepared, probabilities, read_facts,
+    require_recorded,
 )
 from .evidence import ExportReport, ExportedFile, OnnxParity, ParityCheck, VariantParity
 from .geometry import Framing, Geometry, check_geometry, normalise
@@ -44,7 +46,7 @@ from .images import load_cache
 from .integrity import package_versions
 from .loading import PackedFaces
 from .manifests import load_manifest
-from .leaves import leaves_of
+from .leaves import leaves_of, reseal
 from .records import HashManifest, Interval
 from .resampling import paired_interval
 from .run_report import groups_of
@@ -96,14 +98,39 @@ def require_trained_on(
                         "measure the framing of its own pictures")
 
 # %% ../nbs/09_onnx_export.ipynb #09-exporting-012
+def _follow(folder: Path, name: str, old: str):
+    "Let what is on record of a file name the one that was written in its place, which computes the same."
+    new, size, changed = sha256_file(folder/name), (folder/name).stat().st_size, [name]
+    def again(files, **more): return {k: v.model_copy(update={"sha256": new, **more}) if v.sha256 == old else v for k, v in files.items()}
+    if find_artifact(folder, ExportReport.filename):
+        report = ExportReport.load(folder)
+        report.model_copy(update={"files": again(report.files, bytes=size)}).save(folder)
+        changed.append(ExportReport.filename)
+    if find_artifact(folder, OnnxParity.filename):
+        parity = OnnxParity.load(folder)
+        parity.model_copy(update={"variants": again(parity.variants)}).save(folder)
+        changed.append(OnnxParity.filename)
+    for path in folder.glob("answers_*.npz"):
+        if str((kept := read_npz(path))["sha256"]) != old: continue
+        write_npz(path, **{**kept, "sha256": np.array(new)})
+        changed.append(path.name)
+    if find_artifact(folder, HashManifest.filename): reseal(folder, changed)
+
+# %% ../nbs/09_onnx_export.ipynb #09-exporting-g1
 def reframe(
     path,  # an exported .onnx
     framing: Framing,  # as measured on the pictures that it was trained on
+    grey: bool = False,  # all of them are grey
 ) -> Path:
-    "Write a framing into an exported model."
-    model = onnx.load(path)
+    "Write into an exported model how its training pictures were cut, and whether they were grey."
+    path = Path(path)
+    require_recorded(path)
+    model, before = onnx.load(path), sha256_file(path)
     facts = read_facts({p.key: p.value for p in model.metadata_props}, path)
-    return write_bytes(path, describe(model, replace(facts, framing=framing)).SerializeToString())
+    geometry = facts.geometry.model_copy(update={"grey": facts.geometry.grey or grey})
+    write_bytes(path, describe(model, replace(facts, framing=framing, geometry=geometry)).SerializeToString())
+    _follow(path.parent, path.name, before)
+    return path
 
 # %% ../nbs/09_onnx_export.ipynb #09-exporting-015
 def to_fp16(fp32: onnx.ModelProto, facts: ModelFacts) -> onnx.ModelProto:
@@ -408,9 +435,20 @@ def _packed_view(
     manifest = load_manifest(manifest_dir, valid=True)
     cache = load_cache(cache_dir, manifest)
     check_geometry(geometry, cache.geometry, what=f"the cache {cache_dir}")
+    cache.look_as(geometry)
     rows = manifest.view(view, convention=convention if convention in manifest.conventions.values() else None)
     if 0 < n < len(rows): rows = rows.iloc[np.sort(np.random.default_rng(seed).choice(len(rows), n, replace=False))].reset_index(drop=True)
     return PackedFaces(cache, rows)
+
+# %% ../nbs/09_onnx_export.ipynb #09-exporting-g0
+def learned_grey(
+    path,  # an exported .onnx
+    manifest_dir,  # that it was trained on
+    cache_dir,  # its packed images
+) -> bool:
+    "Whether no picture that a model learned from has a colour."
+    facts = open_onnx(path, "CPUExecutionProvider", 1)[0]
+    return _packed_view(manifest_dir, cache_dir, "hq_train", facts.geometry, convention=facts.convention).is_grey()
 
 # %% ../nbs/09_onnx_export.ipynb #09-exporting-051
 def _every_face(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KERNELS', 'PLAIN', 'QUANTILES', 'LEAST_FOUND', 'DEFAULT_SIGHTS', 'Geometry', 'check_geometry', 'Crop', 'Square',
-           'eye_angle', 'fit_shape', 'squares', 'cut', 'square_crop', 'resize', 'prepare_pixels', 'prepare_face',
-           'prepare_views', 'normalise', 'Sight', 'Framing', 'read_framing']
+           'eye_angle', 'fit_shape', 'squares', 'cut', 'square_crop', 'luminance', 'resize', 'prepare_pixels',
+           'prepare_face', 'prepare_views', 'normalise', 'Sight', 'Framing', 'read_framing']
 
 # %% ../nbs/01a_geometry.ipynb #01a-geometry-002
 import json
@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 
 import cv2
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_serializer
 
 from .artifacts import Box, GateError, UsageError, sha256_bytes
 
@@ -48,6 +48,12 @@ class Geometry(_Portable):
     colour_order: Literal["RGB"] = "RGB"
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    grey: bool = False  # the training pictures were grey, and so becomes every other
+
+    @model_serializer(mode="wrap")
+    def _told(self, told) -> dict:
+        "`grey` only where it is so: what was made before it was known keeps its hashes."
+        return {k: v for k, v in told(self).items() if k != "grey" or v}
 
     @property
     def hash(self) -> str:
@@ -56,8 +62,8 @@ class Geometry(_Portable):
 
     @property
     def pixel_hash(self) -> str:
-        "Hex sha256 over the fields that decide the uint8 pixels: all but mean and std."
-        pixels = {k: v for k, v in self.to_dict().items() if k not in ("mean", "std")}
+        "Hex sha256 over the fields that decide the uint8 pixels of grey pictures: all but mean, std and grey."
+        pixels = {k: v for k, v in self.to_dict().items() if k not in ("mean", "std", "grey")}
         return sha256_bytes(json.dumps(pixels, sort_keys=True).encode())
 
 # %% ../nbs/01a_geometry.ipynb #01a-geometry-012
@@ -79,7 +85,7 @@ def check_geometry(
 ):
     "Raise a `GateError` naming every field that differs."
     expected, got = _as_dict(expected), _as_dict(got)
-    names = [k for k in {**expected, **got} if k not in ignore]
+    names = [k for k in {**expected, **got} if k not in (*ignore, "grey")]
     differ = [k for k in names if expected.get(k, "absent") != got.get(k, "absent")]
     if differ:
         each = "; ".join(f"{k}: expected {expected.get(k, 'absent')}, got {got.get(k, 'absent')}" for k in differ)
@@ -205,6 +211,16 @@ def _equalise(
     ycc[..., 0] = tool.apply(ycc[..., 0])
     return cv2.cvtColor(ycc, cv2.COLOR_YCrCb2BGR)
 
+# %% ../nbs/01a_geometry.ipynb #01a-geometry-g01
+def luminance(
+    images: np.ndarray,  # (..., W, 3), uint8
+    order: str = "BGR",  # or RGB
+) -> np.ndarray:  # (..., W)
+    "The grey picture of a coloured one."
+    code = cv2.COLOR_RGB2GRAY if order == "RGB" else cv2.COLOR_BGR2GRAY
+    flat = np.ascontiguousarray(images).reshape(-1, images.shape[-2], 3)
+    return cv2.cvtColor(flat, code).reshape(images.shape[:-1]) if len(flat) else np.zeros(images.shape[:-1], np.uint8)
+
 # %% ../nbs/01a_geometry.ipynb #01a-geometry-032
 def resize(
     image: np.ndarray,  # (H, W) or (H, W, 3), uint8, square
@@ -222,6 +238,12 @@ def _check_image(image):
     if image.dtype != np.uint8 or not (image.ndim == 2 or image.ndim == 3 and image.shape[2] == 3) or 0 in image.shape:
         raise UsageError(f"expected a uint8 image (H, W) or (H, W, 3), got {image.dtype} {image.shape}")
 
+# %% ../nbs/01a_geometry.ipynb #01a-geometry-g03
+def _as_learned(image: np.ndarray, geometry: Geometry) -> np.ndarray:
+    "A picture, grey where the network knows nothing else."
+    _check_image(image)
+    return luminance(image) if geometry.grey and image.ndim == 3 else image
+
 # %% ../nbs/01a_geometry.ipynb #01a-geometry-035
 def _finish(face: np.ndarray, geometry: Geometry) -> np.ndarray:
     "Resize and equalise a square; BGR becomes RGB."
@@ -237,7 +259,7 @@ def prepare_pixels(
     crop: Crop | None = None,  # where the square stands over the box; None: not measured, the geometry's margin
 ) -> np.ndarray:  # (S, S) where the image is grey, (S, S, 3) RGB otherwise
     "Align, crop by the box, resize, equalise."
-    _check_image(image)
+    image = _as_learned(image, geometry)
     crop = (crop or Crop(1 + geometry.margin))._replace(shape=None, wide=None)
     return _finish(_square_crops(image, crop, box, landmarks, geometry.size)[0], geometry)
 
@@ -266,8 +288,8 @@ def prepare_views(
     crop: Crop,  # measured for the model and the detector
 ) -> np.ndarray:  # (1 or 2, S, S, 3) RGB, uint8
     "A detected face as a network should look at it: by its box, and again by its landmarks, or wider."
-    _check_image(image_bgr)
-    return np.stack([_rgb(_finish(s, geometry)) for s in _square_crops(image_bgr, crop, box, landmarks, geometry.size)])
+    image = _as_learned(image_bgr, geometry)
+    return np.stack([_rgb(_finish(s, geometry)) for s in _square_crops(image, crop, box, landmarks, geometry.size)])
 
 # %% ../nbs/01a_geometry.ipynb #01a-geometry-045
 def normalise(
@@ -278,6 +300,7 @@ def normalise(
     if faces.ndim == 2 or faces.ndim == 3 and faces.shape[-1] == 3: faces = faces[None]
     if faces.shape[1] != geometry.size:
         raise UsageError(f"faces have {faces.shape[1]} px, the geometry says {geometry.size}: prepare_face comes first")
+    if geometry.grey and faces.ndim == 4: faces = luminance(faces, "RGB")
     x = np.moveaxis(faces, -1, 1) if faces.ndim == 4 else faces[:, None]
     mean, std = (np.asarray(v, np.float32)[None, :, None, None] for v in (geometry.mean, geometry.std))
     return (np.ascontiguousarray(x, np.float32)/np.float32(255) - mean)/std

@@ -21,7 +21,7 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from .artifacts import ArtifactError, FerError, UsageError, allowed_mode, sha256_bytes, sha256_file
+from .artifacts import ArtifactError, FerError, GateError, UsageError, allowed_mode, sha256_bytes, sha256_file
 from .framing import measure_framing, row_box, row_crop, row_image
 from .geometry import Framing, Geometry, check_geometry, prepare_pixels, read_framing
 from .likeness import face_box
@@ -106,11 +106,34 @@ def _blocks(
         finally:
             for task in waiting: task.cancel()
 
+# %% ../nbs/02a_images.ipynb #02a-images-full1
+def _take_room(path: Path, size: int):
+    "Give a file its bytes on the disk; what stands in it already stays."
+    try:
+        with open(path, "rb+") as f:
+            if hasattr(os, "posix_fallocate"): os.posix_fallocate(f.fileno(), 0, size)
+            else:
+                f.seek(0, os.SEEK_END)
+                while (left := size - f.tell()) > 0: f.write(bytes(min(left, 1 << 24)))
+            os.fsync(f.fileno())
+    except OSError as e:
+        raise GateError(f"{path.parent.parent}: no room for {size/1e6:,.0f} MB of prepared faces ({e.strerror or e}): "
+                        "free some, or give a folder on another disk") from None
+
+# %% ../nbs/02a_images.ipynb #02a-images-full2
+def _new_array(path: Path, shape) -> np.memmap:  # uint8
+    "An array on the disk, which has its room before anything is written into it."
+    with open(path, "wb") as f:
+        np.lib.format.write_array_header_1_0(f, {"descr": "|u1", "fortran_order": False, "shape": tuple(shape)})
+        size = f.tell() + int(np.prod(shape))
+    _take_room(path, size)
+    return np.lib.format.open_memmap(path, "r+")
+
 # %% ../nbs/02a_images.ipynb #02a-images-027
 def _widen(path: Path, images: np.ndarray, done: int) -> np.ndarray:
     "Replace a grey array on disk by an RGB one that holds its first `done` faces."
     wide = path.with_name("wide.npy")
-    out = np.lib.format.open_memmap(wide, "w+", np.uint8, (*images.shape, 3))
+    out = _new_array(wide, (*images.shape, 3))
     for i in range(0, done, 1024): out[i:min(i + 1024, done)] = images[i:min(i + 1024, done), ..., None]
     return out
 
@@ -124,7 +147,7 @@ def _fill(
     progress: bool,
 ) -> list[int]:  # the array's shape
     "Write images.npy."
-    images = np.lib.format.open_memmap(folder/"images.npy", "w+", np.uint8, (len(rows), geometry.size, geometry.size))
+    images = _new_array(folder/"images.npy", (len(rows), geometry.size, geometry.size))
     done = 0
     with tqdm(total=len(rows), desc="packing", unit="img", disable=not progress, delay=2) as bar:
         for block in _blocks(rows, geometry, framing, threads):
@@ -203,6 +226,7 @@ class ImageCache:
         self.folder = Path(folder)
         self.index = CacheIndex.load(self.folder)
         self.geometry, self.framing = Geometry(**self.index.geometry), read_framing(self.index.framing, f"the cache {folder}")
+        if len(self.index.shape) == 3: self.geometry = self.geometry.model_copy(update={"grey": True})
         if self.geometry.pixel_hash != self.index.geometry_hash:
             where = self.folder/CacheIndex.filename
             raise ArtifactError(where, f"does not fit the geometry beside it: {_AGAIN}", key="geometry_hash")
@@ -213,6 +237,18 @@ class ImageCache:
     def images(self) -> np.ndarray:
         "uint8 (n, S, S) or (n, S, S, 3), memory-mapped."
         return np.load(self.folder/"images.npy", mmap_mode="r", allow_pickle=False)
+
+    @property
+    def turned_grey(self) -> bool:
+        "Whether it was packed for a network of grey pictures, whatever its pictures are."
+        return self.index.geometry.get("grey", False)
+
+    def look_as(self, geometry: Geometry):
+        "Give faces as a network of this geometry wants them: grey, or in the colours that the pictures have."
+        if self.turned_grey and not geometry.grey:
+            raise ArtifactError(self.folder/CacheIndex.filename, f"was packed for a network of grey pictures: {_AGAIN}", key="geometry.grey",
+                                expected="colours where the pictures have them")
+        self.geometry = geometry.model_copy(update={"grey": self.geometry.grey or geometry.grey})
 
     def __len__(self): return self.index.n
 
@@ -261,7 +297,7 @@ def load_cache(
     cache = ImageCache(folder, full=full)
     if geometry is not None:
         check_geometry(geometry, cache.geometry, what=f"the cache {folder}", ignore=("mean", "std"))
-        cache.geometry = geometry
+        cache.look_as(geometry)
     if manifest is not None:
         if cache.index.dataset_index_id != manifest.dataset_index_id:
             raise ArtifactError(cache.folder/CacheIndex.filename, "belongs to another manifest: pack the cache from this one",
@@ -279,6 +315,7 @@ def _up_to_date(out: Path, geometry: Geometry, dataset_index_id: str, rows_are: 
     try: cache = ImageCache(out, full=True)
     except FerError: return None
     same = cache.geometry.pixel_hash == geometry.pixel_hash and cache.index.row_hash == rows_are and cache.framing is not None
+    same &= cache.geometry.grey if geometry.grey else not cache.turned_grey
     return cache if same and cache.index.dataset_index_id == dataset_index_id else None
 
 # %% ../nbs/02a_images.ipynb #02a-images-031

@@ -19,7 +19,7 @@ from fastcore.basics import patch
 
 from .artifacts import UsageError
 from .augment import Augment, augment_faces, batch_generator, draw_augment
-from .geometry import Framing, Geometry, check_geometry
+from .geometry import Framing, Geometry, check_geometry, luminance
 from .images import ImageCache, cache_positions, normalise_unit, prepare_row, stack_faces, unit_batch
 from .manifests import labels_of
 
@@ -41,7 +41,14 @@ class PackedFaces(_View):
 
     def gather(self, index) -> np.ndarray:
         "uint8 (B, S, S) or (B, S, S, 3) for row numbers of the view."
-        return self.cache.images[self.at[index]]
+        faces = self.cache.images[self.at[index]]
+        return luminance(faces, "RGB") if self.geometry.grey and faces.ndim == 4 else faces
+
+    def is_grey(self, block: int = 256) -> bool:
+        "Whether no face of the view has a colour."
+        if self.geometry.grey: return True
+        blocks = (self.cache.images[np.sort(self.at[i:i + block])] for i in range(0, len(self), block))
+        return all((x[..., :1] == x[..., 1:]).all() for x in blocks)
 
 # %% ../nbs/02a_images_loading.ipynb #02a-loading-007
 class LazyFaces(_View):

@@ -168,6 +168,7 @@ def predict_pictures(
     width: int = 640,  # pixels that YuNet sees, along the longer side
     whole: bool = False,  # the pictures are faces already
     say=print,  # takes lines about the detector, a biased model and pictures that can't be read
+    each=None,  # called with the path, the picture and the faces of each, such as what draws them
     progress: bool | None = None,  # a bar, if it takes longer than two seconds; None: only in a terminal
 ) -> PicturePredictions:
     "Find and classify the faces of pictures, one picture in memory at a time."
@@ -184,6 +185,7 @@ def predict_pictures(
             say(out.problems[path])
             continue
         out.faces[path] = faces_of(image, finder, predictor, path)
+        if each: each(path, image, out.faces[path])
         height, wide = image.shape[:2]
         out.small += not out.faces[path] and max(height, wide) <= 256 and abs(height - wide) <= 0.1*max(height, wide)
     if out.hint: say(out.hint)

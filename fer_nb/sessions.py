@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['STAGES_TIMED', 'PROBS', 'COLUMNS', 'TRUTH', 'EVENT_COLUMNS', 'LABELS', 'CODES', 'REPLAYED', 'UPSTREAM', 'STAGES_MS',
            'OURS', 'EARLIER', 'SUM_TOLERANCE', 'Stretch', 'Timeline', 'Face', 'FrameResult', 'SessionLog',
-           'simulated_info', 'simulate_probs', 'simulate_session', 'runs_of', 'read_table', 'numbers', 'label_codes',
-           'LoadedSession', 'read_changes', 'read_latency', 'stabiliser_of', 'read_info', 'load_session', 'read_events',
-           'labels_at', 'truth_of']
+           'simulated_info', 'frame_rows', 'simulate_probs', 'simulate_session', 'runs_of', 'read_table', 'numbers',
+           'label_codes', 'LoadedSession', 'read_changes', 'read_latency', 'stabiliser_of', 'read_info', 'load_session',
+           'read_events', 'labels_at', 'truth_of']
 
 # %% ../nbs/06_demo_log.ipynb #06-sessions-002
 import csv
@@ -238,6 +238,16 @@ def _row(face: Face | None, result: FrameResult, detector: str, model: str) -> l
     box = " ".join(f"{v:.1f}" for v in face.detection.box.xywh)
     return [face.id, box, manual, CLASSES[face.probs.argmax()], result.label if shown else "", *face.probs.tolist(), *end]
 
+# %% ../nbs/06_demo_log.ipynb #06-sessions-w0
+def frame_rows(
+    result: FrameResult,
+    detector: str,  # its name
+    model: str,  # its name
+) -> list[list]:
+    "The rows of per_frame.csv for a frame: one a face, and one for the label where the labelled face is out of sight or there is none."
+    faces = (*result.faces, *([None] if result.main is None else []))
+    return [[result.index, result.time_sec, *_row(face, result, detector, model)] for face in faces]
+
 # %% ../nbs/06_demo_log.ipynb #06-sessions-018
 @patch
 @_saved
@@ -250,8 +260,7 @@ def frame(self: SessionLog,
     if index in self.times: return
     self.times[index] = result.time_sec
     if result.label in CLASSES: self.model.paint(CLASSES.index(result.label) + 1, index, index)
-    for face in (*result.faces, *([None] if result.main is None else [])):
-        self.rows["per_frame.csv"].writerow([index, result.time_sec, *_row(face, result, self.info.detector, self.info.model)])
+    for row in frame_rows(result, self.info.detector, self.info.model): self.rows["per_frame.csv"].writerow(row)
     self.dirty = True
     if time.monotonic() - self.flushed >= self.every: self.flush()
     result.latency["log"] = 1e3*(time.perf_counter() - started)

@@ -19,7 +19,7 @@ from .calibration import confusion, macro_f1, prf
 from .deploy import SHIPPED, STUDENTS, Predictor
 from .evidence import EnsembleConfig, OnnxParity
 from .exporting import answers_file, in_points, model_file
-from .geometry import Framing
+from .geometry import Framing, Geometry
 from .integrity import own_test_rows, run_convention
 from .latency import show_change
 from .leaves import seal_folder
@@ -214,6 +214,13 @@ def told_latency(
         told += [f"Beside {t.model[0]}, trained as well; one face, one thread:", table, about(t)]
     return told
 
+# %% ../nbs/09_onnx_shipping.ipynb #09-shipping-g0
+def _told_colours(
+    geometry: Geometry,  # of the model
+) -> str:
+    "What a model makes of colours, in one sentence; nothing where it learned them."
+    return " It learned from grey pictures alone: what is coloured\nbecomes grey first (`grey` in its geometry), as whoever prepares faces elsewhere must do too."*geometry.grey
+
 # %% ../nbs/09_onnx_shipping.ipynb #09-shipping-020
 def model_card(
     run_dir,  # the student's run
@@ -232,7 +239,7 @@ def model_card(
                          in zip(CLASSES, counts, *prf(counts), class_f1_intervals(logits, labels, groups))],
                         ("class", "n", "precision", "recall", "F1"), "pipe", disable_numparse=True)
     return _card_template().format(
-        name=p.name, size=p.geometry.size, file=_shipped_name(run).name, opening=_told_opening(_shipped_name(run)),
+        name=p.name, size=p.geometry.size, colours=_told_colours(p.geometry), file=_shipped_name(run).name, opening=_told_opening(_shipped_name(run)),
         classes=", ".join(CLASSES), precision=precision, megabytes=(out/v.file).stat().st_size/1e6,
         dataset=m.dataset_index_id, checkpoint=p.checkpoint_sha256[:16], temperature=p.temperature, n=int(counts.sum()), sources=sources,
         convention=learned, others=_told_others(others, learned),

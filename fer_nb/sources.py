@@ -101,7 +101,7 @@ def _walk(folder: str, inside: str = "", above: frozenset = frozenset()):
 class Tree:
     "The files of a folder or a zip: names inside it, manifest paths, bytes."
     def __init__(self, path):
-        self.root = Path(os.path.abspath(Path(path).expanduser()))
+        self.root = Path(os.path.abspath(os.path.expanduser(path)))  # which leaves a ~ alone that is nobody's
         if not self.root.exists(): raise UsageError(f"{path}: no such file or folder; give the path of a folder, a zip or a CSV file")
         root = self.root.as_posix()
         if self.root.is_dir(): found = _walk(root)

@@ -19,7 +19,7 @@ from .artifacts import GateError, Lines, UsageError, read_npz, write_csv, write_
 from .audit import answers, perfect_score
 from .callbacks import load_checkpoint, load_matching, load_whole
 from .distillation import STUDENT_BACKBONE, make_student
-from .geometry import check_geometry
+from .geometry import Geometry, check_geometry
 from .images import load_cache
 from .integrity import backbone_guard, own_calibration, require_backbone, require_origin, require_whole, run_convention
 from .leaves import check_seal, seal_folder
@@ -183,6 +183,8 @@ def evaluate_checkpoint(
     judge = judge_of(learned, manifest, convention, source)
     faces = PackedFaces(load_cache(cache_dir, manifest), manifest.view(view, source, convention=judge))
     check_geometry(meta["geometry"], faces.geometry, what=f"the cache {cache_dir}")
+    faces.cache.look_as(Geometry(**meta["geometry"]))
+    faces.geometry = faces.cache.geometry
     rows, t, place = faces.rows, calibration.selected_temperature, f"{view}{f', {source}' if source else ''}"
     if not len(rows): raise UsageError(f"{place} has no rows with the labels of {judge}: give another view")
     notes = view_notes(meta, manifest, rows, own.ids) + judge_notes(learned, judge, manifest, rows)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PALETTE', 'INK', 'PAPER', 'FAINT', 'DIM', 'VIEW_HEIGHT', 'PANEL', 'BAR', 'LINE', 'DIGITS', 'STEPS', 'label_colour',
-           'fit', 'draw_faces', 'draw_panel', 'draw_bar', 'bar_class_at', 'privacy_line', 'draw', 'Player',
+           'fit', 'draw_box', 'draw_faces', 'draw_panel', 'draw_bar', 'bar_class_at', 'privacy_line', 'draw', 'Player',
            'window_problem', 'run_window', 'run_headless', 'run_demo']
 
 # %% ../nbs/06_realtime_window.ipynb #06-window-002
@@ -42,26 +42,44 @@ def label_colour(label: str) -> tuple[int, int, int]:  # BGR
     return PALETTE[CLASSES.index(label)] if label in CLASSES else INK
 
 # %% ../nbs/06_realtime_window.ipynb #06-window-009
-def fit(image: np.ndarray) -> tuple[np.ndarray, float]:
+def fit(
+    image: np.ndarray,
+    height: int = VIEW_HEIGHT,  # pixels
+) -> tuple[np.ndarray, float]:
     "A picture at the view's height, and by how much it grew."
-    scale = VIEW_HEIGHT/image.shape[0]
-    return cv2.resize(image, (max(1, round(image.shape[1]*scale)), VIEW_HEIGHT), interpolation=cv2.INTER_LINEAR), scale
+    scale = height/image.shape[0]
+    return cv2.resize(image, (max(1, round(image.shape[1]*scale)), height), interpolation=cv2.INTER_LINEAR), scale
+
+# %% ../nbs/06_realtime_window.ipynb #06-window-w0
+def draw_box(
+    view: np.ndarray,  # (H, W, 3) BGR, drawn upon
+    xywh,  # pixels of the view
+    title: str,  # over the box; below it, where there is no room above
+    colour: tuple[int, int, int] = DIM,  # BGR
+    bold: bool = False,  # the face that is labelled
+    grown: float = 1.0,  # of lines and letters
+):
+    "A box about a face, with what is said of it."
+    x, y, w, h = (round(v) for v in xywh)
+    thick, size = max(1, round((2 if bold else 1)*grown)), (0.8 if bold else 0.45)*grown
+    cv2.rectangle(view, (x, y), (x + w, y + h), colour, thick, cv2.LINE_AA)
+    tall, rise, room = (round(v*grown) for v in ((28, 8, 30) if bold else (18, 5, 30)))
+    top = y if y > room else y + h + room
+    cv2.rectangle(view, (x, top - tall), (x + _text_width(title, size) + round(10*grown), top), PAPER, -1)
+    _text(view, title, (x + round(5*grown), top - rise), size, colour)
 
 # %% ../nbs/06_realtime_window.ipynb #06-window-010
-def draw_faces(result: FrameResult) -> np.ndarray:  # (480, W, 3) BGR
+def draw_faces(
+    result: FrameResult,
+    height: int = VIEW_HEIGHT,  # pixels; lines and letters grow with it
+) -> np.ndarray:  # (height, W, 3) BGR
     "The picture with boxes and the label."
-    view, scale = fit(result.image)
+    (view, scale), grown = fit(result.image, height), height/VIEW_HEIGHT
     for face in result.faces:
-        x, y, w, h = (round(v*scale) for v in face.detection.box.xywh)
         shown = face is result.main
-        colour = label_colour(result.label) if shown else DIM
-        cv2.rectangle(view, (x, y), (x + w, y + h), colour, 2 if shown else 1, cv2.LINE_AA)
         title = f"{result.label}" if shown else f"#{face.id} {CLASSES[face.probs.argmax()]}"
-        size = 0.8 if shown else 0.45
-        top = y if y > 30 else y + h + 30
-        cv2.rectangle(view, (x, top - 28 if shown else top - 18), (x + _text_width(title, size) + 10, top), PAPER, -1)
-        _text(view, title, (x + 5, top - 8 if shown else top - 5), size, colour)
-    if result.main is None: _text(view, NO_FACE, (16, 36), 0.8)
+        draw_box(view, [v*scale for v in face.detection.box.xywh], title, label_colour(result.label) if shown else DIM, shown, grown)
+    if result.main is None: _text(view, NO_FACE, (16*grown, 36*grown), 0.8*grown)
     return view
 
 # %% ../nbs/06_realtime_window.ipynb #06-window-011

@@ -401,9 +401,9 @@ print(json.dumps(Model(sys.argv[2])(images).tolist()))
 """
 
 
-@pytest.mark.parametrize("clahe", [(2.0, 4), None])
-def test_the_standalone_example_gives_the_predictors_answers(copy_of, tmp_path, clahe):
-    model = copy_of(geometry=GEOMETRY.model_copy(update={"clahe": clahe}).to_json())
+@pytest.mark.parametrize("clahe, grey", [((2.0, 4), False), (None, False), ((2.0, 4), True)])
+def test_the_standalone_example_gives_the_predictors_answers(copy_of, tmp_path, clahe, grey):
+    model = copy_of(geometry=GEOMETRY.model_copy(update={"clahe": clahe, "grey": grey}).to_json())
     images = [*faces(8, seed=1), picture(3, 48, True), picture(4, 31), picture(5, 90)[:, :57]]
     paths = [tmp_path / f"{i}.png" for i in range(len(images))]
     for path, image in zip(paths, images): cv2.imwrite(str(path), image)
@@ -428,10 +428,11 @@ def test_the_standalone_example_as_a_command(exported, copy_of, tmp_path):
         assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("grey", [False, True])
 @pytest.mark.parametrize("interpolation", geometry.Geometry.model_fields["interpolation"].annotation.__args__)
-def test_the_standalone_example_prepares_as_the_library_does(interpolation):
+def test_the_standalone_example_prepares_as_the_library_does(interpolation, grey):
     model = runpy.run_path(str(STANDALONE))["Model"]
-    geometry = Geometry(size=48, interpolation=interpolation)
+    geometry = Geometry(size=48, interpolation=interpolation, grey=grey)
     alone = model.__new__(model)
     alone.geometry = geometry.to_dict()
     for i, (h, w) in enumerate([(48, 48), (20, 31), (31, 20), (97, 40), (40, 97), (48, 47), (1, 5), (200, 200), (96, 90), (300, 143)]):
