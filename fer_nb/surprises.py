@@ -40,13 +40,14 @@ def noisy_clock(m: Material) -> list[str]:
     for folder in m.exports:
         path = folder/"latency_benchmarks.csv"
         t = m.ledger.read(path)
-        pairs = t.merge(t.assign(model=t["model"].str.removesuffix(" again").where(t["model"].str.endswith(" again"))), on=["model", "threads", "batch"])
+        control = t[t["model"].str.endswith(" again")].assign(model=lambda c: c["model"].str.removesuffix(" again"))
+        pairs = t.merge(control, on=["model", "threads", "batch"])
         ratio = (pairs["p50_ms_x"]/pairs["p50_ms_y"]).map(lambda r: max(r, 1/r))
         if len(ratio) and ratio.max() > 1.1:
             worst = pairs.iloc[ratio.argmax()]
             out.append(f"**One file, two times.** {worst['model']} was timed twice as a control: {worst['p50_ms_x']:.1f} and {worst['p50_ms_y']:.1f} ms "
-                       f"at {worst['threads']} thread{'s'*(worst['threads'] > 1)} and {worst['batch']} face{'s'*(worst['batch'] > 1)}. Differences between files that "
-                       f"are smaller than a factor of {ratio.max():.1f} mean nothing here.")
+                       f"(threads: {worst['threads']}, faces at once: {worst['batch']}). Differences between files that are smaller than a "
+                       f"factor of {ratio.max():.1f} mean nothing here.")
             m.ledger.note(f"{ratio.max():.1f}", path, {"model": worst["model"]}, "p50_ms")
         busy = t[t["load"] > t["cores"]] if {"load", "cores"} <= set(t) else t[:0]
         if len(busy):
