@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from .artifacts import AMBER, BLUE, CLASSES, GREEN, GREY, OKABE_ITO, ORANGE, PINK, SKY
+from .artifacts import AMBER, BLUE, CLASSES, GREEN, GREY, ORANGE, PINK, SKY, convention_of
 from .calibration import top_label
 from .material import Material, arm_runs, short_arms
 from .references import worded
@@ -83,13 +83,13 @@ def class_f1(m: Material, convention: str):
         ax.set_yticks(range(len(order)), [f"{CLASSES[k]}\nn = {support[k]:,}" for k in order])
         ax.invert_yaxis(); ax.grid(axis="y", visible=False)
         ax.set(xlim=(-0.02, 1), xlabel=f"F1 on test rows, labels of {said(convention)}")
-        return _legend(fig, ax, 3)
+        return _legend(fig, ax, 2)
 
 # %% ../nbs/09h_pack_figures.ipynb #09h-013
 def imbalance(m: Material):
     "F1 of the reported students against how often their classes stand in training rows."
     train = m.ledger.value(m.manifest/"dataset_index.json", "class_counts", "train")
-    shown = [c for c in m.conventions if m.reported(c)]
+    shown, wide = [c for c in m.conventions if m.reported(c)], max(train.values()) > 3*min(train.values())
     with style():
         fig, axes = _axes(2.9*len(shown), rows=len(shown), sharex=True)
         for ax, c in zip(axes, shown):
@@ -97,12 +97,13 @@ def imbalance(m: Material):
             f1 = {x.name: x.f1 for x in r.metrics.per_class}
             ax.plot([train[k] for k in CLASSES], [f1[k] for k in CLASSES], ls="", marker="o", color=BLUE, ms=7)
             for k in CLASSES:
-                ax.annotate(k, (train[k], f1[k]), xytext=(0, 7 if k not in ("Sad", "Neutral") else -14), textcoords="offset points", ha="center", fontsize=9)
+                right = train[k] > np.median(list(train.values()))
+                ax.annotate(k, (train[k], f1[k]), xytext=(7 if right else -7, -3), textcoords="offset points", ha="left" if right else "right", fontsize=9)
                 m.ledger.note(worded(f1[k]), r.folder/"reliability_metrics.json", "per_class", list(f1).index(k), "f1")
                 m.ledger.note(worded(train[k], ","), m.manifest/"dataset_index.json", "class_counts", "train", k)
-            ax.set(xscale="log", ylim=(0, 1.08), ylabel="F1 on test rows", title=f"labels of {said(c)}")
-            ax.margins(x=0.15)
-        axes[-1].set_xlabel("training rows of the class, all sources (log scale)")
+            ax.set(xscale="log" if wide else "linear", ylim=(0, 1.08), ylabel="F1 on test rows", title=f"labels of {said(c)}")
+            ax.margins(x=0.2)
+        axes[-1].set_xlabel("training rows of the class, all sources" + " (log scale)"*wide)
         plt.close(fig)
         return fig
 
@@ -204,10 +205,11 @@ def reliability(m: Material, convention: str):
 def by_source(m: Material, convention: str):
     "Macro-F1 of ensembles and their members on each source with the labels that they learned."
     fused = m.fused(convention)
-    own = [s for s in fused[0][1].ensemble.by_source if s == convention or convention == "synthetic" or len(m.conventions) == 1 or s.startswith(convention)]
+    learned = m.ledger.read(m.manifest/"dataset_index.json").get("conventions") or {}
+    own = [s for s in fused[0][1].ensemble.by_source if learned.get(s, convention_of(s)) == convention]
     with style():
         rows = [(s, f, e) for s in own for f, e in fused]
-        fig, (ax,) = _axes(1.3 + 0.45*len(rows))
+        fig, (ax,) = _axes(1.4 + 0.45*len(rows))
         for y, (source, folder, e) in enumerate(rows):
             members = [x.by_source[source]["macro_f1"] for x in e.members]
             ax.plot(members, np.full(len(members), y), "o", mfc="white", mec=ORANGE, ms=6, label="members" if not y else None)
