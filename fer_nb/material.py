@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCORES', 'folders_of', 'require_whole', 'exported_run', 'Material', 'short_arms', 'arm_runs', 'name_data',
-           'name_model', 'name_export', 'name_gain', 'name_session', 'name_all']
+           'name_model', 'name_export', 'name_gain', 'name_session', 'name_date', 'name_all']
 
 # %% ../nbs/09f_material.ipynb #09f-002
 import re
@@ -243,11 +243,22 @@ def name_session(m: Material, folder: Path):
     name("demo.model", path, "model", form="text")
     for key in ("p50", "p99"): name(f"demo.{key}", path, "latency_ms", "total", key, form=".1f")
 
+# %% ../nbs/09f_material.ipynb #09f-026a
+def name_date(m: Material):
+    "The report's date: that of the newest artifact, so that the same artifacts give the same report."
+    dated = [(r.environment.created, r.folder/"environment.json", "created") for r in m.runs]
+    for e in m.exports: dated.append((m.ledger.value(e/"onnx_parity.json", "date"), e/"onnx_parity.json", "date"))
+    for s in m.found["session"]:
+        if (s/"score_results.json").is_file(): dated.append((m.ledger.value(s/"score_results.json", "scored_at"), s/"score_results.json", "scored_at"))
+    _, path, key = max(dated)
+    m.ledger.name("report.date", path, key, form="date")
+
 # %% ../nbs/09f_material.ipynb #09f-027
 def name_all(m: Material) -> set[str]:  # stages that are there
     "Give names to what the text may say; the first convention's models are the report's."
     there = {f"{k}s" for k in ("teacher", "student") if m.of(k)}
     name_data(m)
+    name_date(m)
     first = m.conventions[0]
     if r := m.reported(first): name_model(m, "student", r.folder); there.add("student")
     if f := m.best_fused(first): name_model(m, "ensemble", f[0]); there.add("ensembles")

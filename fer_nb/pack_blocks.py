@@ -379,7 +379,7 @@ def verdict_zh(b: Blocks) -> str:
     "The same in Chinese."
     lines = b.m.checklist.lines
     bad = sum(not x.go for x in lines)
-    return f"**{'不通過(NO-GO)' if bad else '通過(GO)'}**:檢查表共 {len(lines)} 項,其中 {len(lines) - bad} 項成立。"
+    return f"**{'不通過（NO-GO）' if bad else '通過（GO）'}**：檢查表共 {len(lines)} 項，其中 {len(lines) - bad} 項成立。"
 
 # %% ../nbs/09i_pack_blocks.ipynb #09i-044
 def all_runs(b: Blocks) -> str:

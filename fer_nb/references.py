@@ -22,7 +22,7 @@ NO_BREAK = "\u00a0"
 
 def worded(
     value,  # a number, text, truth value, or {value, low, high}
-    form: str = ".3f",  # of format(); "pt": a difference in points; "text": as it is
+    form: str = ".3f",  # of format(); "pt": a difference in points; "text": as it is; "date": of a time its day
 ) -> str:
     "A value as the report shows it."
     if value is None or isinstance(value, float) and value != value: return "–"
@@ -30,6 +30,7 @@ def worded(
         parts = [worded(value[k], form) for k in ("value", "low", "high") if value.get(k) is not None]
         return parts[0] + (f" [{parts[1]},{NO_BREAK}{parts[2]}]" if len(parts) == 3 else "")
     if isinstance(value, bool): return "yes" if value else "no"
+    if form == "date": return str(value)[:10]
     if form == "text" or isinstance(value, str): return str(value)
     if isinstance(value, list): return ", ".join(worded(v, form) for v in value)
     text = f"{100*value:+.1f}" if form == "pt" else f"{value:{form}}"
