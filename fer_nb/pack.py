@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STATIC', 'FONTS', 'QUARTO', 'sources', 'write_sources', 'html_page', 'pdf_page', 'quarto_page', 'last_run',
-           'render_pack']
+           'the_last_run', 'render_pack']
 
 # %% ../nbs/09j_pack.ipynb #09j-002
 import base64
@@ -23,7 +23,7 @@ from .material import Material, name_all
 from .pack_blocks import Blocks, blocks_of, manifest_of
 from .references import Number, filled
 from .report import CHECKLIST, clean_page
-from .runs import project_root
+from .runs import project_root, runs_folder
 
 # %% ../nbs/09j_pack.ipynb #09j-005
 _INCLUDE = re.compile(r"^\{\{< include (\S+) >\}\}$", re.MULTILINE)
@@ -106,7 +106,7 @@ def pdf_page(
     except ImportError: raise UsageError("a PDF needs typst, which is not installed: pip install typst, or ask for --to html") from None
     source = Path(source).resolve()
     written = source.with_suffix(".typ")
-    _pandoc(source, "typst", written, "--toc", "--toc-depth=2", f"--include-in-header={STATIC/'pack.typ'}", "--variable=papersize=a4", "--variable=page-numbering=1",
+    _pandoc(source, "typst", written, "--toc", "--toc-depth=2", f"--include-before-body={STATIC/'pack.typ'}", "--variable=papersize=a4", "--variable=page-numbering=1",
             "--variable=margin.x=2.3cm", "--variable=margin.y=2.2cm", "--variable=fontsize=10.5pt", "--variable=section-numbering=1.1")
     with atomic_path(page) as tmp:
         try: tmp.write_bytes(typst.compile(str(written), root=str(source.parent), font_paths=[str(STATIC)], format="pdf"))
@@ -127,7 +127,7 @@ def quarto_page(
 ) -> Path:
     "The same page, with Quarto."
     source, (to, settings) = Path(source).resolve(), QUARTO[kind]
-    look = f"css:{STATIC/'pack.css'}" if kind == "html" else f"include-in-header:{STATIC/'pack.typ'}"
+    look = f"css:{STATIC/'pack.css'}" if kind == "html" else f"include-before-body:{STATIC/'pack.typ'}"
     made = f"report.{kind}"
     command = [quarto, "render", source.name, "--to", to, "--output", made, "--no-execute", *(f"--metadata={s}" for s in (*settings, look, *([] if kind == "html" else [f"font-paths:{STATIC}"])))]
     done = subprocess.run(command, cwd=source.parent, capture_output=True, text=True, encoding="utf-8")
@@ -148,14 +148,19 @@ def last_run(
     return max(found, key=lambda p: max(x.stat().st_mtime for x in p.iterdir()))
 
 # %% ../nbs/09j_pack.ipynb #09j-024
+def the_last_run() -> Path:
+    "The run folder that was written last, of all that stand where `fer-nb run` puts them."
+    return last_run(runs_folder(project_root()))
+
+# %% ../nbs/09j_pack.ipynb #09j-024a
 def render_pack(
-    runs,  # the run folder to report on; more of them lend stages that it lacks
+    runs=(),  # the run folder to report on; more of them lend stages that it lacks; empty: the one that was written last
     to: str = "all",  # html, pdf or all
     out="",  # the folder to write into; empty: report/ of the run folder
     engine: str = "",  # quarto or pandoc; empty: Quarto where it is installed, else pandoc and typst
 ) -> list[Path]:  # the pages
     "Render the report of a run folder."
-    runs = [runs] if isinstance(runs, str | Path) else list(runs)
+    runs = [runs] if isinstance(runs, str | Path) else list(runs) or [the_last_run()]
     if to not in ("html", "pdf", "all"): raise UsageError(f"--to {to}: give html, pdf or all")
     if engine not in ("", "quarto", "pandoc"): raise UsageError(f"--engine {engine}: give quarto or pandoc")
     out = Path(out or Path(runs[0])/"report")

@@ -294,7 +294,7 @@ def manifest_of(
     "Commit, environment, dataset, and every artifact with its sha256."
     commits = sorted({r.environment.commit or "" for r in m.runs})
     first = m.runs[0].environment
-    def ours(p): return p.is_file() and not any(x.startswith(".") for x in p.parts) and "report" not in p.relative_to(m.root).parts[:1]
+    def ours(p): return p.is_file() and not any(x.startswith(".") for x in p.relative_to(m.root).parts) and p.relative_to(m.root).parts[0] != "report"
     files = {p.relative_to(m.root).as_posix(): sha256_file(p) for p in sorted(m.root.rglob("*")) if ours(p) and p.suffix in (".json", ".csv", ".npz", ".txt")
              and any(p.name == x.file for leaves in LEAVES.values() for x in leaves)}
     return {"schema_version": 1, "dataset_index_id": m.ledger.value(m.manifest/"dataset_index.json", "dataset_index_id"), "commits": commits,
@@ -316,7 +316,8 @@ def seals(b: Blocks) -> str:
     "Every folder of runs, with the hash of the seal that binds its files."
     rows = []
     for path in sorted(b.m.root.rglob("hash_manifest.json")):
-        if any(p.startswith(".") for p in path.parts) or "softlabels" in path.parts: continue
+        below = path.relative_to(b.m.root).parts
+        if any(p.startswith(".") for p in below) or "softlabels" in below: continue
         rows.append([f"`{path.parent.relative_to(b.m.root).as_posix()}`", len(b.m.ledger.read(path)["files"]), f"`{sha256_file(path)[:16]}`"])
     return b.table(["folder", "files", "sha256 of its seal"], rows, "Folders and their seals. A seal lists the sha256 of every file of its folder", [60, 8, 22])
 
@@ -328,7 +329,7 @@ def alignment(b: Blocks) -> str:
         found = sorted(m.root.glob(pattern))
         if not found: continue
         told = [m.ledger.read(p) for p in found]
-        for p in found: m.ledger.note("pass" if m.ledger.value(p, "pass") else "fail", p, "pass")
+        for p in found: m.ledger.note(worded(m.ledger.value(p, "pass")), p, "pass")
         keys = ("class_order_match", "sample_count_match", "sample_content_match", "hash_manifest_match")
         rows.append([kind, len(found), *(f"{sum(bool(t.get(k)) for t in told)}" for k in keys), f"{sum(t['pass'] for t in told)}"])
     members = [(f.name, c) for f, _ in m.ensembles for c in EnsembleGate.load(f).members]
@@ -353,17 +354,18 @@ def _stage(run: str) -> str:
 def checklist(b: Blocks) -> str:
     "The verdict, by stage and question: one page for the wall."
     lines = pd.DataFrame([vars(x) for x in b.m.checklist.lines]).assign(stage=lambda t: t["run"].map(_stage))
-    order = {s: i for i, s in enumerate(("the folder", *dict.fromkeys(_STAGES.values())))}
-    by = lines.groupby(["stage", "question"], sort=False)["go"].agg(["sum", "size"]).reset_index()
-    by = by.sort_values("stage", key=lambda s: s.map(order), kind="stable")
-    rows, last = [], ""
-    for r in by.itertuples():
-        rows.append([f"**{r.stage}**" if r.stage != last else "", r.question, f"{r.sum} of {r.size}", "GO" if r.sum == r.size else "**NO-GO**"])
-        last = r.stage
+    stages = [s for s in ("the folder", *dict.fromkeys(_STAGES.values())) if s in set(lines["stage"])]
+    by = lines.groupby(["question", "stage"], sort=False)["go"].agg(["sum", "size"])
+    def cell(q, s):
+        if (q, s) not in by.index: return "–"
+        good, asked = by.loc[(q, s)]
+        return f"{good} of {asked}" if good == asked else f"**{good} of {asked}**"
     bad = lines[~lines["go"]]
+    rows = [[q, *(cell(q, s) for s in stages)] for q in dict.fromkeys(lines.sort_values("stage", key=lambda s: s.map(stages.index), kind="stable")["question"])]
+    rows.append(["**verdict**", *("**NO-GO**" if (bad["stage"] == s).any() else "GO" for s in stages)])
     verdict = f"**{'GO' if not len(bad) else 'NO-GO'}**: {len(lines) - len(bad)} of {len(lines)} lines hold."
     why = "\n".join(f"- `{x.run}`, {x.question}: {x.reason}" for x in bad.head(8).itertuples())
-    return "\n\n".join(filter(None, [verdict, why, pipe_table(["stage", "question", "holds", ""], rows, [12, 52, 12, 8])]))
+    return "\n\n".join(filter(None, [verdict, why, pipe_table(["question", *stages], rows, [44, *[10]*len(stages)])]))
 
 # %% ../nbs/09i_pack_blocks.ipynb #09i-041
 def verdict(b: Blocks) -> str:
@@ -418,10 +420,8 @@ def all_sources(b: Blocks) -> str:
 # %% ../nbs/09i_pack_blocks.ipynb #09i-047
 def numbers(b: Blocks) -> str:
     "Which number comes from which file."
-    t = account(b.m.ledger)
-    def short(s): return s if len(s) <= 220 else s[:200].rsplit(";", 1)[0] + "; …"
-    rows = [[r.section, f"`{r.file}`", short(r.shown).replace("|", " ")] for r in t.itertuples()]
-    return b.table(["section", "file", "what is shown of it"], rows, "Every number of this report and the file that it is from; `numbers.csv` beside the report has each with its key", [18, 46, 60])
+    rows = [[f"`{r.file}`", r.shown.replace("|", " ")] for r in account(b.m.ledger).itertuples()]
+    return b.table(["file", "what is shown of it"], rows, "Every number of this report under the file that it is from; `numbers.csv` beside the report has each with its section and key", [46, 84])
 
 # %% ../nbs/09i_pack_blocks.ipynb #09i-049
 BLOCKS = {f.__name__: f for f in (data, headline, class_f1, arms, calibration, ensembles, training, onnx, through, demo, nl, noise, adaptation, reproducibility, seals,

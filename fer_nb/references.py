@@ -195,10 +195,16 @@ def filled(
     return "\n".join(out)
 
 # %% ../nbs/09e_references.ipynb #09e-032
+def _told_once(keys, values) -> str:
+    "Keys with their values; the parts of one list under one key."
+    parts: dict[str, list[str]] = {}
+    for key, value in zip(keys, values): parts.setdefault(re.sub(r"\[[^\]]*\]", "[…]", key), []).append(value)
+    return "; ".join(f"{key} {', '.join(dict.fromkeys(v))}".strip() for key, v in parts.items())
+
+# %% ../nbs/09e_references.ipynb #09e-032b
 def account(
     ledger: Ledger,
-) -> pd.DataFrame:  # section, file, shown: a line for each file in each section
+) -> pd.DataFrame:  # file, shown: a line for each file
     "Which numbers come from which file."
-    t = pd.DataFrame(ledger.shown, columns=Number._fields).drop_duplicates(["section", "file", "key"])
-    t["shown"] = [f"{k} {s}".strip() if len(s) < 60 else k for k, s in zip(t["key"], t["shown"])]
-    return t.groupby(["section", "file"], sort=False)["shown"].agg("; ".join).reset_index()
+    t = pd.DataFrame(ledger.shown, columns=Number._fields).drop_duplicates(["file", "key", "shown"]).sort_values("file", kind="stable")
+    return pd.DataFrame([{"file": f, "shown": _told_once(part["key"], part["shown"])} for f, part in t.groupby("file")])
