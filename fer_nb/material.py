@@ -7,19 +7,17 @@ __all__ = ['SCORES', 'folders_of', 'require_whole', 'exported_run', 'Material', 
            'name_model', 'name_export', 'name_gain', 'name_session', 'name_date', 'name_all']
 
 # %% ../nbs/09f_material.ipynb #09f-002
-import re
 from functools import cached_property
 from pathlib import Path
 
 from .arms import arm_labels
-from .artifacts import ArtifactError, GateError, UsageError, convention_of
-from .evidence import ExportReport
+from .artifacts import GateError, UsageError, convention_of
+from .evidence import EnsembleMetrics, ExportReport
 from .gates import Checklist, gates
 from .leaves import leaves_of, travels
-from .records import DatasetIndex, HashManifest, RunArgs
+from .records import HashManifest, RunArgs
 from .references import Ledger
-from .report import find_ensembles, find_runs
-from .results import said
+from .report import Run, find_ensembles, find_runs
 
 # %% ../nbs/09f_material.ipynb #09f-005
 _STEPS = ("begin", "train", "report", "seal")  # of every training run
@@ -94,6 +92,11 @@ class Material:
         self.ledger = Ledger(root, *beside)
         self.found = require_whole(self.ledger, root)
         self.runs, self.ensembles = find_runs(root), find_ensembles(root)
+        read = {r.folder for r in self.runs} | {f for f, _ in self.ensembles}
+        for f in self.found["training"]:
+            if f not in read: Run(f, self.root)  # says what is broken
+        for f in self.found["ensemble"]:
+            if f not in read: EnsembleMetrics.load(f)
         self.lent = {}  # kind -> the folder beside that it is from
         for other in map(Path, beside):
             for kind, folders in require_whole(self.ledger, other).items():

@@ -359,7 +359,8 @@ def checklist(b: Blocks) -> str:
     def cell(q, s):
         if (q, s) not in by.index: return "–"
         good, asked = by.loc[(q, s)]
-        return f"{good} of {asked}" if good == asked else f"**{good} of {asked}**"
+        told = f"{good} of {asked}".replace(" ", NO_BREAK)
+        return told if good == asked else f"**{told}**"
     bad = lines[~lines["go"]]
     rows = [[q, *(cell(q, s) for s in stages)] for q in dict.fromkeys(lines.sort_values("stage", key=lambda s: s.map(stages.index), kind="stable")["question"])]
     rows.append(["**verdict**", *("**NO-GO**" if (bad["stage"] == s).any() else "GO" for s in stages)])

@@ -74,7 +74,7 @@ def class_f1(m: Material, convention: str):
     support = [c["support"] for c in models[0][2]]
     order = np.argsort(support, kind="stable")
     with style():
-        fig, (ax,) = _axes(4.2 + 0.12*len(models))
+        fig, (ax,) = _axes(3.6 + 0.1*len(models))
         for i, (name, folder, classes, kind) in enumerate(models):
             y = np.arange(len(order)) + (i - (len(models) - 1)/2)*0.09
             ax.plot([classes[k]["f1"] for k in order], y, ls="", ms=6 if kind != "ensemble" else 8, **_look(i), label=name)
@@ -306,7 +306,8 @@ def confusions(m: Material, convention: str):
             for j in range(len(CLASSES)): ax.text(j, i, f"{share[i, j]:.0f}", ha="center", va="center", color="white" if share[i, j] > 60 else "black", fontsize=9.5)
         ax.set_xticks(range(len(CLASSES)), CLASSES, rotation=40, ha="right")
         ax.set_yticks(range(len(CLASSES)), [f"{c}, n = {n:,}" for c, n in zip(CLASSES, counts.sum(1))])
-        ax.set(xlabel="predicted", ylabel=f"true, labels of {said(convention)}"); ax.grid(visible=False)
+        ax.set(xlabel="predicted"); ax.grid(visible=False)
+        ax.set_title(f"rows: true, labels of {said(convention)}")
         m.ledger.note("(drawn)", r.folder/"reliability_metrics.json", "confusion")
         plt.close(fig)
         return fig

@@ -71,7 +71,7 @@ def worse_calibrated(m: Material, convention: str) -> list[str]:
     found = []
     for name, folder in models:
         r = m.ledger.read(folder/"reliability_metrics.json")
-        if "ece" in r["uncalibrated"] and r["ece"]["value"] > r["uncalibrated"]["ece"]: found.append((r["ece"]["value"] - r["uncalibrated"]["ece"], name, folder, r))
+        if "ece" in r["uncalibrated"] and round(r["ece"]["value"], 3) > round(r["uncalibrated"]["ece"], 3): found.append((r["ece"]["value"] - r["uncalibrated"]["ece"], name, folder, r))
     if not found: return []
     most, name, folder, r = max(found, key=lambda x: x[0])
     for _, _, f, x in found: m.ledger.note(worded(x["ece"]["value"]), f/"reliability_metrics.json", "ece", "value")
