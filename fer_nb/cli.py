@@ -620,9 +620,10 @@ def _phase_flags(c):
 
 
 def _report_flags(c):
-    flags(c, "pack.render_pack", "runs+ to out engine", to={"choices": ("html", "pdf", "all"), "metavar": None}, runs={"metavar": "DIR", "default": None},
-          engine={"choices": ("quarto", "pandoc"), "metavar": None, "default": None})
-    c.add_argument("notebook", nargs="?", metavar="NOTEBOOK", help="in place of --runs: an executed report notebook, of which one page is made")
+    flags(c, "pack.render_pack", "runs+ to out engine", to={"choices": ("html", "pdf", "all"), "metavar": None},
+          runs={"metavar": "DIR", "default": None}, engine={"choices": ("quarto", "pandoc"), "metavar": None, "default": None})
+    c.add_argument("notebook", nargs="?", metavar="NOTEBOOK",
+                   help="in place of --runs: an executed report notebook, of which one page is made")
     c.add_argument("html", nargs="?", metavar="HTML", help="the page of that notebook")
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import pandas as pd
 import pypandoc
 
-from .artifacts import ArtifactError, GateError, UsageError, atomic_path, write_csv, write_json, write_text
+from .artifacts import ArtifactError, UsageError, atomic_path, write_csv, write_json, write_text
 from .material import Material, name_all
 from .pack_blocks import Blocks, blocks_of, manifest_of
 from .references import Number, filled
@@ -70,7 +70,8 @@ def _font_style() -> str:
     "The fonts of the Chinese page as an element of the HTML page's head: a page has to be whole without any other file."
     def face(weight, name):
         data = base64.b64encode((STATIC/name).read_bytes()).decode()
-        return f'@font-face {{ font-family: "Noto Sans CJK TC"; font-weight: {weight}; src: url(data:font/otf;base64,{data}) format("opentype"); }}'
+        return (f'@font-face {{ font-family: "Noto Sans CJK TC"; font-weight: {weight}; '
+                f'src: url(data:font/otf;base64,{data}) format("opentype"); }}')
     return "<style>\n" + "\n".join(face(w, n) for w, n in FONTS.items()) + "\n</style>"
 
 # %% ../nbs/09j_pack.ipynb #09j-013
@@ -79,7 +80,8 @@ _READS = "markdown-tex_math_single_backslash+pipe_tables-smart"
 
 def _pandoc(source: Path, to: str, out: Path, *more: str):
     "Run pandoc on the filled source, in its folder."
-    command = [pypandoc.get_pandoc_path(), source.name, f"--from={_READS}", f"--to={to}", f"--output={out}", "--standalone", "--number-sections", *more]
+    command = [pypandoc.get_pandoc_path(), source.name, f"--from={_READS}", f"--to={to}", f"--output={out}", "--standalone",
+               "--number-sections", *more]
     done = subprocess.run(command, cwd=source.parent, capture_output=True, text=True, encoding="utf-8")
     if done.returncode: raise ArtifactError(source, f"pandoc can't read it: {done.stderr.strip().splitlines()[-1]}")
 
@@ -91,7 +93,8 @@ def html_page(
     "One offline page, with pandoc."
     source = Path(source).resolve()
     with tempfile.TemporaryDirectory() as d, atomic_path(page) as tmp:
-        _pandoc(source, "html5", Path(d)/"page.html", "--embed-resources", "--mathml", "--toc", "--toc-depth=2", f"--css={STATIC/'pack.css'}")
+        _pandoc(source, "html5", Path(d)/"page.html", "--embed-resources", "--mathml", "--toc", "--toc-depth=2",
+                f"--css={STATIC/'pack.css'}")
         text = clean_page((Path(d)/"page.html").read_text(encoding="utf-8"))
         tmp.write_text(text.replace("</head>", _font_style() + "\n</head>", 1), encoding="utf-8")
     return Path(page)
@@ -106,7 +109,8 @@ def pdf_page(
     except ImportError: raise UsageError("a PDF needs typst, which is not installed: pip install typst, or ask for --to html") from None
     source = Path(source).resolve()
     written = source.with_suffix(".typ")
-    _pandoc(source, "typst", written, "--toc", "--toc-depth=2", f"--include-before-body={STATIC/'pack.typ'}", "--variable=papersize=a4", "--variable=page-numbering=1",
+    _pandoc(source, "typst", written, "--toc", "--toc-depth=2", f"--include-before-body={STATIC/'pack.typ'}", "--variable=papersize=a4",
+            "--variable=page-numbering=1",
             "--variable=margin.x=2.3cm", "--variable=margin.y=2.2cm", "--variable=fontsize=10.5pt", "--variable=section-numbering=1.1")
     with atomic_path(page) as tmp:
         try: tmp.write_bytes(typst.compile(str(written), root=str(source.parent), font_paths=[str(STATIC)], format="pdf"))
@@ -129,7 +133,8 @@ def quarto_page(
     source, (to, settings) = Path(source).resolve(), QUARTO[kind]
     look = f"css:{STATIC/'pack.css'}" if kind == "html" else f"include-before-body:{STATIC/'pack.typ'}"
     made = f"report.{kind}"
-    command = [quarto, "render", source.name, "--to", to, "--output", made, "--no-execute", *(f"--metadata={s}" for s in (*settings, look, *([] if kind == "html" else [f"font-paths:{STATIC}"])))]
+    command = [quarto, "render", source.name, "--to", to, "--output", made, "--no-execute", *(f"--metadata={s}" for s in (*settings, look,
+        *([] if kind == "html" else [f"font-paths:{STATIC}"])))]
     done = subprocess.run(command, cwd=source.parent, capture_output=True, text=True, encoding="utf-8")
     if done.returncode or not (source.parent/made).is_file():
         said = (done.stderr or done.stdout).strip().splitlines()

@@ -19,7 +19,7 @@ from . import pack_figures as figures
 from .artifacts import CLASSES, sha256_file, write_bytes
 from .evidence import EnsembleGate
 from .leaves import LEAVES
-from .material import Material, arm_runs, short_arms
+from .material import Material, short_arms
 from .phase import NLSmoke, PhaseGate
 from .references import NO_BREAK, account, worded
 from .report import by_source_table, data_tables
@@ -93,42 +93,53 @@ def data(b: Blocks) -> str:
     "Rows by class and split, what was left out, what the audit found."
     classes, excluded, found = data_tables(b.m.manifest)
     index = b.m.manifest/"dataset_index.json"
-    for split in classes["split"]: b.m.ledger.note(worded(int(classes.set_index("split").loc[split, "all"]), ","), index, "class_counts", split)
+    for split in classes["split"]: b.m.ledger.note(worded(int(classes.set_index("split").loc[split, "all"]), ","), index, "class_counts",
+                                                   split)
     for reason, n in excluded.to_numpy().tolist(): b.m.ledger.note(worded(n, ","), index, "excluded", reason)
     b.m.ledger.note("(sentences)", b.m.manifest/"leakage_report.json")
     t = classes.set_index("split").T
     rows = [[c, *(f"{n:,}" for n in t.loc[c])] for c in t.index]
     parts = [b.table(["usable rows", *t.columns], rows, "Usable rows by class and split"),
-             b.table(["left out because", "rows"], [[r, f"{n:,}"] for r, n in excluded.to_numpy().tolist()], "Rows that stay in the manifest and are not used"),
+             b.table(["left out because", "rows"], [[r, f"{n:,}"] for r, n in excluded.to_numpy().tolist()],
+                     "Rows that stay in the manifest and are not used"),
              "\n".join(f"- {x}" for x in found), b.told("data")]
     return "\n\n".join(filter(None, parts))
 
 # %% ../nbs/09i_pack_blocks.ipynb #09i-014
+def _model_row(m: Material, name: str, folder: Path, seeds) -> list:
+    "One model's scores on its test rows."
+    path = folder/"reliability_metrics.json"
+    ece = f"{m.ledger.show(path, 'uncalibrated', 'ece')} → {worded(m.ledger.value(path, 'ece')['value'])}"
+    return [name, seeds, m.ledger.show(path, "accuracy"), m.ledger.show(path, "macro_f1"), ece]
+
+# %% ../nbs/09i_pack_blocks.ipynb #09i-014b
+def _arm_row(m: Material, path: Path, at: dict) -> list:
+    "One arm's means over seeds."
+    def stands(metric, k): return path, at | {"metric": metric}, k
+    def mean(k): return f"{m.ledger.show(*stands(k, 'mean'))} ± {worded(m.ledger.value(*stands(k, 'sd')))}"
+    ece = f"{worded(m.ledger.value(*stands('ece', 'raw_mean')))} → {m.ledger.show(*stands('ece', 'mean'))}"
+    seeds = m.ledger.show(*stands("accuracy", "seeds"), form="text").replace(";", ", ")
+    return [f"students, {at['arm']}", seeds, mean("accuracy"), mean("macro_f1"), ece]
+
+# %% ../nbs/09i_pack_blocks.ipynb #09i-014d
 def _headline(b: Blocks, convention: str) -> str:
     "Ensemble, best teacher, every arm, reported student: a row each."
-    m, rows = b.m, []
-    def row(name, folder, seeds):
-        path = folder/"reliability_metrics.json"
-        raw, now = m.ledger.show(path, "uncalibrated", "ece"), worded(m.ledger.value(path, "ece")["value"])
-        rows.append([name, seeds, m.ledger.show(path, "accuracy"), m.ledger.show(path, "macro_f1"), f"{raw} → {now}"])
-    if f := m.best_fused(convention): row(f"ensemble {f[0].name}", f[0], "–")
-    teachers = m.of("teacher", convention)
-    if teachers:
+    m, rows, path = b.m, [], b.m.root/"students"/"results_summary_students.csv"
+    if f := m.best_fused(convention): rows.append(_model_row(m, f"ensemble {f[0].name}", f[0], "–"))
+    if teachers := m.of("teacher", convention):
         best = max(teachers, key=lambda r: r.history.best_macro_f1)
-        row(f"best teacher, {label(best.folder.name)}", best.folder, best.seed)
-    path = m.root/"students"/"results_summary_students.csv"
+        rows.append(_model_row(m, f"best teacher, {label(best.folder.name)}", best.folder, best.seed))
     if path.is_file():
         t = m.ledger.read(path)
-        t = t[(t["source"] == "all") & ((t["convention"] == convention) if "convention" in t else True)]
-        for arm in dict.fromkeys(t["arm"]):
-            at = {"arm": arm, "source": "all"} | ({"convention": convention} if "convention" in t else {})
-            def mean(k): return f"{m.ledger.show(path, at | {'metric': k}, 'mean')} ± {worded(m.ledger.value(path, at | {'metric': k}, 'sd'))}"
-            ece = f"{worded(m.ledger.value(path, at | {'metric': 'ece'}, 'raw_mean'))} → {m.ledger.show(path, at | {'metric': 'ece'}, 'mean')}"
-            rows.append([f"students, {arm}", m.ledger.show(path, at | {"metric": "accuracy"}, "seeds", form="text").replace(";", ", "), mean("accuracy"), mean("macro_f1"), ece])
-    if r := m.reported(convention): row("the student reported on", r.folder, r.seed)
+        own = {"convention": convention} if "convention" in t else {}
+        t = t[(t["source"] == "all") & (t["convention"] == convention if own else True)]
+        rows += [_arm_row(m, path, {"arm": arm, "source": "all"} | own) for arm in dict.fromkeys(t["arm"])]
+    if r := m.reported(convention): rows.append(_model_row(m, "the student reported on", r.folder, r.seed))
     n = next(r.metrics.n for r in m.runs if r.convention == convention)
-    return b.table(["model", "seeds", "accuracy", "macro-F1", "ECE, T = 1 → T*"], rows, f"The main results by the labels of {said(convention)}, n = {n:,} test rows. "
-                   "Brackets are bootstrap 95% intervals over pictures; ± is the standard deviation over seeds")
+    about = (f"The main results by the labels of {said(convention)}, n = {n:,} test rows. Brackets are bootstrap 95% intervals over "
+             f"pictures; "
+             "± is the standard deviation over seeds")
+    return b.table(["model", "seeds", "accuracy", "macro-F1", "ECE, T = 1 → T*"], rows, about)
 
 
 def headline(b: Blocks) -> str: return b.each(lambda c: _headline(b, c))
@@ -136,9 +147,11 @@ def headline(b: Blocks) -> str: return b.each(lambda c: _headline(b, c))
 # %% ../nbs/09i_pack_blocks.ipynb #09i-016
 def class_f1(b: Blocks) -> str:
     "F1 by class and model, then against the number of training rows."
-    parts = [b.figure(figures.class_f1(b.m, c), f"class_f1_{c}", f"F1 of each class by teacher, ensemble and student, rarest class on top. Labels of {said(c)}.") for c in b.m.conventions]
+    parts = [b.figure(figures.class_f1(b.m, c), f"class_f1_{c}", f"F1 of each class by teacher, ensemble and student, rarest class on "
+                      f"top. Labels of {said(c)}.") for c in b.m.conventions]
     if any(b.m.reported(c) for c in b.m.conventions):
-        parts.append(b.figure(figures.imbalance(b.m), "imbalance", "F1 of the reported student against the number of training rows of each class: rare classes are weak ones."))
+        parts.append(b.figure(figures.imbalance(b.m), "imbalance", "F1 of the reported student against the number of training rows of "
+                              "each class: rare classes are weak ones."))
     return "\n\n".join(parts)
 
 # %% ../nbs/09i_pack_blocks.ipynb #09i-017
@@ -150,10 +163,12 @@ def _taught(b: Blocks, c: str) -> str:
         return f"The students of {said(c)}'s labels were not compared over seeds (`fer-nb student summarise`)."
     t = m.ledger.read(students/"results_summary_students.csv")
     if "convention" in t and c not in set(t["convention"]): return f"No students of {said(c)}'s labels were compared over seeds."
-    parts = [b.figure(figures.arms(m, c), f"arms_{c}", f"Ways of teaching: mean over seeds with its 95% interval by Student's t, and each seed. Labels of {said(c)}.")]
+    parts = [b.figure(figures.arms(m, c), f"arms_{c}", f"Ways of teaching: mean over seeds with its 95% interval by Student's t, and each "
+                      f"seed. Labels of {said(c)}.")]
     pairs = figures._pairs(m, c, "macro_f1")
     if len(pairs):
-        parts.append(b.figure(figures.gains(m, c), f"gains_{c}", "Paired differences with 95% intervals: over pictures the networks stay and the test pictures are drawn again; "
+        parts.append(b.figure(figures.gains(m, c), f"gains_{c}", "Paired differences with 95% intervals: over pictures the networks stay "
+                              "and the test pictures are drawn again; "
                               f"over seeds each seed is one answer. Labels of {said(c)}."))
     return "\n\n".join([*parts, b.told("students", c)])
 
@@ -166,9 +181,11 @@ def arms(b: Blocks) -> str:
 def calibration(b: Blocks) -> str:
     "Before and after temperature scaling."
     def part(c):
-        parts = [b.figure(figures.calibration(b.m, c), f"calibration_{c}", f"ECE before (T = 1) and after temperature scaling (T*), beside what a perfectly calibrated model would show at this n. Labels of {said(c)}.")]
+        parts = [b.figure(figures.calibration(b.m, c), f"calibration_{c}", f"ECE before (T = 1) and after temperature scaling (T*), "
+                          f"beside what a perfectly calibrated model would show at this n. Labels of {said(c)}.")]
         if b.m.reported(c):
-            parts.append(b.figure(figures.reliability(b.m, c), f"reliability_{c}", f"Reliability of the reported student, labels of {said(c)}: on the dotted line a confidence of 70% is right in 70 of 100 cases."))
+            parts.append(b.figure(figures.reliability(b.m, c), f"reliability_{c}", f"Reliability of the reported student, labels of "
+                                  f"{said(c)}: on the dotted line a confidence of 70% is right in 70 of 100 cases."))
         return "\n\n".join([*parts, b.told("calibration", c)])
     return b.each(part)
 
@@ -176,15 +193,18 @@ def calibration(b: Blocks) -> str:
 def ensembles(b: Blocks) -> str:
     "Ensembles beside their members, by source."
     if not b.m.ensembles: return "No ensemble stands in this run folder."
-    return b.each(lambda c: b.figure(figures.by_source(b.m, c), f"by_source_{c}", f"Ensembles beside their members on each source of test rows. Labels of {said(c)}.") if b.m.fused(c) else "")
+    return b.each(lambda c: b.figure(figures.by_source(b.m, c), f"by_source_{c}", f"Ensembles beside their members on each source of test "
+                                     f"rows. Labels of {said(c)}.") if b.m.fused(c) else "")
 
 # %% ../nbs/09i_pack_blocks.ipynb #09i-020
 def training(b: Blocks) -> str:
     "Learning curves and confusion."
     def part(c):
         if not any(r.convention == c for r in b.m.runs): return ""
-        parts = [b.figure(figures.curves(b.m, c), f"curves_{c}", f"Validation macro-F1 by epoch, one seed of each kind of run. Labels of {said(c)}.")]
-        if b.m.reported(c): parts.append(b.figure(figures.confusions(b.m, c), f"confusion_{c}", f"Who is taken for whom by the reported student, in percent of the true class. Labels of {said(c)}."))
+        parts = [b.figure(figures.curves(b.m, c), f"curves_{c}", f"Validation macro-F1 by epoch, one seed of each kind of run. Labels of "
+                          f"{said(c)}.")]
+        if b.m.reported(c): parts.append(b.figure(figures.confusions(b.m, c), f"confusion_{c}", f"Who is taken for whom by the reported "
+                                                  f"student, in percent of the true class. Labels of {said(c)}."))
         return "\n\n".join(parts)
     return "\n\n".join(filter(None, [b.each(part), b.told("training")]))
 
@@ -197,7 +217,8 @@ def _exported(b: Blocks, folder: Path) -> str:
         at = ("variants", p)
         mb = f"{m.ledger.value(report, 'files', p, 'bytes')/1e6:.1f}"
         m.ledger.note(mb + " MB", report, "files", p, "bytes")
-        rows.append([v["file"], mb, m.ledger.show(parity, *at, "argmax_agreement", form=".2%"), m.ledger.show(parity, *at, "max_logit_diff", form=".1e"), m.ledger.show(parity, *at, "pass")])
+        rows.append([v["file"], mb, m.ledger.show(parity, *at, "argmax_agreement", form=".2%"), m.ledger.show(parity, *at,
+            "max_logit_diff", form=".1e"), m.ledger.show(parity, *at, "pass")])
     r = m.exports.get(folder)
     of = f", labels of {said(r.convention)}" if r else ""
     parts = [b.figure(figures.latency(m, folder), f"latency_{folder.name}", f"Time of the exported files{of}, one face at a time."),
@@ -220,7 +241,8 @@ def through(b: Blocks) -> str:
     for e in judged:
         r = b.m.exports[e]
         n = b.m.ledger.read(e/"through_detector.json")["rows"][0]["n"]
-        parts.append(b.figure(figures.through(b.m, e), f"through_{e.name}", f"Prepared faces beside faces that a detector has to find on a canvas with mirrored surroundings; numbers are pixels along the longer side. "
+        parts.append(b.figure(figures.through(b.m, e), f"through_{e.name}", f"Prepared faces beside faces that a detector has to find on "
+                              f"a canvas with mirrored surroundings; numbers are pixels along the longer side. "
                               f"n = {n:,} pictures" + (f", labels of {said(r.convention)}." if r else ".")))
     return "\n\n".join(filter(None, [*parts, b.told("through")]))
 
@@ -232,9 +254,14 @@ def demo(b: Blocks) -> str:
     session = m.ledger.names["demo.frames"].path.parent
     rows = [[name, number(f"demo.shown.{k}"), number(f"demo.raw.{k}")] for name, k in
             (("accuracy", "accuracy"), ("macro-F1", "macro_f1"), ("label changes a minute", "jitter"), ("median time to lock, ms", "lock"))]
-    once = [["frames a second", number("demo.fps"), "–"], ["a frame, median and 99th percentile, ms", f"{number('demo.p50')}; {number('demo.p99')}", "–"]]
-    about = f"Session {session.name}: {number('demo.source')}, {number('demo.scored_frames')} scored frames in {number('demo.scored_segments')} segments. Brackets are bootstrap 95% intervals over segments"
-    return "\n\n".join(filter(None, [b.figure(figures.timeline(m, session), "timeline", "Truth and shown label over time."), b.table(["", "shown (stabilised)", "raw"], rows + once, about), b.told("demo")]))
+    once = [["frames a second", number("demo.fps"), "–"], ["a frame, median and 99th percentile, ms",
+                                                           f"{number('demo.p50')}; {number('demo.p99')}", "–"]]
+    about = (f"Session {session.name}: {number('demo.source')}, {number('demo.scored_frames')} scored frames in "
+             f"{number('demo.scored_segments')} "
+             "segments. Brackets are bootstrap 95% intervals over segments")
+    parts = [b.figure(figures.timeline(m, session), "timeline", "Truth and shown label over time."),
+             b.table(["", "shown (stabilised)", "raw"], rows + once, about), b.told("demo")]
+    return "\n\n".join(filter(None, parts))
 
 # %% ../nbs/09i_pack_blocks.ipynb #09i-029
 def _below(b: Blocks, name: str) -> list[Path]:
@@ -247,15 +274,21 @@ def nl(b: Blocks) -> str:
     parts = []
     for path in _below(b, NLSmoke.filename):
         s = b.m.ledger.read(path)
-        rows = [[a, v["go_no_go"], f"{v['loss_curve'][0]:.3f} → {v['loss_curve'][-1]:.3f}", f"{v['time_ratio']:.2f}×"] for a, v in s["arms"].items()]
+        rows = [[a, v["go_no_go"], f"{v['loss_curve'][0]:.3f} → {v['loss_curve'][-1]:.3f}", f"{v['time_ratio']:.2f}×"] for a,
+                v in s["arms"].items()]
         for a in s["arms"]: b.m.ledger.note("(row)", path, "arms", a)
-        parts.append(b.table(["arm", "smoke test", "loss", "time against AdamW"], rows, f"Nested and negative learning, smoke test of {s['epochs']} epochs on {s['rows']:,} rows"))
+        parts.append(b.table(["arm", "smoke test", "loss", "time against AdamW"], rows, f"Nested and negative learning, smoke test of "
+                             f"{s['epochs']} epochs on {s['rows']:,} rows"))
     for path in _below(b, PhaseGate.filename):
         g = b.m.ledger.read(path)
-        rows = [[n, len(v["seeds"]), f"{100*v['macro_f1_difference']:+.2f} [{100*v['lower']:+.2f}, {100*v['upper']:+.2f}]".replace("-", "−"), f"{v['ece_difference']:+.4f}", v["verdict"]] for n, v in g["parts"].items()]
+        rows = [[n, len(v["seeds"]), f"{100*v['macro_f1_difference']:+.2f} [{100*v['lower']:+.2f}, "
+                 f"{100*v['upper']:+.2f}]".replace("-", "−"), f"{v['ece_difference']:+.4f}", v["verdict"]] for n, v in g["parts"].items()]
         for n in g["parts"]: b.m.ledger.note("(row)", path, "parts", n)
-        parts.append(b.table(["part", "seeds", "points of macro-F1 [90% interval]", "ECE", "verdict"], rows, f"Each part against the student without it, margin {100*g['margin']:g} points; the gate is {'open' if g['pass'] else 'shut'}"))
-    return "\n\n".join(parts) or ("No run of nested learning (NL) or negative learning (NegL) stands in this run folder, so there is no matrix to show: nothing is said of "
+        parts.append(b.table(["part", "seeds", "points of macro-F1 [90% interval]", "ECE", "verdict"], rows,
+                             f"Each part against the student without it, margin {100*g['margin']:g} points; the gate is "
+                             f"{'open' if g['pass'] else 'shut'}"))
+    return "\n\n".join(parts) or ("No run of nested learning (NL) or negative learning (NegL) stands in this run folder, so there is no "
+                                  "matrix to show: nothing is said of "
                                   "them here (`fer-nb nl smoke`, then `fer-nb nl gate`).")
 
 # %% ../nbs/09i_pack_blocks.ipynb #09i-030
@@ -280,12 +313,15 @@ def adaptation(b: Blocks) -> str:
     for path in _below(b, "dual_gate.json"):
         g = ledger.read(path)
         ledger.note(g["verdict"], path, "verdict")
-        parts.append(f"The dual gate says **{g['verdict']}** of {g['candidate']} in place of {g['incumbent']}." + (f" {'; '.join(g['reasons'])}." if g.get("reasons") else ""))
+        parts.append(f"The dual gate says **{g['verdict']}** of {g['candidate']} in place of "
+                     f"{g['incumbent']}." + (f" {'; '.join(g['reasons'])}." if g.get("reasons") else ""))
     for path in _below(b, "fairness.csv"):
         t = ledger.read(path)
         ledger.note("(table)", path)
-        parts.append(b.table(list(t.columns[:5]), [[worded(v) for v in r[:5]] for r in t.head(12).to_numpy().tolist()], "Scores by condition"))
-    return "\n\n".join(parts) or ("No model was adapted to other faces in this run folder, so nothing is said of it here (`fer-nb adapt mine`, `fer-nb adapt finetune`, `fer-nb adapt gate`).")
+        parts.append(b.table(list(t.columns[:5]), [[worded(v) for v in r[:5]] for r in t.head(12).to_numpy().tolist()],
+                             "Scores by condition"))
+    return "\n\n".join(parts) or ("No model was adapted to other faces in this run folder, so nothing is said of it here (`fer-nb adapt "
+                                  "mine`, `fer-nb adapt finetune`, `fer-nb adapt gate`).")
 
 # %% ../nbs/09i_pack_blocks.ipynb #09i-034
 def manifest_of(
@@ -294,10 +330,13 @@ def manifest_of(
     "Commit, environment, dataset, and every artifact with its sha256."
     commits = sorted({r.environment.commit or "" for r in m.runs})
     first = m.runs[0].environment
-    def ours(p): return p.is_file() and not any(x.startswith(".") for x in p.relative_to(m.root).parts) and p.relative_to(m.root).parts[0] != "report"
-    files = {p.relative_to(m.root).as_posix(): sha256_file(p) for p in sorted(m.root.rglob("*")) if ours(p) and p.suffix in (".json", ".csv", ".npz", ".txt")
+    def ours(p): return p.is_file() and not any(x.startswith(".")
+                                                for x in p.relative_to(m.root).parts) and p.relative_to(m.root).parts[0] != "report"
+    files = {p.relative_to(m.root).as_posix(): sha256_file(p) for p in sorted(m.root.rglob("*")) if ours(p)
+             and p.suffix in (".json", ".csv", ".npz", ".txt")
              and any(p.name == x.file for leaves in LEAVES.values() for x in leaves)}
-    return {"schema_version": 1, "dataset_index_id": m.ledger.value(m.manifest/"dataset_index.json", "dataset_index_id"), "commits": commits,
+    return {"schema_version": 1, "dataset_index_id": m.ledger.value(m.manifest/"dataset_index.json", "dataset_index_id"),
+            "commits": commits,
             "python": first.python, "packages": first.packages, "devices": sorted({r.environment.device_name for r in m.runs}),
             "seeds": sorted({r.seed for r in m.runs}), "files": files}
 
@@ -306,10 +345,14 @@ def reproducibility(b: Blocks) -> str:
     "What a person needs to make the runs again."
     m, told = b.m, manifest_of(b.m)
     env = m.runs[0].folder/"environment.json"
-    rows = [["dataset", m.ledger.number("dataset.id")], ["commits", ", ".join(f"`{c[:10]}`" if c else "none" for c in told["commits"])], ["Python", m.ledger.show(env, "python", form="text")],
-            *[[p, m.ledger.show(env, "packages", p, form="text")] for p in ("torch", "timm", "fastai", "onnxruntime") if p in told["packages"]],
-            ["devices", ", ".join(told["devices"])], ["seeds", ", ".join(map(str, told["seeds"]))], ["artifacts with their sha256", f"{len(told['files']):,}, in `reproducibility_manifest.json`"]]
-    return "\n\n".join(filter(None, [b.table(["", ""], rows, "What the runs are made of; versions are those of the first run", [24, 60]), b.told("provenance")]))
+    rows = [["dataset", m.ledger.number("dataset.id")], ["commits", ", ".join(f"`{c[:10]}`" if c else "none" for c in told["commits"])],
+            ["Python", m.ledger.show(env, "python", form="text")],
+            *[[p, m.ledger.show(env, "packages", p, form="text")] for p in ("torch", "timm", "fastai", "onnxruntime")
+              if p in told["packages"]],
+            ["devices", ", ".join(told["devices"])], ["seeds", ", ".join(map(str, told["seeds"]))], ["artifacts with their sha256",
+                f"{len(told['files']):,}, in `reproducibility_manifest.json`"]]
+    return "\n\n".join(filter(None, [b.table(["", ""], rows, "What the runs are made of; versions are those of the first run", [24, 60]),
+                                     b.told("provenance")]))
 
 # %% ../nbs/09i_pack_blocks.ipynb #09i-036
 def seals(b: Blocks) -> str:
@@ -318,14 +361,17 @@ def seals(b: Blocks) -> str:
     for path in sorted(b.m.root.rglob("hash_manifest.json")):
         below = path.relative_to(b.m.root).parts
         if any(p.startswith(".") for p in below) or "softlabels" in below: continue
-        rows.append([f"`{path.parent.relative_to(b.m.root).as_posix()}`", len(b.m.ledger.read(path)["files"]), f"`{sha256_file(path)[:16]}`"])
-    return b.table(["folder", "files", "sha256 of its seal"], rows, "Folders and their seals. A seal lists the sha256 of every file of its folder", [60, 8, 22])
+        rows.append([f"`{path.parent.relative_to(b.m.root).as_posix()}`", len(b.m.ledger.read(path)["files"]),
+                     f"`{sha256_file(path)[:16]}`"])
+    return b.table(["folder", "files", "sha256 of its seal"], rows, "Folders and their seals. A seal lists the sha256 of every file of "
+                   "its folder", [60, 8, 22])
 
 # %% ../nbs/09i_pack_blocks.ipynb #09i-037
 def alignment(b: Blocks) -> str:
     "Whether soft labels, members and students speak of the same rows in the same order."
     m, rows = b.m, []
-    for kind, pattern in (("teachers", "teachers/*/alignment_report.json"), ("ensembles", "ensembles/*/alignment_report.json"), ("students", "students/*/alignment_report.json")):
+    for kind, pattern in (("teachers", "teachers/*/alignment_report.json"), ("ensembles", "ensembles/*/alignment_report.json"),
+                          ("students", "students/*/alignment_report.json")):
         found = sorted(m.root.glob(pattern))
         if not found: continue
         told = [m.ledger.read(p) for p in found]
@@ -336,14 +382,17 @@ def alignment(b: Blocks) -> str:
     if members:
         for f, _ in m.ensembles: m.ledger.note("(members)", f/"ensemble_alignment_gate.json", "members")
         keys = ("class_order_match", "sample_count_match", "sample_content_match")
-        rows.append(["members of ensembles", len(members), *(f"{sum(getattr(c, k) for _, c in members)}" for k in keys), "–", f"{sum(c.passed for _, c in members)}"])
+        rows.append(["members of ensembles", len(members), *(f"{sum(getattr(c, k) for _, c in members)}" for k in keys), "–",
+                     f"{sum(c.passed for _, c in members)}"])
     if not rows: return "Nothing in this run folder was taught by soft labels, so nothing had to be aligned."
     guards = sorted(m.root.rglob("backbone_guard.json"))
     guard = f"\n\nThe backbone guard passed {sum(m.ledger.read(p)['pass'] for p in guards)} of {len(guards)} students." if guards else ""
-    return b.table(["checked", "checks", "class order", "row count", "row content", "seal", "pass"], rows, "Alignment checks that hold, of those that were made") + guard
+    return b.table(["checked", "checks", "class order", "row count", "row content", "seal", "pass"], rows, "Alignment checks that hold, "
+                   "of those that were made") + guard
 
 # %% ../nbs/09i_pack_blocks.ipynb #09i-039
-_STAGES = {"manifests": "data", "cache": "data", "teachers": "teachers", "ensembles": "ensembles", "students": "students", "onnx": "export", "demo": "live"}
+_STAGES = {"manifests": "data", "cache": "data", "teachers": "teachers", "ensembles": "ensembles", "students": "students",
+           "onnx": "export", "demo": "live"}
 
 
 def _stage(run: str) -> str:
@@ -362,7 +411,8 @@ def checklist(b: Blocks) -> str:
         told = f"{good} of {asked}".replace(" ", NO_BREAK)
         return told if good == asked else f"**{told}**"
     bad = lines[~lines["go"]]
-    rows = [[q, *(cell(q, s) for s in stages)] for q in dict.fromkeys(lines.sort_values("stage", key=lambda s: s.map(stages.index), kind="stable")["question"])]
+    rows = [[q, *(cell(q, s) for s in stages)] for q in dict.fromkeys(lines.sort_values("stage", key=lambda s: s.map(stages.index),
+                                                                                        kind="stable")["question"])]
     rows.append(["**verdict**", *("**NO-GO**" if (bad["stage"] == s).any() else "GO" for s in stages)])
     verdict = f"**{'GO' if not len(bad) else 'NO-GO'}**: {len(lines) - len(bad)} of {len(lines)} lines hold."
     why = "\n".join(f"- `{x.run}`, {x.question}: {x.reason}" for x in bad.head(8).itertuples())
@@ -374,7 +424,10 @@ def verdict(b: Blocks) -> str:
     lines = b.m.checklist.lines
     bad = [x for x in lines if not x.go]
     files = [f for e in b.m.exports for f, v in b.m.ledger.read(e/"onnx_parity.json")["variants"].items() if not v["pass"]]
-    aside = f" The verdict leaves out {len(files)} exported file{'s'*(len(files) > 1)} outside {'their' if len(files) > 1 else 'its'} bar (int8), which must not ship." if files and not bad else ""
+    several = len(files) > 1
+    aside = (f" The verdict leaves out {len(files)} exported file{'s'*several} outside {'their' if several else 'its'} bar (int8), which "
+             f"must not "
+             "ship.") if files and not bad else ""
     return f"**{'NO-GO' if bad else 'GO'}**: {len(lines) - len(bad)} of {len(lines)} lines of the checklist hold.{aside}"
 
 
@@ -392,9 +445,11 @@ def all_runs(b: Blocks) -> str:
         for r in sorted((r for r in b.m.runs if r.convention == c), key=lambda r: -r.metrics.macro_f1.value):
             path = r.folder/"reliability_metrics.json"
             epochs = b.m.ledger.show(r.folder/"history.json", "epochs_done", form="d")
-            rows.append([f"`{r.path.split('/', 1)[-1]}`", b.m.ledger.show(path, "accuracy"), b.m.ledger.show(path, "macro_f1"), b.m.ledger.show(path, "nll", "value"),
+            rows.append([f"`{r.path.split('/', 1)[-1]}`", b.m.ledger.show(path, "accuracy"), b.m.ledger.show(path, "macro_f1"),
+                         b.m.ledger.show(path, "nll", "value"),
                          f"{worded(r.metrics.uncalibrated['ece'])} → {worded(r.metrics.ece.value)}", epochs])
-        return b.table(["run", "accuracy", "macro-F1", "NLL", "ECE, T = 1 → T*", "epochs"], rows, f"All runs by the labels of {said(c)}, highest macro-F1 first", [40, 20, 20, 8, 16, 8])
+        return b.table(["run", "accuracy", "macro-F1", "NLL", "ECE, T = 1 → T*", "epochs"], rows, f"All runs by the labels of {said(c)}, "
+                       f"highest macro-F1 first", [40, 20, 20, 8, 16, 8])
     return b.each(part)
 
 # %% ../nbs/09i_pack_blocks.ipynb #09i-045
@@ -402,11 +457,13 @@ def all_classes(b: Blocks) -> str:
     "F1 of every class by kind of run, mean over seeds."
     def part(c):
         runs = [r for r in b.m.runs if r.convention == c]
-        t = pd.DataFrame([{"model": r.key, **{x.name: x.f1 for x in r.metrics.per_class}} for r in runs]).groupby("model", sort=False).mean()
+        t = pd.DataFrame([{"model": r.key, **{x.name: x.f1 for x in r.metrics.per_class}}
+                          for r in runs]).groupby("model", sort=False).mean()
         t = t.assign(mean=t.mean(axis=1)).sort_values("mean", ascending=False)
         short = short_arms(list(t.index))
         rows = [[short[k], *(worded(v, ".2f") for v in t.loc[k, list(CLASSES)])] for k in t.index]
-        return b.table(["model", *CLASSES], rows, f"F1 by class, mean over seeds, labels of {said(c)}, highest macro-F1 first", [34, *[9]*len(CLASSES)])
+        return b.table(["model", *CLASSES], rows, f"F1 by class, mean over seeds, labels of {said(c)}, highest macro-F1 first",
+                       [34, *[9]*len(CLASSES)])
     return b.each(part)
 
 # %% ../nbs/09i_pack_blocks.ipynb #09i-046
@@ -414,7 +471,9 @@ def all_sources(b: Blocks) -> str:
     "Scores by source, mean over seeds."
     def part(c):
         t = by_source_table([r for r in b.m.runs if r.convention == c]).sort_values(["source", "macro-F1"], ascending=[True, False])
-        return b.table(["model", "source", "n", "accuracy", "macro-F1", "NLL"], [[r["model"], r["source"], f"{r['n']:,}", *(worded(r[k]) for k in ("accuracy", "macro-F1", "NLL"))] for r in t.to_dict("records")],
+        return b.table(["model", "source", "n", "accuracy", "macro-F1", "NLL"], [[r["model"], r["source"], f"{r['n']:,}",
+                                                                                  *(worded(r[k]) for k in ("accuracy", "macro-F1",
+                                                                                      "NLL"))] for r in t.to_dict("records")],
                        f"Scores by source, mean over seeds, labels of {said(c)}", [40, 14, 8, 10, 10, 8])
     return b.each(part)
 
@@ -422,10 +481,12 @@ def all_sources(b: Blocks) -> str:
 def numbers(b: Blocks) -> str:
     "Which number comes from which file."
     rows = [[f"`{r.file}`", r.shown.replace("|", " ")] for r in account(b.m.ledger).itertuples()]
-    return b.table(["file", "what is shown of it"], rows, "Every number of this report under the file that it is from; `numbers.csv` beside the report has each with its section and key", [46, 84])
+    return b.table(["file", "what is shown of it"], rows, "Every number of this report under the file that it is from; `numbers.csv` "
+                   "beside the report has each with its section and key", [46, 84])
 
 # %% ../nbs/09i_pack_blocks.ipynb #09i-049
-BLOCKS = {f.__name__: f for f in (data, headline, class_f1, arms, calibration, ensembles, training, onnx, through, demo, nl, noise, adaptation, reproducibility, seals,
+BLOCKS = {f.__name__: f for f in (data, headline, class_f1, arms, calibration, ensembles, training, onnx, through, demo, nl, noise,
+                                  adaptation, reproducibility, seals,
                                   alignment, checklist, verdict, verdict_zh, all_runs, all_classes, all_sources, numbers)}
 
 

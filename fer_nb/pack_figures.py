@@ -33,7 +33,8 @@ SERIES = (BLUE, ORANGE, GREEN, PINK, AMBER, SKY, GREY)
 @contextmanager
 def style():
     "What all figures of the report have in common."
-    plain = {"font.size": 9.5, "axes.titlesize": 10, "axes.labelsize": 9.5, "xtick.labelsize": 9, "ytick.labelsize": 9, "legend.fontsize": 9,
+    plain = {"font.size": 9.5, "axes.titlesize": 10, "axes.labelsize": 9.5, "xtick.labelsize": 9, "ytick.labelsize": 9,
+             "legend.fontsize": 9,
              "legend.frameon": False, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "0.9",
              "axes.axisbelow": True, "figure.dpi": 100}
     with plt.rc_context(plain): yield
@@ -98,7 +99,8 @@ def imbalance(m: Material):
             ax.plot([train[k] for k in CLASSES], [f1[k] for k in CLASSES], ls="", marker="o", color=BLUE, ms=7)
             for k in CLASSES:
                 right = train[k] > np.median(list(train.values()))
-                ax.annotate(k, (train[k], f1[k]), xytext=(7 if right else -7, -3), textcoords="offset points", ha="left" if right else "right", fontsize=9)
+                ax.annotate(k, (train[k], f1[k]), xytext=(7 if right else -7, -3), textcoords="offset points", ha="left" if right
+                            else "right", fontsize=9)
                 m.ledger.note(worded(f1[k]), r.folder/"reliability_metrics.json", "per_class", list(f1).index(k), "f1")
                 m.ledger.note(worded(train[k], ","), m.manifest/"dataset_index.json", "class_counts", "train", k)
             ax.set(xscale="log" if wide else "linear", ylim=(0, 1.08), ylabel="F1 on test rows", title=f"labels of {said(c)}")
@@ -129,7 +131,8 @@ def arms(m: Material, convention: str):
                             fmt="D", ms=6, color=BLUE, capsize=3, lw=1.6, label="mean, 95% interval over seeds" if not y else None)
                 seeds = [getattr(r.metrics, metric).value for r in runs.get(name, [])]
                 ax.plot(seeds, np.full(len(seeds), y + 0.25), "o", ms=4.5, mfc="white", mec=ORANGE, label="one seed" if not y else None)
-                m.ledger.note(worded({k: row[j] for k, j in (("value", "mean"), ("low", "low"), ("high", "high"))}), path, {"arm": name, "metric": metric}, "mean")
+                m.ledger.note(worded({k: row[j] for k, j in (("value", "mean"), ("low", "low"), ("high", "high"))}), path, {"arm": name,
+                    "metric": metric}, "mean")
             ax.set_title(title); ax.margins(y=0.25); ax.locator_params(axis="x", nbins=4)
         axes[0].set_yticks(range(len(names)), [fill(short[n], 16) for n in names]); axes[0].invert_yaxis()
         fig.supxlabel(f"test rows, labels of {said(convention)}, n = {int(t['n'].iloc[0]):,}", fontsize=9.5)
@@ -152,9 +155,12 @@ def gains(m: Material, convention: str):
         for y, r in enumerate(t.itertuples()):
             d = 100*r.difference
             seeds = [[d - 100*r.seeds_low], [100*r.seeds_high - d]] if r.seeds_low == r.seeds_low else None
-            if seeds: ax.errorbar(d, y + 0.14, xerr=seeds, fmt="none", ecolor=ORANGE, elinewidth=1.2, capsize=4, ls="--", label="over seeds" if not y else None)
-            ax.errorbar(d, y - 0.08, xerr=[[d - 100*r.low], [100*r.high - d]], fmt="o", ms=6, color=BLUE, lw=2.4, label="over pictures" if not y else None)
-            m.ledger.note(worded({"value": r.difference, "low": r.low, "high": r.high}, "pt"), path, {"arm_a": r.arm_a, "arm_b": r.arm_b, "metric": "macro_f1"}, "difference")
+            if seeds: ax.errorbar(d, y + 0.14, xerr=seeds, fmt="none", ecolor=ORANGE, elinewidth=1.2, capsize=4, ls="--",
+                                  label="over seeds" if not y else None)
+            ax.errorbar(d, y - 0.08, xerr=[[d - 100*r.low], [100*r.high - d]], fmt="o", ms=6, color=BLUE, lw=2.4, label="over pictures"
+                        if not y else None)
+            m.ledger.note(worded({"value": r.difference, "low": r.low, "high": r.high}, "pt"), path, {"arm_a": r.arm_a, "arm_b": r.arm_b,
+                "metric": "macro_f1"}, "difference")
         ax.axvline(0, color="black", lw=1)
         ax.set_yticks(range(len(t)), [fill(f"{short[r.arm_b]} over {short[r.arm_a]}", 24) for r in t.itertuples()])
         ax.invert_yaxis(); ax.margins(y=0.15)
@@ -178,7 +184,8 @@ def calibration(m: Material, convention: str, most: int = 14):
             ax.plot(now["value"], y, "o", color=BLUE, ms=6.5, label="T*" if not y else None)
             ax.plot(null, y, "|", color="black", ms=11, mew=1.6, label="a calibrated model" if not y else None)
             m.ledger.note(worded(raw), path, "uncalibrated", "ece"); m.ledger.note(worded(now), path, "ece")
-        names = [f"{short.get(n, n)}, seed {m.ledger.read(f/'args.json')['parameters']['seed']}" if n in short else n for n, f in models[:most]]
+        names = [f"{short.get(n, n)}, seed {m.ledger.read(f/'args.json')['parameters']['seed']}" if n in short else n for n,
+                 f in models[:most]]
         ax.set_yticks(range(len(names)), [fill(n, 26) for n in names])
         ax.invert_yaxis(); ax.set_xlim(left=0); ax.margins(y=0.06)
         ax.set_xlabel(f"ECE on test rows, labels of {said(convention)}")
@@ -197,7 +204,8 @@ def reliability(m: Material, convention: str):
             table = reliability_table(*top_label(z, y, t))
             table = table[table["count"] >= 10]
             ax.plot(table["confidence"], table["accuracy"], ms=6, lw=1.5, label=name, **how)
-        ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence, mean of a bin (bins with ten rows or more)", ylabel=f"accuracy, labels of {said(convention)}")
+        ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence, mean of a bin (bins with ten rows or more)", ylabel=f"accuracy, labels of "
+               f"{said(convention)}")
         m.ledger.note("(logits)", r.folder/"evaluation.npz", "test_logits")
         return _legend(fig, ax, 3)
 
@@ -214,8 +222,10 @@ def by_source(m: Material, convention: str):
             members = [x.by_source[source]["macro_f1"] for x in e.members]
             ax.plot(members, np.full(len(members), y), "o", mfc="white", mec=ORANGE, ms=6, label="members" if not y else None)
             ax.plot(e.ensemble.by_source[source]["macro_f1"], y, "D", color=BLUE, ms=8, label="ensemble" if not y else None)
-            m.ledger.note(worded(e.ensemble.by_source[source]["macro_f1"]), folder/"ensemble_metrics.json", "ensemble", "by_source", source, "macro_f1")
-            for i, v in enumerate(members): m.ledger.note(worded(v), folder/"ensemble_metrics.json", "members", i, "by_source", source, "macro_f1")
+            m.ledger.note(worded(e.ensemble.by_source[source]["macro_f1"]), folder/"ensemble_metrics.json", "ensemble", "by_source",
+                          source, "macro_f1")
+            for i, v in enumerate(members): m.ledger.note(worded(v), folder/"ensemble_metrics.json", "members", i, "by_source", source,
+                                                          "macro_f1")
         ax.set_yticks(range(len(rows)), [fill(f"{e.name} on {s}, n = {e.ensemble.by_source[s]['n']:,.0f}", 26) for s, _, e in rows])
         ax.invert_yaxis(); ax.margins(y=0.2)
         ax.set_xlabel(f"macro-F1 on test rows, labels of {said(convention)}")
@@ -233,11 +243,13 @@ def through(m: Material, export):
             for i, (way, name) in enumerate(ways):
                 for y, r in enumerate(rows):
                     v = r[way][metric]
-                    ax.errorbar(v["value"], y + 0.2*(i - 1), xerr=[[v["value"] - v["low"]], [v["high"] - v["value"]]], fmt=MARKERS[i], ms=6, color=SERIES[i],
+                    ax.errorbar(v["value"], y + 0.2*(i - 1), xerr=[[v["value"] - v["low"]], [v["high"] - v["value"]]], fmt=MARKERS[i],
+                                ms=6, color=SERIES[i],
                                 mfc="white" if i == 1 else SERIES[i], lw=1.4, capsize=2, label=name if not y else None)
                     m.ledger.note(worded(v), path, "rows", y, way, metric)
             ax.set_title(title); ax.locator_params(axis="x", nbins=4)
-        axes[0].set_yticks(range(len(rows)), [fill(f"{r['detector']} {r['width'] or ''} ({r['missed']/r['n']:.0%} missed)", 15) for r in rows])
+        axes[0].set_yticks(range(len(rows)), [fill(f"{r['detector']} {r['width'] or ''} ({r['missed']/r['n']:.0%} missed)", 15)
+                                              for r in rows])
         axes[0].invert_yaxis(); axes[0].margins(y=0.12)
         return _legend(fig, axes[0], 3)
 
@@ -256,7 +268,8 @@ def latency(m: Material, export):
             m.ledger.note(worded(r.p50_ms, ".2f"), path, {"model": r.model, "threads": r.threads, "batch": 1}, "p50_ms")
         ax.set_yticks(range(len(t)), [f"{r.model}, {r.size} px" for r in t.itertuples()])
         ax.invert_yaxis(); ax.set_xlim(left=0); ax.margins(y=0.15)
-        ax.set_xlabel(f"milliseconds a face, {t['threads'].min()} thread{'s'*bool(t['threads'].min() > 1)}, {t['runs'].iloc[0]} interleaved runs")
+        ax.set_xlabel(f"milliseconds a face, {t['threads'].min()} thread{'s'*bool(t['threads'].min() > 1)}, {t['runs'].iloc[0]} "
+                      f"interleaved runs")
         return _legend(fig, ax)
 
 # %% ../nbs/09h_pack_figures.ipynb #09h-035
@@ -286,7 +299,8 @@ def curves(m: Material, convention: str, most: int = 6):
         for i, (key, r) in enumerate(reversed(runs.items())):
             h = pd.DataFrame(r.history.rows)
             look = _look(i)
-            ax.plot(h["epoch"] + 1, h["valid_macro_f1"], ls=LINES[i % len(LINES)], lw=1.5, ms=5, markevery=max(1, len(h)//8), label=fill(short[key], 30), **look)
+            ax.plot(h["epoch"] + 1, h["valid_macro_f1"], ls=LINES[i % len(LINES)], lw=1.5, ms=5, markevery=max(1, len(h)//8),
+                    label=fill(short[key], 30), **look)
             m.ledger.note("(drawn)", r.folder/"history.json", "rows")
         last = max(len(r.history.rows) for r in runs.values())
         ax.set(xlim=(0.5, last + 0.5), ylim=(0, 1), xlabel="epoch", ylabel=f"macro-F1, validation rows of {said(convention)}")
@@ -303,7 +317,8 @@ def confusions(m: Material, convention: str):
         fig, (ax,) = _axes(4.6)
         ax.imshow(share, cmap="Greys", vmin=0, vmax=115)
         for i in range(len(CLASSES)):
-            for j in range(len(CLASSES)): ax.text(j, i, f"{share[i, j]:.0f}", ha="center", va="center", color="white" if share[i, j] > 60 else "black", fontsize=9.5)
+            for j in range(len(CLASSES)): ax.text(j, i, f"{share[i, j]:.0f}", ha="center", va="center", color="white" if share[i, j] > 60
+                                                  else "black", fontsize=9.5)
         ax.set_xticks(range(len(CLASSES)), CLASSES, rotation=40, ha="right")
         ax.set_yticks(range(len(CLASSES)), [f"{c}, n = {n:,}" for c, n in zip(CLASSES, counts.sum(1))])
         ax.set(xlabel="predicted"); ax.grid(visible=False)

@@ -43,9 +43,12 @@ def text_of(run, out):
         return write_sources(Material(run), out).read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("gone", [f"{STUDENT}reliability_metrics.json", f"{STUDENT}calibration.json", f"{STUDENT}hash_manifest.json", f"{STUDENT}history.json",
-                                  "ensembles/four_ferplus/ensemble_metrics.json", "ensembles/four_ferplus/reliability_metrics.json", "manifests/dataset_index.json",
-                                  "manifests/leakage_report.json", "onnx/onnx_parity.json", "onnx/onnx_export_report.json", "onnx/latency_benchmarks.csv",
+@pytest.mark.parametrize("gone", [f"{STUDENT}reliability_metrics.json", f"{STUDENT}calibration.json", f"{STUDENT}hash_manifest.json",
+                                  f"{STUDENT}history.json",
+                                  "ensembles/four_ferplus/ensemble_metrics.json", "ensembles/four_ferplus/reliability_metrics.json",
+                                  "manifests/dataset_index.json",
+                                  "manifests/leakage_report.json", "onnx/onnx_parity.json", "onnx/onnx_export_report.json",
+                                  "onnx/latency_benchmarks.csv",
                                   "teachers/LITE0_ferplus/metrics_by_source.csv"])
 def test_a_missing_artifact_stops_the_report_and_is_named(run, tmp_path, gone, capsys):
     (run/gone).unlink()
@@ -59,7 +62,8 @@ def test_a_lost_key_stops_the_report_and_is_named(run, tmp_path):
     metrics = read_json(path)
     del metrics["uncalibrated"]["ece"]
     write_json(path, metrics)
-    with pytest.raises(FerError, match="reference '.*' is missing: .*reliability_metrics.json has no (uncalibrated.)?ece"): text_of(run, tmp_path)
+    with pytest.raises(FerError, match="reference '.*' is missing: .*reliability_metrics.json has no "
+                       "(uncalibrated.)?ece"): text_of(run, tmp_path)
 
 
 @pytest.mark.parametrize(("file", "key", "value", "shown"), [
@@ -99,21 +103,27 @@ def test_no_number_is_typed_in_the_sources():
     for name, text in sources().items(): assert typed_numbers(text) == [], name
 
 
-@pytest.mark.parametrize("text", ["Accuracy is 0.83.", "Accuracy is 83%.", "準確率為 0.83。", "準確率0.83", "it gains 3 points", "n = 3,402", "|a|0.7|", "+3.2 points", "**0.715**"])
+@pytest.mark.parametrize("text", ["Accuracy is 0.83.", "Accuracy is 83%.", "準確率為 0.83。", "準確率0.83", "it gains 3 points", "n = 3,402",
+                                  "|a|0.7|", "+3.2 points", "**0.715**"])
 def test_a_typed_number_is_refused(text, written):
     with pytest.raises(UsageError, match="page.qmd, line 2: '.*' is typed"): filled(f"Fine.\n{text}\n", None, {}, source="page.qmd")
 
 
-@pytest.mark.parametrize("text", ["FER2013 and F1", "(Hinton et al., 2015)", "$T^2$", "`--cores 2`", "1. first", "{{< number a.b .3f >}}", "MobileNetV3-Large", "# Head {#sec-1}"])
-def test_a_name_with_digits_is_no_number(text): assert typed_numbers(text) == []
+@pytest.mark.parametrize("text", ["FER2013 and F1", "(Hinton et al., 2015)", "$T^2$", "`--cores 2`", "1. first",
+                                  "{{< number a.b .3f >}}",
+                                  "MobileNetV3-Large", "# Head {#sec-1}"])
+def test_a_name_with_digits_is_no_number(text):
+    assert typed_numbers(text) == []
 
 
 def test_stages_that_never_ran_are_said_in_a_sentence(tmp_path):
     for part in ("manifests", "teachers/LITE0_ferplus"): shutil.copytree(GPU/part, tmp_path/"run"/part)
     text = text_of(tmp_path/"run", tmp_path/"out")
-    for said in ("No student has been trained", "No ensemble stands", "No model has been exported", "No session of the demo has been scored", "was judged behind a detector",
+    for said in ("No student has been trained", "No ensemble stands", "No model has been exported", "No session of the demo has been "
+                 "scored", "was judged behind a detector",
                  "No run of nested learning", "No model was adapted", "No study of label noise"): assert said in text, said
-    assert html_page(tmp_path/"out"/"pack"/"report.qmd", tmp_path/"p.html").is_file() and pdf_page(tmp_path/"out"/"pack"/"report.qmd", tmp_path/"p.pdf").is_file()
+    assert html_page(tmp_path/"out"/"pack"/"report.qmd", tmp_path/"p.html").is_file() and pdf_page(tmp_path/"out"/"pack"/"report.qmd",
+                                                                                                   tmp_path/"p.pdf").is_file()
 
 
 def test_both_engines_say_the_same(written, tmp_path):
@@ -146,11 +156,14 @@ def test_tables_in_the_body_fit_a_screen(written):
     parts = dict(zip(re.findall(r"^# (.+)$", body, re.MULTILINE), re.split(r"^# .+$", body, flags=re.MULTILINE)[1:]))
     assert "Interim report" in parts
     for name, part in parts.items():
-        for table in re.findall(r"(?:^\|.*\n)+", part, re.MULTILINE): assert len(table.splitlines()) - 2 <= (60 if name.startswith("Go or") else 14), (name, table[:80])
+        for table in re.findall(r"(?:^\|.*\n)+", part,
+                                re.MULTILINE): assert len(table.splitlines()) - 2 <= (60 if name.startswith("Go or")
+                                                                                      else 14), (name, table[:80])
 
 
 def test_interval_cells_do_not_break(written):
-    assert not re.search(r"\[[−+\d.]+, [−+\d.]+\]", "\n".join(x for x in written.read_text(encoding="utf-8").splitlines() if x.startswith("|")).split("# Every number")[0].split("what is shown")[0])
+    assert not re.search(r"\[[−+\d.]+, [−+\d.]+\]", "\n".join(x for x in written.read_text(encoding="utf-8").splitlines()
+                                                              if x.startswith("|")).split("# Every number")[0].split("what is shown")[0])
 
 
 def test_every_number_of_the_text_is_accounted_for(written):
@@ -177,14 +190,17 @@ def test_the_kept_report_is_that_of_the_kept_runs(written):
     "Made again by `make report`."
     kept = ROOT/"report"/"reference"
     new = written.parents[1]
-    for name in ("numbers.csv", "reproducibility_manifest.json"): assert (kept/name).read_text(encoding="utf-8") == (new/name).read_text(encoding="utf-8"), name
+    for name in ("numbers.csv",
+                 "reproducibility_manifest.json"):
+        assert (kept/name).read_text(encoding="utf-8") == (new/name).read_text(encoding="utf-8"), name
     assert (kept/"report.html").stat().st_size < 3_000_000 and (kept/"report.pdf").read_bytes()[:5] == b"%PDF-"
     page = re.sub(r"\s+", " ", unescape(re.sub(r"<[^>]+>", "", (kept/"report.html").read_text(encoding="utf-8"))))
-    told = re.findall(r"^\*\*(?:Figure|Table) \d+\.\*\* (.+)$|: \*\*Table \d+\.\*\* (.+)$", written.read_text(encoding="utf-8"), re.MULTILINE)
-    assert told and not [t for pair in told for t in pair if t and re.sub(r"[`*]", "", t)[:60] not in page]
+    told = re.findall(r"\*\*(?:Figure|Table) \d+\.\*\* ([^\]\n]+)", written.read_text(encoding="utf-8"))
+    assert len(told) > 30 and not [t for t in told if re.sub(r"[`*]", "", t)[:60] not in page]
 
 
-@pytest.mark.parametrize(("words", "said"), [(["report", "--runs", "nowhere"], "'nowhere' is no folder"), (["report", "x.ipynb"], "give a notebook and the HTML page"),
+@pytest.mark.parametrize(("words", "said"), [(["report", "--runs", "nowhere"], "'nowhere' is no folder"),
+                                             (["report", "x.ipynb"], "give a notebook and the HTML page"),
                                              (["report", "--engine", "quarto", "--runs", str(GPU)], "Quarto is not on the PATH")])
 def test_wrong_words_are_answered(words, said, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path); monkeypatch.setenv("PATH", "/nowhere")
@@ -195,7 +211,8 @@ def test_wrong_words_are_answered(words, said, capsys, monkeypatch, tmp_path):
 def test_quarto_is_used_where_it_is_there(run, tmp_path, monkeypatch):
     (tmp_path/"bin").mkdir()
     quarto = tmp_path/"bin"/"quarto"
-    quarto.write_text(f"#!{sys.executable}\nimport sys, pathlib\npathlib.Path(sys.argv[sys.argv.index('--output') + 1]).write_text(pathlib.Path(sys.argv[2]).read_text())\n")
+    quarto.write_text(f"#!{sys.executable}\nimport sys\nfrom pathlib import Path\n"
+                      "Path(sys.argv[sys.argv.index('--output') + 1]).write_text(Path(sys.argv[2]).read_text())\n")
     quarto.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path/"bin"))
     made = render_pack(run, "html", tmp_path/"out")
