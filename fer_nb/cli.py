@@ -365,8 +365,13 @@ def adapt_gate(a):
 
 
 def report(a):
-    from fer_nb.report import render
-    print(f"report: {_short(render(a.notebook, a.html))}")
+    if a.notebook:
+        if not a.html or a.runs: raise UsageError("give a notebook and the HTML page to write, or --runs with a run folder")
+        from fer_nb.report import render
+        print(f"report: {_short(render(a.notebook, a.html))}")
+        return
+    from fer_nb.pack import render_pack
+    for page in render_pack(a.runs or (), a.to, a.out, a.engine or ""): print(f"report: {_short(page)}")
 
 
 def keep(a):
@@ -619,6 +624,14 @@ def _phase_flags(c):
                 "help": "a part and its run folders, such as NL RUN RUN RUN; may be repeated"})
 
 
+def _report_flags(c):
+    flags(c, "pack.render_pack", "runs+ to out engine", to={"choices": ("html", "pdf", "all"), "metavar": None},
+          runs={"metavar": "DIR", "default": None}, engine={"choices": ("quarto", "pandoc"), "metavar": None, "default": None})
+    c.add_argument("notebook", nargs="?", metavar="NOTEBOOK",
+                   help="in place of --runs: an executed report notebook, of which one page is made")
+    c.add_argument("html", nargs="?", metavar="HTML", help="the page of that notebook")
+
+
 def _notebook_flags(c):
     flags(c, "runs.run_notebook", ".name .out", name={"metavar": "NOTEBOOK"}, out={"metavar": "OUT"})
     given(c)
@@ -671,7 +684,7 @@ COMMANDS = {  # name -> (what is called, whose docstring is its help, its flags)
     "adapt gate": (adapt_gate, "dual_gate.gate_files", _gate_flags),
     "gates": (gates, "gates.gates", lambda c: flags(c, "gates.gates", ".run_dir")),
     "notebook": (notebook, "runs.run_notebook", _notebook_flags),
-    "report": (report, "report.render", lambda c: flags(c, "report.render", ".notebook .html<page")),
+    "report": (report, "pack.render_pack", _report_flags),
     "keep": (keep, "report.keep_results", lambda c: flags(c, "report.keep_results", ".run_dir<runs_dir .out")),
 }
 
