@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fer_nb.artifacts import STAGES, FerError, GateError, UsageError
-from fer_nb.locks import end_with_run, hold, refuse_held
+from fer_nb.locks import RUN_PID, end_with_run, hold, refuse_held
 
 NEEDS = {"notebooks": ("pandas", "scipy", "matplotlib", "anywidget", "ipywidgets", "voila"),
          "train": ("torch", "timm", "fastai", "pandas", "pyarrow", "scipy", "sklearn", "matplotlib", "onnx", "onnxscript",
@@ -85,25 +85,41 @@ def gates(a):
 
 def run(a):
     if not a.dry_run: refuse_held(a.out or f"runs/{Path(a.profile).stem}")  # before anything heavy is loaded
+    from fer_nb.progress import span
     from fer_nb.runs import run_profile
     start = time.time()
     report = run_profile(a.profile, a.data, a.out, a.cores, a.dry_run, a.convention)
-    if not a.dry_run: print(f"done in {(time.time() - start)/60:.1f} min; report: {_short(report)}")
+    if a.dry_run: return
+    from fer_nb.status import outcome
+    print(f"\ndone in {span(time.time() - start)}\n{outcome(report.parent.parent, sys.argv[0])}")
 
 
 @contextmanager
 def _told_when_done(out):
-    "Say that a stage has begun, and how long it took."
+    "Say that a stage has begun, how long it took, and where it failed."
     start, out = time.time(), _short(out)
     print(f"  started  {out}", flush=True)
-    yield
+    try: yield
+    except Exception as e:
+        print(f"  failed   {out} in {time.time() - start:.0f} s", flush=True)
+        for line in (getattr(e, "told", "") or _line(e)[0]).splitlines(): print(f"    | {line}", flush=True)
+        raise
     print(f"  done     {out} in {time.time() - start:.0f} s", flush=True)
+
+
+def _epoch(out):
+    "Says an epoch of a stage."
+    return lambda line: print(f"  epoch    {_short(out)} {line}", flush=True)
 
 
 def notebook(a):
     from fer_nb.runs import run_notebook
     end_with_run()
-    with _told_when_done(a.out): run_notebook(a.name, a.out, _parameters(a))
+    try:
+        with _told_when_done(a.out): run_notebook(a.name, a.out, _parameters(a), say=_epoch(a.out))
+    except Exception as e:
+        if os.environ.get(RUN_PID) and hasattr(e, "told"): return 1  # a job of a run: it is told already
+        raise
 
 
 def _check_training(parameters: dict):
@@ -148,7 +164,8 @@ def _stage(name, out, parameters):
     check_parameters(notebook_path(name), parameters)
     _check_training(parameters)
     if Path(out).is_file(): raise UsageError(f"'{out}' is a file: give a folder")
-    with _told_when_done(out): run_notebook(name, Path(out)/f"{name}.ipynb", parameters | {"out": str(out)}, bar=sys.stderr.isatty())
+    executed = Path(out)/f"{name}.ipynb"
+    with _told_when_done(executed): run_notebook(name, executed, parameters | {"out": str(out)}, say=lambda line: print(f"    {line}", flush=True))
     print(f"\n{gates(out)}")
 
 
