@@ -1,6 +1,7 @@
 """The command `fer-nb`: a thin cover over the notebooks' functions. Imports wait until a command needs them."""
 import argparse
 import ast
+import difflib
 import importlib.util
 import io
 import json
@@ -35,6 +36,7 @@ EPILOG = """examples:
   fer-nb predict group.jpg                                         the faces of a picture and what they show
   fer-nb demo                                                      the same live, from a camera
   fer-nb adapt finetune --data faces --out runs/mine/adapted       a folder of your own faces, a folder a class
+  fer-nb status runs                                               which runs there are, how far, and how good
   fer-nb gates runs/embedded                                       the go/no-go checklist, with the file behind each line
 
 exit codes: 0 done, 1 a gate stays shut or a run failed, 2 a wrong argument, 3 some pictures of `predict` could not be read"""
@@ -54,7 +56,8 @@ def require_extra(extra, what, modules=None):
 
 def manifest_build(a):
     from fer_nb.manifests import build_manifest
-    print(build_manifest(a.source, a.out, name=a.name, seed=a.seed, val_fraction=a.val_fraction,
+    from fer_nb.runs import source_of
+    print(build_manifest([source_of(s) if Path(s).exists() else s for s in a.source], a.out, name=a.name, seed=a.seed, val_fraction=a.val_fraction,
                          test_fraction=a.test_fraction, conventions=_conventions(a.convention)))
 
 
@@ -76,6 +79,18 @@ def manifest_audit(a):
     print(audit_manifest(a.dir, **({} if a.max_hamming is None else {"max_hamming": a.max_hamming})))
 
 
+def cache(a):
+    from fer_nb.geometry import Geometry
+    from fer_nb.images import pack_cache
+    from fer_nb.manifests import load_manifest
+    print(pack_cache(load_manifest(a.manifest, valid=True), Geometry(size=a.img_size), a.out, sample=a.framing_sample))
+
+
+def status(a):
+    from fer_nb.status import status
+    print(status(a.run_dir, not a.fast))
+
+
 def gates(a):
     from fer_nb.gates import gates
     checklist = gates(a.run_dir)
@@ -83,7 +98,25 @@ def gates(a):
     return 0 if checklist.go else 1
 
 
+def _choose_device(device: str):
+    "Let every stage see this device alone: it then takes it by itself, and no setting of the run changes."
+    if device == "auto": return
+    require_device(device)
+    os.environ["CUDA_VISIBLE_DEVICES"] = "" if device == "cpu" else device.partition(":")[2] or os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+
+
+def require_device(device: str):
+    "Refuse a device that is not there."
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device): raise UsageError(f"--device '{device}': give auto, cpu, cuda or cuda:1")
+    if not device.startswith("cuda"): return
+    import torch
+    n = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if int(device.partition(":")[2] or 0) >= n:
+        raise UsageError(f"--device {device}: this machine has {f'{n} CUDA device' if n else 'no CUDA device'}{'s' if n > 1 else ''}; give auto or cpu")
+
+
 def run(a):
+    _choose_device(a.device)
     if not a.dry_run: refuse_held(a.out or f"runs/{Path(a.profile).stem}")  # before anything heavy is loaded
     from fer_nb.progress import span
     from fer_nb.runs import run_profile
@@ -127,6 +160,7 @@ def _check_training(parameters: dict):
     weights, arch = parameters.get("weights"), parameters.get("arch")
     if weights not in (None, "", "none", "auto") and not Path(weights).is_file():
         raise UsageError(f"weights '{weights}' is no file: give none, auto, or the path of a checkpoint")
+    if parameters.get("device"): require_device(parameters["device"])
     if arch:
         from fer_nb.runs import SHORT_NAMES
         if arch not in SHORT_NAMES:
@@ -141,7 +175,7 @@ def teacher_train(a):
     name = f"{a.arch}_seed{a.seed}_stage{'B' if a.init_from else 'A'}"
     out = a.out or f"runs/teachers/{name}_{Path(a.cache).name if a.cache else 'embedded'}"
     given = {"manifest_dir": a.manifest, "cache_dir": a.cache, "arch": a.arch, "seed": a.seed, "init_from": a.init_from,
-             "stage": "B" if a.init_from else "A", "weights": a.weights, "epochs": a.epochs, "convention": a.convention}
+             "stage": "B" if a.init_from else "A", "weights": a.weights, "device": a.device, "epochs": a.epochs, "convention": a.convention}
     if bool(a.manifest) != bool(a.cache): raise UsageError("give --manifest and --cache together, or neither for the embedded faces")
     _stage("03_teachers", out, {k: v for k, v in given.items() if v not in (None, "")} | _parameters(a))
 
@@ -175,7 +209,7 @@ def student_train(a):
         raise UsageError(f"stage {a.stage} {'takes no soft labels: leave out' if a.softlabels else 'needs soft labels: give'} --softlabels")
     out = a.out or f"runs/students/mobilenetv3_large_100_{Path(a.cache).name if a.cache else 'embedded'}_seed{a.seed}_{a.stage}"
     given = {"manifest_dir": a.manifest, "cache_dir": a.cache, "stage": a.stage, "softlabels": a.softlabels, "supervision": a.supervision,
-             "init_from": a.init_from, "seed": a.seed, "epochs": a.epochs, "convention": a.convention}
+             "init_from": a.init_from, "seed": a.seed, "epochs": a.epochs, "convention": a.convention, "device": a.device}
     _stage("05_students", out, {k: v for k, v in given.items() if v not in (None, "")} | _parameters(a))
 
 
@@ -460,21 +494,27 @@ def _about(where: str) -> str:
 class Parser(argparse.ArgumentParser):
     "Usage errors in one line that names the remedy; a command's flags are made when it is the one that was given."
     fill = None
+    last = None  # the command whose flags were read last: it knows what a misspelt one may have meant
 
     def error(self, message):
+        wrong = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)$", message) or re.match(r"unrecognized arguments: (--\S+)()", message)
+        if wrong:
+            known = re.findall(r"[^', ]+", wrong[2]) or [o for p in (Parser.last, self) if p for o in p._option_string_actions]
+            near = difflib.get_close_matches(wrong[1].partition("=")[0], known, 1, 0.6)
+            if near: message = f"{message.partition(' (choose')[0]}: did you mean {near[0]}?"
         print(f"fer-nb: {message} (see '{self.prog} --help')", file=sys.stderr)
         sys.exit(2)
 
     def parse_known_args(self, args=None, namespace=None):
-        if self.fill: self.fill(self)
+        if self.fill: self.fill(self); Parser.last = self
         self.fill = None
         return super().parse_known_args(args, namespace)
 
 
 METAVARS = {"out": "DIR", "manifest": "DIR", "cache": "DIR", "softlabels": "DIR", "model": "FILE", "init_from": "PATH", "truth": "CSV",
-            "convention": "NAME", "view": "VIEW", "source": "NAME", "data": "PATH", "arch": "NAME", "min_face": "PIXELS", "name": "NAME"}
+            "convention": "NAME", "view": "VIEW", "device": "DEVICE", "source": "NAME", "data": "PATH", "arch": "NAME", "min_face": "PIXELS", "name": "NAME"}
 RANGES = {"seed": (0, 2**32 - 1), "epochs": (1, 100_000), "val_fraction": (0, 0.9), "test_fraction": (0, 0.9),
-          "sample": (0, 10**9), "max_hamming": (0, 64),
+          "sample": (0, 10**9), "img_size": (16, 4096), "framing_sample": (0, 10**9), "max_hamming": (0, 64),
           "resamples": (1, 10**7), "ties": (0, 100), "cores": (1, 4096), "batches": (1, 4096), "threads": (1, 4096), "runs": (1, 10**6),
           "min_face": (1, 10_000), "seconds": (0, 10**6), "ema": (0, 0.99), "delta": (0, 1), "window": (1, 120), "min_count": (1, 120),
           "jitter_limit": (0, 10_000), "most": (0, 10**9), "rows": (7, 10**9), "batch_size": (1, 65_536), "accumulate": (1, 4096),
@@ -538,9 +578,12 @@ GROUPS = {"manifest": "build, validate and audit the table of all images", "teac
 
 
 def _teacher_flags(c):
-    flags(c, "03_teachers", "arch manifest<manifest_dir cache<cache_dir convention out init_from weights epochs? seed",
-          weights={"default": None}, init_from={"metavar": "RUN_DIR"})
+    flags(c, "03_teachers", "arch manifest<manifest_dir cache<cache_dir convention out init_from weights epochs? seed device",
+          weights={"default": None}, init_from={"metavar": "RUN_DIR"}, device=DEVICES)
     given(c)
+
+
+DEVICES = {"help": "auto, cpu, cuda or cuda:N; auto takes CUDA where there is one"}
 
 
 def _export_flags(c):
@@ -550,8 +593,8 @@ def _export_flags(c):
 
 
 def _student_flags(c):
-    flags(c, "05_students", "stage manifest<manifest_dir cache<cache_dir softlabels supervision init_from convention out epochs? seed",
-          stage={"choices": STAGES}, supervision={"choices": ("fused", "split")})
+    flags(c, "05_students", "stage manifest<manifest_dir cache<cache_dir softlabels supervision init_from convention out epochs? seed device",
+          stage={"choices": STAGES}, supervision={"choices": ("fused", "split")}, device=DEVICES)
     given(c)
 
 
@@ -631,6 +674,16 @@ def _phase_flags(c):
                 "help": "a part and its run folders, such as NL RUN RUN RUN; may be repeated"})
 
 
+def _run_flags(c):
+    flags(c, "runs.run_profile", "profile<name! data* convention<conventions* out cores dry_run")
+    c.add_argument("--device", default="auto", metavar="DEVICE", **DEVICES)
+
+
+def _status_flags(c):
+    flags(c, "status.status", ".run_dir<runs_dir")
+    c.add_argument("--fast", action="store_true", help="leave go or no-go out, for which every file is read again")
+
+
 def _notebook_flags(c):
     flags(c, "runs.run_notebook", ".name .out", name={"metavar": "NOTEBOOK"}, out={"metavar": "OUT"})
     given(c)
@@ -644,6 +697,10 @@ COMMANDS = {  # name -> (what is called, whose docstring is its help, its flags)
         c, "audit.validate_manifest", ".dir<folder sample")),
     "manifest audit": (manifest_audit, "audit.audit_manifest", lambda c: flags(
         c, "audit.audit_manifest", ".dir<folder max_hamming")),
+    "cache": (cache, "Pack the pictures of a manifest, prepared for training, and measure how detectors frame them.", lambda c: flags(
+        c, "02a_images", "manifest<manifest_dir! out! img_size framing_sample", framing_sample={
+            "default": 1000, "help": "training pictures that the detectors at hand look at"},
+        manifest={"help": "a frozen and validated manifest"}, out={"help": "the cache's folder"})),
     "framing": (framing, "images.measure_cache", _framing_flags),
     "teacher train": (teacher_train, "Train one teacher, or go on with it, then calibrate and export it.", _teacher_flags),
     "teacher export": (
@@ -660,8 +717,8 @@ COMMANDS = {  # name -> (what is called, whose docstring is its help, its flags)
     "student summarise": (student_summarise, "summary.summarise_students", lambda c: flags(
         c, "summary.summarise_students", ".dir<folder out resamples")),
     "recount": (recount, "ensembles.recount", lambda c: flags(c, "ensembles.recount", ".dir<folder manifest<manifest_dir!")),
-    "run": (run, "runs.run_profile", lambda c: flags(
-        c, "runs.run_profile", "profile<name! data* convention<conventions* out cores dry_run")),
+    "run": (run, "runs.run_profile", _run_flags),
+    "status": (status, "status.status", _status_flags),
     "export": (export, "exporting.export_checkpoint", lambda c: flags(
         c, "exporting.export_checkpoint", ".checkpoint manifest<manifest_dir cache<cache_dir precision<precisions*? out",
         checkpoint={"metavar": "RUN"}, precision={"choices": ("fp32", "fp16", "w8", "int8"), "metavar": None, "default": None})),
