@@ -57,7 +57,8 @@ def require_extra(extra, what, modules=None):
 def manifest_build(a):
     from fer_nb.manifests import build_manifest
     from fer_nb.runs import source_of
-    print(build_manifest([source_of(s) if Path(s).exists() else s for s in a.source], a.out, name=a.name, seed=a.seed, val_fraction=a.val_fraction,
+    sources = [source_of(s) if Path(s).exists() else s for s in a.source]
+    print(build_manifest(sources, a.out, name=a.name, seed=a.seed, val_fraction=a.val_fraction,
                          test_fraction=a.test_fraction, conventions=_conventions(a.convention)))
 
 
@@ -112,7 +113,7 @@ def require_device(device: str):
     import torch
     n = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if int(device.partition(":")[2] or 0) >= n:
-        raise UsageError(f"--device {device}: this machine has {f'{n} CUDA device' if n else 'no CUDA device'}{'s' if n > 1 else ''}; give auto or cpu")
+        raise UsageError(f"--device {device}: this machine has {n or 'no'} CUDA device{'s' if n > 1 else ''}; give auto or cpu")
 
 
 def run(a):
@@ -199,7 +200,8 @@ def _stage(name, out, parameters):
     _check_training(parameters)
     if Path(out).is_file(): raise UsageError(f"'{out}' is a file: give a folder")
     executed = Path(out)/f"{name}.ipynb"
-    with _told_when_done(executed): run_notebook(name, executed, parameters | {"out": str(out)}, say=lambda line: print(f"    {line}", flush=True))
+    def say(line): print(f"    {line}", flush=True)
+    with _told_when_done(executed): run_notebook(name, executed, parameters | {"out": str(out)}, say=say)
     print(f"\n{gates(out)}")
 
 
@@ -497,7 +499,8 @@ class Parser(argparse.ArgumentParser):
     last = None  # the command whose flags were read last: it knows what a misspelt one may have meant
 
     def error(self, message):
-        wrong = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)$", message) or re.match(r"unrecognized arguments: (--\S+)()", message)
+        wrong = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)$", message)
+        wrong = wrong or re.match(r"unrecognized arguments: (--\S+)()", message)
         if wrong:
             known = re.findall(r"[^', ]+", wrong[2]) or [o for p in (Parser.last, self) if p for o in p._option_string_actions]
             near = difflib.get_close_matches(wrong[1].partition("=")[0], known, 1, 0.6)
@@ -512,7 +515,8 @@ class Parser(argparse.ArgumentParser):
 
 
 METAVARS = {"out": "DIR", "manifest": "DIR", "cache": "DIR", "softlabels": "DIR", "model": "FILE", "init_from": "PATH", "truth": "CSV",
-            "convention": "NAME", "view": "VIEW", "device": "DEVICE", "source": "NAME", "data": "PATH", "arch": "NAME", "min_face": "PIXELS", "name": "NAME"}
+            "convention": "NAME", "view": "VIEW", "device": "DEVICE", "source": "NAME", "data": "PATH", "arch": "NAME",
+            "min_face": "PIXELS", "name": "NAME"}
 RANGES = {"seed": (0, 2**32 - 1), "epochs": (1, 100_000), "val_fraction": (0, 0.9), "test_fraction": (0, 0.9),
           "sample": (0, 10**9), "img_size": (16, 4096), "framing_sample": (0, 10**9), "max_hamming": (0, 64),
           "resamples": (1, 10**7), "ties": (0, 100), "cores": (1, 4096), "batches": (1, 4096), "threads": (1, 4096), "runs": (1, 10**6),
@@ -593,7 +597,8 @@ def _export_flags(c):
 
 
 def _student_flags(c):
-    flags(c, "05_students", "stage manifest<manifest_dir cache<cache_dir softlabels supervision init_from convention out epochs? seed device",
+    flags(c, "05_students",
+          "stage manifest<manifest_dir cache<cache_dir softlabels supervision init_from convention out epochs? seed device",
           stage={"choices": STAGES}, supervision={"choices": ("fused", "split")}, device=DEVICES)
     given(c)
 

@@ -63,7 +63,8 @@ class Stage(NamedTuple):
     @property
     def name(self) -> str:
         "The folder that it fills."
-        return str(self.parameters.get("out") or (f"{s}, scores" if (s := self.parameters.get("session")) else Path(self.log).parent.as_posix()))
+        if session := self.parameters.get("session"): return f"{session}, scores"
+        return str(self.parameters.get("out") or Path(self.log).parent.as_posix())
 
     @property
     def epochs(self) -> int:
@@ -98,8 +99,9 @@ def read_plan(
     return out
 
 # %% ../nbs/09a_progress.ipynb #09a-progress-017
-REASONS = (("Missing output files", "not made yet"), ("Updated input files", "{input} is newer"), ("Params have changed", "its settings changed"),
-           ("Set of input files", "its inputs changed"), ("Code has changed", "its rule changed"), ("Incomplete", "was interrupted"),
+REASONS = (("Missing output files", "not made yet"), ("Updated input files", "{input} is newer"),
+           ("Params have changed", "its settings changed"), ("Set of input files", "its inputs changed"),
+           ("Code has changed", "its rule changed"), ("Incomplete", "was interrupted"),
            ("Forced execution", "its files were changed"), ("Input files updated", "what it builds on is made first"))
 
 

@@ -180,8 +180,10 @@ def run_notebook(
         logging.getLogger("papermill").setLevel(logging.ERROR)  # its own parser of parameters warns of lists; ours has checked them
         Path(out).parent.mkdir(parents=True, exist_ok=True)
         try:
-            with _told_epochs(path, parameters, say): papermill.execute_notebook(str(path), str(out), parameters=parameters, progress_bar=bar, kernel_name="python3",
-                                       autosave_cell_every=5, extra_arguments=["--IPKernelApp.log_level=50"], config=_transport(sockets))
+            with _told_epochs(path, parameters, say):
+                papermill.execute_notebook(
+                    str(path), str(out), parameters=parameters, progress_bar=bar, kernel_name="python3", autosave_cell_every=5,
+                    extra_arguments=["--IPKernelApp.log_level=50"], config=_transport(sockets))
         except papermill.PapermillExecutionError as e:
             kind = e.ename if e.ename in ("UsageError", "GateError", "ArtifactError") else f"unexpected {e.ename}"
             failed = NotebookFailed(f"{path.stem} stopped: {e.evalue} ({kind}; the executed notebook is {out})")
@@ -329,7 +331,8 @@ def source_of(
         if any(re.search(mark, n) for n in names): return f"{kind}={data}"
     with contextlib.suppress(UsageError):
         if any_folder(Tree(data)): return f"folder={data}"
-    raise UsageError(f"'{data}' is none of the datasets that can be recognised ({', '.join(MARKS)}, a folder a class): give it as KIND=PATH")
+    known = ", ".join([*MARKS, "a folder a class"])
+    raise UsageError(f"'{data}' is none of the datasets that can be recognised ({known}): give it as KIND=PATH")
 
 # %% ../nbs/09a_runs.ipynb #09a-runs-028
 def _broken_seals(
@@ -384,10 +387,11 @@ def _require_test_rows(
 ):
     "Refuse folders of one's own where nothing would judge what they teach."
     parsed = [parse_source(s) for s in sources]
-    if not parsed or any(kind != "folder" for kind, *_ in parsed) or (profile["notebooks"].get("00_manifests") or {}).get("test_fraction"): return
+    held_out = (profile["notebooks"].get("00_manifests") or {}).get("test_fraction")
+    if not parsed or held_out or any(kind != "folder" for kind, *_ in parsed): return
     if any(row.split == "test" for *_, path in parsed for row in any_folder(Tree(path))): return
-    raise UsageError(f"'{parsed[0][2]}' has no test part, so nothing could judge a model: add a folder test/ beside train/, take the profile "
-                     "'own', which sets a part aside, or give test_fraction to 00_manifests in the profile")
+    raise UsageError(f"'{parsed[0][2]}' has no test part, so nothing could judge a model: add a folder test/ beside train/, take the "
+                     "profile 'own', which sets a part aside, or give test_fraction to 00_manifests in the profile")
 
 # %% ../nbs/09a_runs.ipynb #09a-runs-030
 def chain_config(
@@ -467,8 +471,8 @@ def _beside(folder: Path, there: Path, empty: bool) -> Path:
     "A folder that looks like a run's to a dry run, which leaves caches of its own in it."
     (there/".snakemake").mkdir(parents=True)
     records = [Path(".snakemake")/name for name in ("metadata", "incomplete")]
-    names = [] if empty or not folder.is_dir() else [p.relative_to(folder) for p in folder.iterdir() if not p.name.startswith(".")] + records
-    for name in names:
+    made = [] if empty or not folder.is_dir() else [Path(p.name) for p in folder.iterdir() if not p.name.startswith(".")]
+    for name in [*made, *(records if made else ())]:
         if (folder/name).exists(): (there/name).symlink_to((folder/name).resolve())
     return there
 
@@ -486,8 +490,9 @@ def plan_chain(
         write_text(profile, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
         there = _beside(folder, Path(aside)/"run", everything)
         forced = [str((Path(f)/HashManifest.filename).relative_to(folder)) for f in again]
-        done = subprocess.run([*_command(profile, there, cores), "--dry-run", "--nolock", "--printshellcmds", "--rerun-incomplete", "--quiet", "host",
-                               *(["--forcerun", *forced] if forced else [])], capture_output=True, text=True, errors="replace")
+        asked = ["--dry-run", "--nolock", "--printshellcmds", "--rerun-incomplete", "--quiet", "host"]
+        asked += ["--forcerun", *forced] if forced else []
+        done = subprocess.run([*_command(profile, there, cores), *asked], capture_output=True, text=True, errors="replace")
     if done.returncode: raise GateError(f"the chain can't be planned: {' '.join((done.stdout + done.stderr).split())[-300:]}")
     return read_plan(done.stdout)
 

@@ -55,7 +55,8 @@ def run_state(
     finished = any(find_artifact(folder, name) for name in (SEAL.file, "score_results.json"))  # a session has no seal
     writing = is_held(folder)
     state = "running" if writing else "finished" if finished else "interrupted"
-    return RunState(folder.relative_to(root).as_posix() if folder != Path(root) else folder.name, state, _epochs(folder), _score(folder, finished and not writing))
+    name = folder.relative_to(root).as_posix() if folder != Path(root) else folder.name
+    return RunState(name, state, _epochs(folder), _score(folder, finished and not writing))
 
 # %% ../nbs/09a_status.ipynb #09a-status-011
 BEGUN = ("args.json", "ensemble_config.json", "onnx_export_report.json", "session.json", "dataset_index.json")
@@ -82,7 +83,8 @@ class Status(Lines):
         table = [(r.run, r.state, r.epochs or "–", r.score or "–", verdict[r.go]) for r in self.runs]
         counts = {s: sum(r.state == s for r in self.runs) for s in ("finished", "running", "interrupted")}
         said = ", ".join(f"{n} {s}" for s, n in counts.items() if n)
-        return [(["run", "state", "epochs", "macro-F1", "verdict"], table), f"{self.root}: {said}{f'; {self.reason}' if self.reason else ''}"]
+        head = ["run", "state", "epochs", "macro-F1", "verdict"]
+        return [(head, table), f"{self.root}: {said}{f'; {self.reason}' if self.reason else ''}"]
 
 # %% ../nbs/09a_status.ipynb #09a-status-013
 def _verdicts(checklist: Checklist) -> tuple[dict[str, bool], str]:
@@ -134,8 +136,8 @@ class Outcome(Lines):
             f, a = m.macro_f1, m.accuracy
             out.append(f"best student  {run.name}: macro-F1 {f.value:.3f} [{f.low:.3f}, {f.high:.3f}], accuracy {a.value:.3f}, "
                        f"n = {m.n:,} test rows")
-        bad = [x for x in self.checklist.lines if not x.go]
-        out.append(f"verdict       {'GO' if not bad else 'NO-GO'}: {len(self.checklist.lines) - len(bad)} of {len(self.checklist.lines)} lines hold"
+        bad, n = [x for x in self.checklist.lines if not x.go], len(self.checklist.lines)
+        out.append(f"verdict       {'GO' if not bad else 'NO-GO'}: {n - len(bad)} of {n} lines hold"
                    + (f"; first: {bad[0].run}: {bad[0].question}" if bad else ""))
         out += [f"{'report' if i == 0 else '':<14}{here(p)}" for i, p in enumerate(reports)]
         model = self.folder/"onnx"/"model_fp32.onnx"

@@ -56,7 +56,8 @@ def chain(tmp_path_factory):
     done = fer_nb(*command)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     assert "epoch 1 of 2: loss" in done.stdout and re.search(r"\n\[(\d+)/\1\] report  done in", done.stdout)
-    assert "verdict       GO: " in done.stdout and f"report        {os.path.relpath(folder/'run'/'report'/'report.html', ROOT)}" in done.stdout
+    page = os.path.relpath(folder/"run"/"report"/"report.html", ROOT)
+    assert "verdict       GO: " in done.stdout and f"report        {page}" in done.stdout
     return folder / "run", command
 
 
