@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 
 from fer_nb.artifacts import STAGES, FerError, GateError, UsageError
-from fer_nb.flags import Parser, about_function, flags, given, told  # noqa: F401 (told is for tests)
+from fer_nb.flags import Parser, about_function, flags, given, number_within, told  # noqa: F401 (told is for tests)
 from fer_nb.locks import RUN_PID, end_with_run, hold, refuse_held
 
 NEEDS = {"notebooks": ("pandas", "scipy", "matplotlib", "anywidget", "ipywidgets", "voila"),
@@ -293,8 +293,8 @@ def bench(a):
 
 def predict(a):
     if bool(a.images) == bool(a.video): raise UsageError("give pictures, or one film with --video")
-    for given, beside in (("draw", "--video"), ("whole", "--video"), ("annotate", "pictures")):
-        if getattr(a, given) and bool(a.video) == (beside == "--video"): raise UsageError(f"--{given} does not go with {beside}")
+    for flag, beside in (("draw", "--video"), ("whole", "--video"), ("annotate", "pictures")):
+        if getattr(a, flag) and bool(a.video) == (beside == "--video"): raise UsageError(f"--{flag} does not go with {beside}")
     found = _predict_film(a) if a.video else _predict_pictures(a)
     text = found.to_json() if a.json else found.to_csv().rstrip("\n") if a.csv else str(found)
     if a.out:
@@ -480,9 +480,9 @@ def _framing_flags(c):
 
 def _bench_flags(c):
     flags(c, "latency.bench", ".models+ manifest<manifest_dir view out", models={"metavar": "MODEL", "type": str})
-    flags(c, "latency.measure_latency", "batches+? threads+? providers+? runs?", batches={"type": _number(int, "batches"), "metavar": "N"},
-          threads={"type": _number(int, "threads"), "metavar": "N"}, providers={"metavar": "NAME"})
-    flags(c, "race.race", "against convention sample", against={"metavar": "YAML"}, sample={"type": _number(int, "sample"), "metavar": "N"})
+    flags(c, "latency.measure_latency", "batches+? threads+? providers+? runs?", batches={"type": number_within(int, "batches"), "metavar": "N"},
+          threads={"type": number_within(int, "threads"), "metavar": "N"}, providers={"metavar": "NAME"})
+    flags(c, "race.race", "against convention sample", against={"metavar": "YAML"}, sample={"type": number_within(int, "sample"), "metavar": "N"})
 
 
 def _predict_flags(c):
