@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 
 from fer_nb.artifacts import STAGES, FerError, GateError, UsageError
-from fer_nb.flags import Parser, about_function, flags, given, number_within, told  # noqa: F401 (told is for tests)
+from fer_nb.flags import Parser, about_function, flags, given, ranged, told  # noqa: F401 (told is for tests)
 from fer_nb.locks import RUN_PID, end_with_run, hold, refuse_held
 
 NEEDS = {"notebooks": ("pandas", "scipy", "matplotlib", "anywidget", "ipywidgets", "voila"),
@@ -480,9 +480,9 @@ def _framing_flags(c):
 
 def _bench_flags(c):
     flags(c, "latency.bench", ".models+ manifest<manifest_dir view out", models={"metavar": "MODEL", "type": str})
-    flags(c, "latency.measure_latency", "batches+? threads+? providers+? runs?", batches={"type": number_within(int, "batches"), "metavar": "N"},
-          threads={"type": number_within(int, "threads"), "metavar": "N"}, providers={"metavar": "NAME"})
-    flags(c, "race.race", "against convention sample", against={"metavar": "YAML"}, sample={"type": number_within(int, "sample"), "metavar": "N"})
+    flags(c, "latency.measure_latency", "batches+? threads+? providers+? runs?", batches={"type": ranged(int, "batches"), "metavar": "N"},
+          threads={"type": ranged(int, "threads"), "metavar": "N"}, providers={"metavar": "NAME"})
+    flags(c, "race.race", "against convention sample", against={"metavar": "YAML"}, sample={"type": ranged(int, "sample"), "metavar": "N"})
 
 
 def _predict_flags(c):

@@ -10,7 +10,7 @@ import tokenize
 from pathlib import Path
 from typing import Any, NamedTuple
 
-__all__ = ["Parser", "Told", "about_function", "flags", "given", "number_within", "told"]
+__all__ = ["Parser", "Told", "about_function", "flags", "given", "ranged", "told"]
 
 
 class Told(NamedTuple):
@@ -100,7 +100,7 @@ MANY: dict[str, dict[str, Any]] = {"*": {"action": "append"}, "+": {"nargs": "+"
 TYPES = {"int": int, "float": float}
 
 
-def number_within(kind: type, name: str):
+def ranged(kind: type, name: str):
     "A reader of numbers within their range."
     low, high = RANGES[name]
 
@@ -132,7 +132,7 @@ def flags(
         else:
             number = TYPES.get(t.kind.split(" | ")[0])
             usual = "N" if number is int else "X" if number else name.upper()
-            how |= {"type": number_within(number, name) if number else str, "metavar": METAVARS.get(name, usual)}
+            how |= {"type": ranged(number, name) if number else str, "metavar": METAVARS.get(name, usual)}
         for m in marks: how |= MANY[m]
         if "*" in marks: how["default"] = []
         how |= special.get(name, {})
