@@ -67,6 +67,10 @@ def _conventions(given):
 
 
 def manifest_validate(a):
+    if a.shard or a.merge:
+        if a.sample is not None or a.shard and a.merge: raise UsageError("--shard and --merge go with neither --sample nor one another")
+        from fer_nb.shards import merge_validation, validate_shard
+        return print(merge_validation(a.dir) if a.merge else f"part: {_short(validate_shard(a.dir, a.shard))}")
     from fer_nb.audit import validate_manifest
     print(validate_manifest(a.dir, sample=a.sample))
 
@@ -178,6 +182,11 @@ def teacher_train(a):
 
 
 def teacher_export(a):
+    if a.shard and a.merge: raise UsageError("--shard and --merge don't go with one another")
+    if a.shard or a.merge:
+        from fer_nb.shards import export_shard, merge_softlabels
+        where = a.run_dir, *([] if a.merge else [a.shard]), a.manifest, a.cache
+        return print(merge_softlabels(*where) if a.merge else f"part: {_short(export_shard(*where))}")
     from fer_nb.records import RunArgs
     from fer_nb.runs import notebook_parameters, notebook_path
     known = notebook_parameters(notebook_path("03_teachers"))
@@ -456,6 +465,7 @@ def _export_flags(c):
     elsewhere = {"help": "if it stands elsewhere than at training"}
     flags(c, "03_teachers", ".run_dir<out manifest<manifest_dir cache<cache_dir", run_dir={"help": "a teacher's run"},
           manifest=elsewhere, cache=elsewhere)
+    _shard_flags(c)
 
 
 def _student_flags(c):
@@ -541,6 +551,16 @@ def _phase_flags(c):
                 "help": "a part and its run folders, such as NL RUN RUN RUN; may be repeated"})
 
 
+def _shard_flags(c):
+    c.add_argument("--shard", default="", metavar="K/N", help="only the K-th of N consecutive parts, for as many machines")
+    c.add_argument("--merge", action="store_true", help="put the parts together, to what one machine would have written")
+
+
+def _validate_flags(c):
+    flags(c, "audit.validate_manifest", ".dir<folder sample")
+    _shard_flags(c)
+
+
 def _run_flags(c):
     flags(c, "runs.run_profile", "profile<name! data* convention<conventions* out cores dry_run")
     c.add_argument("--device", default="auto", metavar="DEVICE", **DEVICES)
@@ -560,8 +580,7 @@ COMMANDS = {  # name -> (what is called, whose docstring is its help, its flags)
     "manifest build": (manifest_build, "manifests.build_manifest", lambda c: flags(
         c, "manifests.build_manifest", "source<sources*! convention<conventions* out! name seed val_fraction test_fraction",
         source={"metavar": "KIND=PATH"}, convention={"metavar": "SOURCE=NAME"})),
-    "manifest validate": (manifest_validate, "audit.validate_manifest", lambda c: flags(
-        c, "audit.validate_manifest", ".dir<folder sample")),
+    "manifest validate": (manifest_validate, "audit.validate_manifest", _validate_flags),
     "manifest audit": (manifest_audit, "audit.audit_manifest", lambda c: flags(
         c, "audit.audit_manifest", ".dir<folder max_hamming")),
     "cache": (cache, "Pack the pictures of a manifest, prepared for training, and measure how detectors frame them.", lambda c: flags(

@@ -414,7 +414,7 @@ def chain_config(
 CHATTER = re.compile(
     r"^(Assuming unrestricted|Building DAG|Using shell|Select jobs|Execute \d+ jobs|Elapsed time|Nothing to be done"
     r"|RuleException|CalledProcessError|Command 'set|WorkflowError|At least one job|Exiting because|Removing output files|Complete log"
-    r"|Provided cores|Rules claiming|Retrieving input|Trying to restart|\[\w{3} \w{3} +\d+ [\d:]+ \d{4}\]|\s*$)")
+    r"|Provided cores|report: |Rules claiming|Retrieving input|Trying to restart|\[\w{3} \w{3} +\d+ [\d:]+ \d{4}\]|\s*$)")
 FAILED_JOB = re.compile(r"^(Error in rule|Error in group|Logfile |    \w[\w ()-]*:|        |\(command exited)")
 
 # %% ../nbs/09a_runs.ipynb #09a-runs-k01
