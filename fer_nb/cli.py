@@ -400,6 +400,11 @@ def adapt_mine(a):
     print(mine_sessions(a.sessions, a.out, a.most))
 
 
+def adapt_films(a):
+    from fer_nb.film_collections import collect_films
+    print(collect_films(a.data, a.out, a.votes, a.most, a.agreement, a.model, a.detector, a.min_face, a.seed, sys.stderr.isatty()))
+
+
 def adapt_finetune(a):
     from fer_nb.finetune import FinetuneConfig
     from fer_nb.own_faces import adapt_to_faces
@@ -619,6 +624,9 @@ COMMANDS = {  # name -> (what is called, whose docstring is its help, its flags)
     "adapt mine": (adapt_mine, "hard_samples.mine_sessions", lambda c: flags(
         c, "hard_samples.mine_sessions", ".sessions+ out most", sessions={
             "metavar": "SESSION", "help": "folders of labelled sessions"})),
+    "adapt films": (adapt_films, "film_collections.collect_films", lambda c: flags(
+        c, "film_collections.collect_films", "data<root! out! votes most agreement<least_agreement model detector min_face seed",
+        votes={"choices": ["face", "voice", "clip"]})),
     "adapt finetune": (adapt_finetune, "own_faces.adapt_to_faces", _finetune_flags),
     "adapt gate": (adapt_gate, "dual_gate.gate_files", _gate_flags),
     "gates": (gates, "gates.gates", lambda c: flags(c, "gates.gates", ".run_dir")),
@@ -706,8 +714,8 @@ def _there(folder):
 
 
 WRITES = {  # the folder that a command writes, where it is known before it starts; a stage's notebook holds its own
-    **dict.fromkeys((manifest_build, ensemble_search, student_evaluate, bench, nl_smoke, nl_gate, adapt_mine, adapt_finetune, adapt_gate,
-                     keep), lambda a: a.out),
+    **dict.fromkeys((manifest_build, ensemble_search, student_evaluate, bench, nl_smoke, nl_gate, adapt_mine, adapt_films, adapt_finetune,
+                     adapt_gate, keep), lambda a: a.out),
     **dict.fromkeys((manifest_validate, manifest_audit, ensemble_export, ensemble_evaluate, recount), lambda a: _there(a.dir)),
     **dict.fromkeys((score, tune), lambda a: _there(a.session)),
     student_summarise: lambda a: a.out or _there(a.dir), export: _onnx_folder}

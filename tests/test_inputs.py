@@ -1,4 +1,5 @@
 """Datasets, pictures and films as they come: the cases that public reports led to, and others of each kind that are drawn here."""
+import contextlib
 import http.server
 import os
 import threading
@@ -351,8 +352,7 @@ def test_a_film_from_the_network_is_read(tmp_path, what):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         source, frames = open_source(f"http://127.0.0.1:{server.server_port}/{what}"), []
-        try: frames.extend(iter(source.read, None))
-        except SourceLost: pass
+        with contextlib.suppress(SourceLost): frames.extend(iter(source.read, None))
         assert len(frames) >= (12 if what == "film.avi" else 8)  # the last picture of a stream ends when the next one begins
         assert [f.index for f in frames] == list(range(len(frames))) and (np.diff([f.time_sec for f in frames]) > 0).all()
         if what == "live": assert np.abs([f.image.mean() - 20*k for k, f in enumerate(frames)]).max() < 4
