@@ -1,14 +1,18 @@
 # make run    the whole chain on the embedded faces, and where its report lies
+# make quick  the same in a hurry: one seed, two small teachers, under three minutes on two quiet cores
 # make test   every notebook as a test, the export check, ruff, mypy, pytest
 # make help   the rest
 
 PYTHON ?= python3
 BIN    := .venv/bin
 
-.PHONY: run test install notebooks sync lint pytest bench results report constraints lab clean help
+.PHONY: run quick test install notebooks sync lint pytest bench results report constraints lab clean help
 
 run: install
 	$(BIN)/fer-nb run --profile embedded
+
+quick: install
+	$(BIN)/fer-nb run --profile quick
 
 test: install sync lint notebooks pytest
 
