@@ -439,8 +439,9 @@ def load_checkpoint(
     for k in keys:
         if not isinstance(ckpt, dict) or k not in ckpt: raise ArtifactError(path, "is not there: a foreign checkpoint", key=k)
     if "meta" in ckpt: check_meta(path, ckpt["meta"])
-    odd = [k for k, v in ckpt["model"].items() if not isinstance(v, torch.Tensor)] if isinstance(ckpt.get("model", {}), dict) else ["model"]
-    if "model" in ckpt and odd: raise ArtifactError(path, "is no tensor: a foreign checkpoint", key=str(odd[0])[:80])
+    tensors = ckpt.get("model", {})
+    odd = [k for k, v in tensors.items() if not isinstance(v, torch.Tensor)] if isinstance(tensors, dict) else ["model"]
+    if odd: raise ArtifactError(path, "is no tensor: a foreign checkpoint", key=str(odd[0])[:80])
     return ckpt
 
 # %% ../nbs/02b_callbacks.ipynb #02b-callbacks-048

@@ -246,8 +246,8 @@ class ImageCache:
     def look_as(self, geometry: Geometry):
         "Give faces as a network of this geometry wants them: grey, or in the colours that the pictures have."
         if self.turned_grey and not geometry.grey:
-            raise ArtifactError(self.folder/CacheIndex.filename, f"was packed for a network of grey pictures: {_AGAIN}", key="geometry.grey",
-                                expected="colours where the pictures have them")
+            raise ArtifactError(self.folder/CacheIndex.filename, f"was packed for a network of grey pictures: {_AGAIN}",
+                                key="geometry.grey", expected="colours where the pictures have them")
         self.geometry = geometry.model_copy(update={"grey": self.geometry.grey or geometry.grey})
 
     def __len__(self): return self.index.n

@@ -219,7 +219,9 @@ def _told_colours(
     geometry: Geometry,  # of the model
 ) -> str:
     "What a model makes of colours, in one sentence; nothing where it learned them."
-    return " It learned from grey pictures alone: what is coloured\nbecomes grey first (`grey` in its geometry), as whoever prepares faces elsewhere must do too."*geometry.grey
+    if not geometry.grey: return ""
+    return (" It learned from grey pictures alone: what is coloured\nbecomes grey first (`grey` in its geometry), "
+            "as whoever prepares faces elsewhere must do too.")
 
 # %% ../nbs/09_onnx_shipping.ipynb #09-shipping-020
 def model_card(
@@ -239,7 +241,8 @@ def model_card(
                          in zip(CLASSES, counts, *prf(counts), class_f1_intervals(logits, labels, groups))],
                         ("class", "n", "precision", "recall", "F1"), "pipe", disable_numparse=True)
     return _card_template().format(
-        name=p.name, size=p.geometry.size, colours=_told_colours(p.geometry), file=_shipped_name(run).name, opening=_told_opening(_shipped_name(run)),
+        name=p.name, size=p.geometry.size, colours=_told_colours(p.geometry), file=_shipped_name(run).name,
+        opening=_told_opening(_shipped_name(run)),
         classes=", ".join(CLASSES), precision=precision, megabytes=(out/v.file).stat().st_size/1e6,
         dataset=m.dataset_index_id, checkpoint=p.checkpoint_sha256[:16], temperature=p.temperature, n=int(counts.sum()), sources=sources,
         convention=learned, others=_told_others(others, learned),

@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from .artifacts import CLASSES, GateError, UsageError, atomic_path, write_bytes, write_text
+from .artifacts import GateError, UsageError, atomic_path, write_bytes, write_text
 from .archives import as_bgr, as_text
 from .capture import Source, SourceLost, open_source
 from .pictures import PictureFace
@@ -196,7 +196,8 @@ def draw_answers(
     "A picture with its boxes and labels."
     height = max(VIEW_HEIGHT, image.shape[0])
     k = height/image.shape[0]
-    view = cv2.resize(as_bgr(image), (max(1, round(k*image.shape[1])), height), interpolation=cv2.INTER_LINEAR) if k > 1 else as_bgr(image).copy()
+    view = as_bgr(image).copy()
+    if k > 1: view = cv2.resize(view, (max(1, round(k*view.shape[1])), height), interpolation=cv2.INTER_LINEAR)
     for face in faces:
         title = f"{face.label} {face.probs.max():.2f}"
         draw_box(view, [v*k for v in face.detection.box.xywh], title, label_colour(face.label), True, height/VIEW_HEIGHT)

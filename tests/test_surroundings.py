@@ -52,7 +52,8 @@ def test_without_a_home(picture, tmp_path, home, detector):
     assert done.returncode == 0 and b"Traceback" not in done.stderr and b"fault" not in done.stderr, done.stderr.decode()
 
 
-@pytest.mark.parametrize("encoding, shown", [("cp1252", "\\u8868\\u60c5 ü.png"), ("ascii", "\\u8868\\u60c5 \\xfc.png"), ("utf-8", "表情 ü.png")])
+@pytest.mark.parametrize("encoding, shown", [
+    ("cp1252", "\\u8868\\u60c5 ü.png"), ("ascii", "\\u8868\\u60c5 \\xfc.png"), ("utf-8", "表情 ü.png")])
 def test_any_terminal_gets_every_line(picture, encoding, shown):
     done = run("predict", "--detector", "haar", picture.name, picture, PYTHONIOENCODING=encoding, PYTHONUTF8="0")
     assert shown in done.stdout.decode(encoding) and b"fault" not in done.stderr
@@ -70,7 +71,8 @@ def manifest(tmp_path_factory):
 def test_a_full_disk_is_told_before_anything_is_written(manifest, tmp_path, monkeypatch):
     def full(fd, start, size): raise OSError(errno.ENOSPC, "No space left on device")
     monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
-    with pytest.raises(GateError, match="no room for 0 MB of prepared faces") as e: pack_cache(manifest[1], Geometry(size=48), tmp_path/"c", sample=0)
+    with pytest.raises(GateError, match="no room for 0 MB of prepared faces") as e:
+        pack_cache(manifest[1], Geometry(size=48), tmp_path/"c", sample=0)
     assert str(tmp_path) in str(e.value) and not list(tmp_path.iterdir())
 
 
@@ -79,7 +81,8 @@ def _in_small_disk(folder, script, size="1m"):
     if not shutil.which("unshare"): pytest.skip("no unshare")
     mount = f'mount -t tmpfs -o size={size} none "{folder}" && exec "{sys.executable}" -c "$0"'
     done = subprocess.run(["unshare", "-m", "sh", "-c", mount, script], capture_output=True, text=True)
-    if "mount" in done.stderr and "ermi" in done.stderr or "unshare" in done.stderr: pytest.skip(f"no mounts here: {done.stderr.strip()[:80]}")
+    if "mount" in done.stderr and "ermi" in done.stderr or "unshare" in done.stderr:
+        pytest.skip(f"no mounts here: {done.stderr.strip()[:80]}")
     return done
 
 
@@ -106,7 +109,8 @@ print(pack_cache(m, Geometry(size=24), {str(disk/'c')!r}, sample=0, progress=Fal
 def test_a_package_that_may_not_be_written(picture, tmp_path):
     if not shutil.which("unshare"): pytest.skip("no unshare")
     package = ROOT/"fer_nb"
-    script = f'mount --bind "{package}" "{package}" && mount -o remount,ro,bind "{package}" && ! touch "{package}/x" 2>/dev/null && exec "$@"'
+    script = (f'mount --bind "{package}" "{package}" && mount -o remount,ro,bind "{package}" && '
+              f'! touch "{package}/x" 2>/dev/null && exec "$@"')
     command = [sys.executable, "-m", "fer_nb.cli", "predict", "--detector", "haar", str(picture)]
     done = subprocess.run(["unshare", "-m", "sh", "-c", script, "sh", *command], capture_output=True, text=True)
     if "mount" in done.stderr or "unshare" in done.stderr: pytest.skip(f"no mounts here: {done.stderr.strip()[:80]}")

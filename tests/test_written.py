@@ -17,7 +17,8 @@ from fer_nb.sessions import COLUMNS
 from fer_nb.written import FilmWriter, predict_film
 
 
-def fer_nb(*args, cwd): return subprocess.run([sys.executable, "-m", "fer_nb.cli", *map(str, args)], capture_output=True, text=True, cwd=cwd)
+def fer_nb(*args, cwd):
+    return subprocess.run([sys.executable, "-m", "fer_nb.cli", *map(str, args)], capture_output=True, text=True, cwd=cwd)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,8 @@ def frames(path):
 
 def test_the_command_writes_a_film_and_its_rows(film, tmp_path):
     out = tmp_path/"drawn.mp4"
-    done = fer_nb("predict", "--video", film, "--annotate", out, "--consent", "--detector", "haar", "--json", "--out", "answer.json", cwd=tmp_path)
+    drawn = ("--annotate", out, "--consent", "--json", "--out", "answer.json")
+    done = fer_nb("predict", "--video", film, "--detector", "haar", *drawn, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     drawn, plain = frames(out), frames(film)
     assert len(drawn) == len(plain) == 30 and drawn[0].image.shape == (480, 640, 3)
@@ -53,7 +55,8 @@ def test_the_command_writes_a_film_and_its_rows(film, tmp_path):
 @pytest.mark.parametrize("args, words", [
     (("--video", "{film}", "--annotate", "o.mp4"), "--consent"), (("--video", "{film}", "--consent"), "--consent"),
     (("{film}", "--draw", "d"), "--consent"), (("{film}", "--annotate", "o.mp4", "--consent"), "does not go with pictures"),
-    (("--video", "{film}", "--draw", "d", "--consent"), "does not go with --video"), (("--video", "{film}", "--whole"), "does not go with --video"),
+    (("--video", "{film}", "--draw", "d", "--consent"), "does not go with --video"),
+    (("--video", "{film}", "--whole"), "does not go with --video"),
     ((), "give pictures, or one film"), (("{film}", "--video", "{film}"), "give pictures, or one film"),
     (("--video", "0"), "fer-nb demo"), (("--video", "none.mp4"), "doesn't exist"),
     (("--video", "{film}", "--annotate", "o.gif", "--consent"), ".mp4 or .avi"),
