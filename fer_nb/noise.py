@@ -46,11 +46,12 @@ def small_loss(
     losses: Tensor,  # (B,)
     rate: float,  # share of labels that are wrong
     done: float,  # share of training that is over
-    ramp: float = 0.25,  # share of training until so many are left out
+    ramp: float = 0.25,  # share of training until so many are left out; 0: from the start
 ) -> Tensor:  # (B,) bool: kept
     "Keep the rows with the smallest losses."
     kept = torch.zeros_like(losses, dtype=torch.bool)
-    kept[losses.detach().argsort(stable=True)[:len(losses) - int(len(losses)*rate*min(1.0, done/ramp))]] = True
+    left_out = int(len(losses)*rate*(min(1.0, done/ramp) if ramp else 1.0))
+    kept[losses.detach().argsort(stable=True)[:len(losses) - left_out]] = True
     return kept
 
 # %% ../nbs/07_noise.ipynb #07-noise-011
@@ -95,14 +96,16 @@ class LabelLoss:
         smoothing: float = 0.0,
         flip: float = 0.0,  # weight of `flip_consistency`
         drop: bool = False,  # `small_loss`
+        ramp: float = 0.25,  # of `small_loss`
         right_only: bool = False,  # the bound: wrong labels are known and left out
     ):
-        self.rate, self.smoothing, self.flip, self.drop, self.right_only, self.turns = rate, smoothing, flip, drop, right_only, flip > 0
+        self.rate, self.smoothing, self.flip, self.drop = rate, smoothing, flip, drop
+        self.ramp, self.right_only, self.turns = ramp, right_only, flip > 0
 
     def __call__(self, b: NoisyBatch) -> Tensor:
         rows = F.cross_entropy(b.logits, b.y, reduction="none", label_smoothing=self.smoothing)
         kept = torch.ones_like(b.wrong)
-        if self.drop: kept = small_loss(rows, self.rate, b.done)
+        if self.drop: kept = small_loss(rows, self.rate, b.done, self.ramp)
         if self.right_only: kept = ~b.wrong
         self.suspect, self.bar = ~kept, None
         loss = (rows*kept).sum()/kept.sum().clamp_min(1)
@@ -156,6 +159,7 @@ NOISE_ARMS: dict[str, dict] = {
     "label smoothing": {"smoothing": 0.1},
     "flip consistency": {"flip": 1.0},
     "small loss": {"drop": True},
+    "small loss from the start": {"drop": True, "ramp": 0.0},  # the gate of NegL for suspects, without NegL
     "NegL for suspects": {"negl": _SUSPECT},
     "NegL for suspects, guided": {"negl": _SUSPECT, "guided": True},
     "NegL for suspects, 3 labels": {"negl": _SUSPECT | {"labels_per_sample": 3}},

@@ -202,13 +202,13 @@ def test_the_bars_are_the_ones_that_were_asked():
     y = np.zeros(1000, int)
     def said(right): return np.r_[np.zeros(right, int), np.ones(1000 - right, int)]
     cells = {NoiseCell("drawn", "symmetric", 0.4, a, s): said(n) for a, n in
-             (("CE", 500), ("label smoothing", 515), ("small loss", 600), ("NegL for suspects", 520), ("NLNL", 535)) for s in (1, 2)}
+             (("CE", 500), ("label smoothing", 515), ("small loss from the start", 600), ("NegL for suspects", 520), ("NLNL", 535)) for s in (1, 2)}
     did = {"epoch": 1, "accuracy": 0.5, "by_heart": 0.5, "truth_seen": 0.1, "caught": 0.2, "bar_is_truth": 0.1}
     looks = pd.DataFrame([{**c._asdict(), **did} for c in cells])
     table = summarise_noise(cells, looks, {"drawn": (y, None)})
     told = noise_verdicts(table).reset_index().set_index("arm")
     assert told["bars"].to_dict() == {"NegL for suspects": "missed", "NLNL": "passed"}
-    assert told.loc["NLNL", "over CE"] == "+3.5" and told.loc["NLNL", "than small loss"] == "worse"
+    assert told.loc["NLNL", "over CE"] == "+3.5" and told.loc["NLNL", "than leaving out"] == "worse"
     with pytest.raises(UsageError, match="has no"): noise_table(table, "fer2013", "real", 0)
 
 
