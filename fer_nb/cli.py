@@ -423,13 +423,10 @@ def adapt_gate(a):
 
 
 def report(a):
-    if a.notebook:
-        if not a.html or a.runs: raise UsageError("give a notebook and the HTML page to write, or --runs with a run folder")
-        from fer_nb.report import render
-        print(f"report: {_short(render(a.notebook, a.html))}")
-        return
-    from fer_nb.pack import render_pack
-    for page in render_pack(a.runs or (), a.to, a.out, a.engine or ""): print(f"report: {_short(page)}")
+    from fer_nb import pack, report as page_of
+    if len(a.notebook) not in (0, 2) or a.notebook and a.runs: raise UsageError("give a notebook and the HTML page to write, or --runs")
+    pages = [page_of.render(*a.notebook)] if a.notebook else pack.render_pack(a.runs or (), a.to, a.out, a.engine or "")
+    for page in pages: print(f"report: {_short(page)}")
 
 
 def keep(a):
@@ -564,9 +561,7 @@ def _phase_flags(c):
 def _report_flags(c):
     flags(c, "pack.render_pack", "runs+ to out engine", to={"choices": ("html", "pdf", "all"), "metavar": None},
           runs={"metavar": "DIR", "default": None}, engine={"choices": ("quarto", "pandoc"), "metavar": None, "default": None})
-    c.add_argument("notebook", nargs="?", metavar="NOTEBOOK",
-                   help="in place of --runs: an executed report notebook, of which one page is made")
-    c.add_argument("html", nargs="?", metavar="HTML", help="the page of that notebook")
+    c.add_argument("notebook", nargs="*", help="in place of --runs: an executed report notebook, and the HTML page to make of it")
 
 
 def _shard_flags(c):

@@ -10,6 +10,8 @@ __all__ = ['SCORES', 'folders_of', 'require_whole', 'exported_run', 'Material', 
 from functools import cached_property
 from pathlib import Path
 
+from fastcore.basics import patch
+
 from .arms import arm_labels
 from .artifacts import GateError, UsageError, convention_of
 from .evidence import EnsembleMetrics, ExportReport
@@ -30,7 +32,7 @@ def _owed(kind: str, *holds: str) -> list[str]:
 
 # %% ../nbs/09f_material.ipynb #09f-007
 _SIGNS = {  # kind -> any of these says that a folder of this kind was finished
-    "training": ("reliability_metrics.json", "calibration.json", "hash_manifest.json"), "manifest": ("dataset_index.json",
+    "training": ("reliability_metrics.json", "hash_manifest.json"), "manifest": ("dataset_index.json",
         "hash_manifest.json"),
     "ensemble": ("ensemble_metrics.json", "ensemble_config.json"), "export": ("onnx_parity.json", "onnx_export_report.json"),
     "students": ("results_summary_students.csv", "comparisons_students.csv"), "session": ("session.json", "score_results.json")}
@@ -131,23 +133,31 @@ class Material:
         students = sorted(self.of("student", convention), key=lambda r: -r.history.best_macro_f1)
         return next(iter(exported + students), None)
 
-    def export_of(self, convention: str) -> Path | None:
-        "The export of a convention's student."
-        return next((e for e, r in self.exports.items() if r and r.convention == convention), None)
+# %% ../nbs/09f_material.ipynb #09f-014a
+@patch
+def export_of(self: Material, convention: str) -> Path | None:
+    "The export of a convention's student."
+    return next((e for e, r in self.exports.items() if r and r.convention == convention), None)
 
-    def fused(self, convention: str) -> list:  # (folder, metrics)
-        "Ensembles of a convention."
-        return [(f, m) for f, m in self.ensembles if (m.convention or self._by_source(m)) == convention]
+# %% ../nbs/09f_material.ipynb #09f-014b
+@patch
+def fused(self: Material, convention: str) -> list:  # (folder, metrics)
+    "Ensembles of a convention."
+    return [(f, m) for f, m in self.ensembles if (m.convention or self._by_source(m)) == convention]
 
-    def _by_source(self, m) -> str:
-        own = {convention_of(s) for s in m.ensemble.by_source}
-        return own.pop() if len(own) == 1 else ""
+# %% ../nbs/09f_material.ipynb #09f-014c
+@patch
+def _by_source(self: Material, m) -> str:
+    own = {convention_of(s) for s in m.ensemble.by_source}
+    return own.pop() if len(own) == 1 else ""
 
-    def best_fused(self, convention: str):  # (folder, metrics), or None
-        "The ensemble that taught the reported student; else the best on the rows that chose weights."
-        r, fused = self.reported(convention), self.fused(convention)
-        taught = Path(str(r.args.parameters.get("softlabels") or "")).parent.name if r else ""
-        return next((x for x in fused if x[0].name == taught), max(fused, key=lambda x: x[1].benchmark.macro_f1, default=None))
+# %% ../nbs/09f_material.ipynb #09f-014d
+@patch
+def best_fused(self: Material, convention: str):  # (folder, metrics), or None
+    "The ensemble that taught the reported student; else the best on the rows that chose weights."
+    r, fused = self.reported(convention), self.fused(convention)
+    taught = Path(str(r.args.parameters.get("softlabels") or "")).parent.name if r else ""
+    return next((x for x in fused if x[0].name == taught), max(fused, key=lambda x: x[1].benchmark.macro_f1, default=None))
 
 # %% ../nbs/09f_material.ipynb #09f-017
 def short_arms(

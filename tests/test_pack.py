@@ -103,9 +103,8 @@ def test_no_number_is_typed_in_the_sources():
     for name, text in sources().items(): assert typed_numbers(text) == [], name
 
 
-@pytest.mark.parametrize("text", [
-    "Accuracy is 0.83.", "Accuracy is 83%.", "準確率為 0.83。", "準確率0.83", "it gains 3 points", "n = 3,402", "|a|0.7|",
-    "+3.2 points", "**0.715**"])
+@pytest.mark.parametrize("text", ["Accuracy is 0.83.", "Accuracy is 83%.", "準確率為 0.83。", "準確率0.83", "it gains 3 points",
+                                  "n = 3,402", "|a|0.7|", "+3.2 points", "**0.715**"])
 def test_a_typed_number_is_refused(text, written):
     with pytest.raises(UsageError, match="page.qmd, line 2: '.*' is typed"): filled(f"Fine.\n{text}\n", None, {}, source="page.qmd")
 
