@@ -383,7 +383,7 @@ class CheckpointMeta(BaseModel):
     scale: Annotated[float, Field(gt=0, le=1000)] = 30.0
     geometry: dict[str, Any] = {}
     model_args: dict[str, Any] | None = None
-    stem_stride: Annotated[StrictInt, Field(ge=0, le=4)] | None = None
+    stem_stride: Annotated[StrictInt, Field(ge=0, le=64)] | None = None  # a transformer's is the side of its patches
     dataset_index_id: Annotated[str, Field(max_length=200)] | None = None
     convention: Annotated[str, Field(max_length=200)] | None = None
     epoch: Annotated[StrictInt, Field(ge=0)] | None = None

@@ -1,22 +1,19 @@
 """The command `fer-nb`: a thin cover over the notebooks' functions. Imports wait until a command needs them."""
 import argparse
-import ast
 import importlib.util
-import io
 import json
 import os
 import re
 import sys
 import time
-import tokenize
 import warnings
 from contextlib import contextmanager, nullcontext
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
 
 from fer_nb.artifacts import STAGES, FerError, GateError, UsageError
-from fer_nb.locks import end_with_run, hold, refuse_held
+from fer_nb.flags import Parser, about_function, flags, given, ranged, told  # noqa: F401 (told is for tests)
+from fer_nb.locks import RUN_PID, end_with_run, hold, refuse_held
 
 NEEDS = {"notebooks": ("pandas", "scipy", "matplotlib", "anywidget", "ipywidgets", "voila"),
          "train": ("torch", "timm", "fastai", "pandas", "pyarrow", "scipy", "sklearn", "matplotlib", "onnx", "onnxscript",
@@ -35,6 +32,7 @@ EPILOG = """examples:
   fer-nb predict group.jpg                                         the faces of a picture and what they show
   fer-nb demo                                                      the same live, from a camera
   fer-nb adapt finetune --data faces --out runs/mine/adapted       a folder of your own faces, a folder a class
+  fer-nb status runs                                               which runs there are, how far, and how good
   fer-nb gates runs/embedded                                       the go/no-go checklist, with the file behind each line
 
 exit codes: 0 done, 1 a gate stays shut or a run failed, 2 a wrong argument, 3 some pictures of `predict` could not be read"""
@@ -54,7 +52,9 @@ def require_extra(extra, what, modules=None):
 
 def manifest_build(a):
     from fer_nb.manifests import build_manifest
-    print(build_manifest(a.source, a.out, name=a.name, seed=a.seed, val_fraction=a.val_fraction,
+    from fer_nb.runs import source_of
+    sources = [source_of(s) if Path(s).exists() else s for s in a.source]
+    print(build_manifest(sources, a.out, name=a.name, seed=a.seed, val_fraction=a.val_fraction,
                          test_fraction=a.test_fraction, conventions=_conventions(a.convention)))
 
 
@@ -67,6 +67,10 @@ def _conventions(given):
 
 
 def manifest_validate(a):
+    if a.shard or a.merge:
+        if a.sample is not None or a.shard and a.merge: raise UsageError("--shard and --merge go with neither --sample nor one another")
+        from fer_nb.shards import merge_validation, validate_shard
+        return print(merge_validation(a.dir) if a.merge else f"part: {_short(validate_shard(a.dir, a.shard))}")
     from fer_nb.audit import validate_manifest
     print(validate_manifest(a.dir, sample=a.sample))
 
@@ -76,6 +80,18 @@ def manifest_audit(a):
     print(audit_manifest(a.dir, **({} if a.max_hamming is None else {"max_hamming": a.max_hamming})))
 
 
+def cache(a):
+    from fer_nb.geometry import Geometry
+    from fer_nb.images import pack_cache
+    from fer_nb.manifests import load_manifest
+    print(pack_cache(load_manifest(a.manifest, valid=True), Geometry(size=a.img_size), a.out, sample=a.framing_sample))
+
+
+def status(a):
+    from fer_nb.status import status
+    print(status(a.run_dir, not a.fast))
+
+
 def gates(a):
     from fer_nb.gates import gates
     checklist = gates(a.run_dir)
@@ -83,27 +99,61 @@ def gates(a):
     return 0 if checklist.go else 1
 
 
+def _choose_device(device: str):
+    "Let every stage see this device alone: it then takes it by itself, and no setting of the run changes."
+    if device == "auto": return
+    require_device(device)
+    os.environ["CUDA_VISIBLE_DEVICES"] = "" if device == "cpu" else device.partition(":")[2] or os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+
+
+def require_device(device: str):
+    "Refuse a device that is not there."
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device): raise UsageError(f"--device '{device}': give auto, cpu, cuda or cuda:1")
+    if not device.startswith("cuda"): return
+    import torch
+    n = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if int(device.partition(":")[2] or 0) >= n:
+        raise UsageError(f"--device {device}: this machine has {n or 'no'} CUDA device{'s' if n > 1 else ''}; give auto or cpu")
+
+
 def run(a):
+    _choose_device(a.device)
     if not a.dry_run: refuse_held(a.out or f"runs/{Path(a.profile).stem}")  # before anything heavy is loaded
+    from fer_nb.progress import span
     from fer_nb.runs import run_profile
     start = time.time()
     report = run_profile(a.profile, a.data, a.out, a.cores, a.dry_run, a.convention)
-    if not a.dry_run: print(f"done in {(time.time() - start)/60:.1f} min; report: {_short(report)}")
+    if a.dry_run: return
+    from fer_nb.status import outcome
+    print(f"\ndone in {span(time.time() - start)}\n{outcome(report.parent.parent, sys.argv[0])}")
 
 
 @contextmanager
 def _told_when_done(out):
-    "Say that a stage has begun, and how long it took."
+    "Say that a stage has begun, how long it took, and where it failed."
     start, out = time.time(), _short(out)
     print(f"  started  {out}", flush=True)
-    yield
+    try: yield
+    except Exception as e:
+        print(f"  failed   {out} in {time.time() - start:.0f} s", flush=True)
+        for line in (getattr(e, "told", "") or _line(e)[0]).splitlines(): print(f"    | {line}", flush=True)
+        raise
     print(f"  done     {out} in {time.time() - start:.0f} s", flush=True)
+
+
+def _epoch(out):
+    "Says an epoch of a stage."
+    return lambda line: print(f"  epoch    {_short(out)} {line}", flush=True)
 
 
 def notebook(a):
     from fer_nb.runs import run_notebook
     end_with_run()
-    with _told_when_done(a.out): run_notebook(a.name, a.out, _parameters(a))
+    try:
+        with _told_when_done(a.out): run_notebook(a.name, a.out, _parameters(a), say=_epoch(a.out))
+    except Exception as e:
+        if os.environ.get(RUN_PID) and hasattr(e, "told"): return 1  # a job of a run: it is told already
+        raise
 
 
 def _check_training(parameters: dict):
@@ -111,6 +161,7 @@ def _check_training(parameters: dict):
     weights, arch = parameters.get("weights"), parameters.get("arch")
     if weights not in (None, "", "none", "auto") and not Path(weights).is_file():
         raise UsageError(f"weights '{weights}' is no file: give none, auto, or the path of a checkpoint")
+    if parameters.get("device"): require_device(parameters["device"])
     if arch:
         from fer_nb.runs import SHORT_NAMES
         if arch not in SHORT_NAMES:
@@ -125,12 +176,17 @@ def teacher_train(a):
     name = f"{a.arch}_seed{a.seed}_stage{'B' if a.init_from else 'A'}"
     out = a.out or f"runs/teachers/{name}_{Path(a.cache).name if a.cache else 'embedded'}"
     given = {"manifest_dir": a.manifest, "cache_dir": a.cache, "arch": a.arch, "seed": a.seed, "init_from": a.init_from,
-             "stage": "B" if a.init_from else "A", "weights": a.weights, "epochs": a.epochs, "convention": a.convention}
+             "stage": "B" if a.init_from else "A", "weights": a.weights, "device": a.device, "epochs": a.epochs, "convention": a.convention}
     if bool(a.manifest) != bool(a.cache): raise UsageError("give --manifest and --cache together, or neither for the embedded faces")
     _stage("03_teachers", out, {k: v for k, v in given.items() if v not in (None, "")} | _parameters(a))
 
 
 def teacher_export(a):
+    if a.shard and a.merge: raise UsageError("--shard and --merge don't go with one another")
+    if a.shard or a.merge:
+        from fer_nb.shards import export_shard, merge_softlabels
+        where = a.run_dir, *([] if a.merge else [a.shard]), a.manifest, a.cache
+        return print(merge_softlabels(*where) if a.merge else f"part: {_short(export_shard(*where))}")
     from fer_nb.records import RunArgs
     from fer_nb.runs import notebook_parameters, notebook_path
     known = notebook_parameters(notebook_path("03_teachers"))
@@ -148,7 +204,9 @@ def _stage(name, out, parameters):
     check_parameters(notebook_path(name), parameters)
     _check_training(parameters)
     if Path(out).is_file(): raise UsageError(f"'{out}' is a file: give a folder")
-    with _told_when_done(out): run_notebook(name, Path(out)/f"{name}.ipynb", parameters | {"out": str(out)}, bar=sys.stderr.isatty())
+    executed = Path(out)/f"{name}.ipynb"
+    def say(line): print(f"    {line}", flush=True)
+    with _told_when_done(executed): run_notebook(name, executed, parameters | {"out": str(out)}, say=say)
     print(f"\n{gates(out)}")
 
 
@@ -158,7 +216,7 @@ def student_train(a):
         raise UsageError(f"stage {a.stage} {'takes no soft labels: leave out' if a.softlabels else 'needs soft labels: give'} --softlabels")
     out = a.out or f"runs/students/mobilenetv3_large_100_{Path(a.cache).name if a.cache else 'embedded'}_seed{a.seed}_{a.stage}"
     given = {"manifest_dir": a.manifest, "cache_dir": a.cache, "stage": a.stage, "softlabels": a.softlabels, "supervision": a.supervision,
-             "init_from": a.init_from, "seed": a.seed, "epochs": a.epochs, "convention": a.convention}
+             "init_from": a.init_from, "seed": a.seed, "epochs": a.epochs, "convention": a.convention, "device": a.device}
     _stage("05_students", out, {k: v for k, v in given.items() if v not in (None, "")} | _parameters(a))
 
 
@@ -244,8 +302,8 @@ def bench(a):
 
 def predict(a):
     if bool(a.images) == bool(a.video): raise UsageError("give pictures, or one film with --video")
-    for given, beside in (("draw", "--video"), ("whole", "--video"), ("annotate", "pictures")):
-        if getattr(a, given) and bool(a.video) == (beside == "--video"): raise UsageError(f"--{given} does not go with {beside}")
+    for flag, beside in (("draw", "--video"), ("whole", "--video"), ("annotate", "pictures")):
+        if getattr(a, flag) and bool(a.video) == (beside == "--video"): raise UsageError(f"--{flag} does not go with {beside}")
     found = _predict_film(a) if a.video else _predict_pictures(a)
     text = found.to_json() if a.json else found.to_csv().rstrip("\n") if a.csv else str(found)
     if a.out:
@@ -342,6 +400,11 @@ def adapt_mine(a):
     print(mine_sessions(a.sessions, a.out, a.most))
 
 
+def adapt_films(a):
+    from fer_nb.film_collections import collect_films
+    print(collect_films(a.data, a.out, a.votes, a.most, a.agreement, a.model, a.detector, a.min_face, a.seed, sys.stderr.isatty()))
+
+
 def adapt_finetune(a):
     from fer_nb.finetune import FinetuneConfig
     from fer_nb.own_faces import adapt_to_faces
@@ -360,8 +423,13 @@ def adapt_gate(a):
 
 
 def report(a):
-    from fer_nb.report import render
-    print(f"report: {_short(render(a.notebook, a.html))}")
+    if a.notebook:
+        if not a.html or a.runs: raise UsageError("give a notebook and the HTML page to write, or --runs with a run folder")
+        from fer_nb.report import render
+        print(f"report: {_short(render(a.notebook, a.html))}")
+        return
+    from fer_nb.pack import render_pack
+    for page in render_pack(a.runs or (), a.to, a.out, a.engine or ""): print(f"report: {_short(page)}")
 
 
 def keep(a):
@@ -387,132 +455,6 @@ def _parameters(a):
     return {**given, **{k: value(v) for k, v in a.p}}
 
 
-class Told(NamedTuple):
-    "What a signature says of a parameter."
-    about: str
-    kind: str  # its annotation, or the type of its default
-    default: object = None  # where it can be written down
-    needed: bool = False
-
-
-HERE = Path(__file__).parent
-
-
-def told(where: str) -> dict[str, Told]:
-    "Parameters with their docments, of MODULE.NAME or of a stage notebook; read as text, so that nothing is imported."
-    if "." not in where: return _told_by_notebook(where)
-    module, name = where.split(".")
-    source = (HERE/f"{module}.py").read_text(encoding="utf-8")
-    about, defined = _comments(source), [n for n in ast.parse(source).body if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
-    found = next(n for n in defined if n.name == name)
-    named: list[tuple[str, ast.AnnAssign | ast.arg, ast.expr | None]]
-    if isinstance(found, ast.ClassDef): named = [(ast.unparse(n.target), n, n.value) for n in found.body if isinstance(n, ast.AnnAssign)]
-    else:
-        args, defaults = found.args, [None]*(len(found.args.args) - len(found.args.defaults))
-        named = [(x.arg, x, d) for x, d in zip([*args.args, *args.kwonlyargs], [*defaults, *args.defaults, *args.kw_defaults])]
-    def kind(n, default): return ast.unparse(n.annotation) if n.annotation else type(_literal(default)).__name__
-    return {k: Told(about.get(n.lineno, ""), kind(n, d), _literal(d), d is None) for k, n, d in named}
-
-
-def _told_by_notebook(stage: str) -> dict[str, Told]:
-    from fer_nb.runs import notebook_path
-    cells = json.loads(Path(notebook_path(stage)).read_text(encoding="utf-8"))["cells"]
-    source = "".join(next(c["source"] for c in cells if "parameters" in c["metadata"].get("tags", [])))
-    about, named = _comments(source), [n for n in ast.parse(source).body if isinstance(n, ast.Assign)]
-    return {ast.unparse(n.targets[0]): Told(about.get(n.lineno, ""), type(v := _literal(n.value)).__name__, v) for n in named}
-
-
-def _comments(source: str) -> dict[int, str]:
-    "Line -> the comment at its end."
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    return {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
-
-
-def _literal(node):
-    try: return None if node is None else ast.literal_eval(node)
-    except ValueError: return None
-
-
-def _about(where: str) -> str:
-    "The docstring of MODULE.NAME."
-    module, name = where.split(".")
-    source = (HERE/f"{module}.py").read_text(encoding="utf-8")
-    return re.findall(rf'^def {name}\(.*?^    "(.+?)"$', source, re.MULTILINE | re.DOTALL)[0]
-
-
-class Parser(argparse.ArgumentParser):
-    "Usage errors in one line that names the remedy; a command's flags are made when it is the one that was given."
-    fill = None
-
-    def error(self, message):
-        print(f"fer-nb: {message} (see '{self.prog} --help')", file=sys.stderr)
-        sys.exit(2)
-
-    def parse_known_args(self, args=None, namespace=None):
-        if self.fill: self.fill(self)
-        self.fill = None
-        return super().parse_known_args(args, namespace)
-
-
-METAVARS = {"out": "DIR", "manifest": "DIR", "cache": "DIR", "softlabels": "DIR", "model": "FILE", "init_from": "PATH", "truth": "CSV",
-            "convention": "NAME", "view": "VIEW", "source": "NAME", "data": "PATH", "arch": "NAME", "min_face": "PIXELS", "name": "NAME"}
-RANGES = {"seed": (0, 2**32 - 1), "epochs": (1, 100_000), "val_fraction": (0, 0.9), "test_fraction": (0, 0.9),
-          "sample": (0, 10**9), "max_hamming": (0, 64),
-          "resamples": (1, 10**7), "ties": (0, 100), "cores": (1, 4096), "batches": (1, 4096), "threads": (1, 4096), "runs": (1, 10**6),
-          "min_face": (1, 10_000), "seconds": (0, 10**6), "ema": (0, 0.99), "delta": (0, 1), "window": (1, 120), "min_count": (1, 120),
-          "jitter_limit": (0, 10_000), "most": (0, 10**9), "rows": (7, 10**9), "batch_size": (1, 65_536), "accumulate": (1, 4096),
-          "lr": (1e-8, 10), "margin": (0, 1), "ece_margin": (0, 1)}  # least and most of a number
-MANY: dict[str, dict[str, Any]] = {"*": {"action": "append"}, "+": {"nargs": "+"}, "!": {"required": True}, "?": {"default": None}}
-TYPES = {"int": int, "float": float}
-
-
-def _number(kind: type, name: str):
-    "A reader of numbers within their range."
-    low, high = RANGES[name]
-
-    def read(text):
-        try: value = kind(text)
-        except ValueError: value = None
-        if value is None or not low <= value <= high:  # nan is in no range
-            what = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"'{text}': give {what} from {low:,} to {high:,}")
-        return value
-    return read
-
-
-def flags(
-    parser,
-    where: str,  # MODULE.NAME, or a stage notebook: who tells of the parameters
-    words: str,  # flag, or flag<parameter where that has another name; .name is positional; * again and again, + several, ! must, ? unset
-    **special,  # by flag: what argparse shall have otherwise
-):
-    "Flags as a signature has them: type, default and help are its own."
-    known = told(where)
-    for word in words.split():
-        marks = "".join(c for c in word if c in MANY)
-        name, _, parameter = word.strip("".join(MANY)).partition("<")
-        positional, name = name.startswith("."), name.lstrip(".")
-        t = known[parameter or name]
-        how: dict[str, Any] = {"help": re.sub(r"\bNone\b", "not given", t.about).replace("%", "%%"), "default": t.default}
-        if t.kind == "bool": how["action"] = "store_true"
-        else:
-            number = TYPES.get(t.kind.split(" | ")[0])
-            usual = "N" if number is int else "X" if number else name.upper()
-            how |= {"type": _number(number, name) if number else str, "metavar": METAVARS.get(name, usual)}
-        for m in marks: how |= MANY[m]
-        if "*" in marks: how["default"] = []
-        how |= special.get(name, {})
-        if how["default"] not in (None, "", [], False) and not how.get("required"): how["help"] += " (default: %(default)s)"
-        if positional: parser.add_argument(name, **{k: v for k, v in how.items() if k not in ("default", "required")})
-        else: parser.add_argument(f"--{name.replace('_', '-')}", **how)
-
-
-def given(c):
-    "Parameters of a notebook by name."
-    c.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="one parameter; may be repeated")
-    c.add_argument("--parameters", default="{}", metavar="JSON", help="many parameters, as a JSON object")
-
-
 GROUPS = {"manifest": "build, validate and audit the table of all images", "teacher": "train one teacher; export its softlabels",
           "ensemble": "weigh teachers, write what they teach together, judge it",
           "student": "train one student; judge any checkpoint; compare ways of teaching over seeds",
@@ -521,20 +463,25 @@ GROUPS = {"manifest": "build, validate and audit the table of all images", "teac
 
 
 def _teacher_flags(c):
-    flags(c, "03_teachers", "arch manifest<manifest_dir cache<cache_dir convention out init_from weights epochs? seed",
-          weights={"default": None}, init_from={"metavar": "RUN_DIR"})
+    flags(c, "03_teachers", "arch manifest<manifest_dir cache<cache_dir convention out init_from weights epochs? seed device",
+          weights={"default": None}, init_from={"metavar": "RUN_DIR"}, device=DEVICES)
     given(c)
+
+
+DEVICES = {"help": "auto, cpu, cuda or cuda:N; auto takes CUDA where there is one"}
 
 
 def _export_flags(c):
     elsewhere = {"help": "if it stands elsewhere than at training"}
     flags(c, "03_teachers", ".run_dir<out manifest<manifest_dir cache<cache_dir", run_dir={"help": "a teacher's run"},
           manifest=elsewhere, cache=elsewhere)
+    _shard_flags(c)
 
 
 def _student_flags(c):
-    flags(c, "05_students", "stage manifest<manifest_dir cache<cache_dir softlabels supervision init_from convention out epochs? seed",
-          stage={"choices": STAGES}, supervision={"choices": ("fused", "split")})
+    flags(c, "05_students",
+          "stage manifest<manifest_dir cache<cache_dir softlabels supervision init_from convention out epochs? seed device",
+          stage={"choices": STAGES}, supervision={"choices": ("fused", "split")}, device=DEVICES)
     given(c)
 
 
@@ -553,9 +500,9 @@ def _framing_flags(c):
 
 def _bench_flags(c):
     flags(c, "latency.bench", ".models+ manifest<manifest_dir view out", models={"metavar": "MODEL", "type": str})
-    flags(c, "latency.measure_latency", "batches+? threads+? providers+? runs?", batches={"type": _number(int, "batches"), "metavar": "N"},
-          threads={"type": _number(int, "threads"), "metavar": "N"}, providers={"metavar": "NAME"})
-    flags(c, "race.race", "against convention sample", against={"metavar": "YAML"}, sample={"type": _number(int, "sample"), "metavar": "N"})
+    flags(c, "latency.measure_latency", "batches+? threads+? providers+? runs?", batches={"type": ranged(int, "batches"), "metavar": "N"},
+          threads={"type": ranged(int, "threads"), "metavar": "N"}, providers={"metavar": "NAME"})
+    flags(c, "race.race", "against convention sample", against={"metavar": "YAML"}, sample={"type": ranged(int, "sample"), "metavar": "N"})
 
 
 def _predict_flags(c):
@@ -614,6 +561,34 @@ def _phase_flags(c):
                 "help": "a part and its run folders, such as NL RUN RUN RUN; may be repeated"})
 
 
+def _report_flags(c):
+    flags(c, "pack.render_pack", "runs+ to out engine", to={"choices": ("html", "pdf", "all"), "metavar": None},
+          runs={"metavar": "DIR", "default": None}, engine={"choices": ("quarto", "pandoc"), "metavar": None, "default": None})
+    c.add_argument("notebook", nargs="?", metavar="NOTEBOOK",
+                   help="in place of --runs: an executed report notebook, of which one page is made")
+    c.add_argument("html", nargs="?", metavar="HTML", help="the page of that notebook")
+
+
+def _shard_flags(c):
+    c.add_argument("--shard", default="", metavar="K/N", help="only the K-th of N consecutive parts, for as many machines")
+    c.add_argument("--merge", action="store_true", help="put the parts together, to what one machine would have written")
+
+
+def _validate_flags(c):
+    flags(c, "audit.validate_manifest", ".dir<folder sample")
+    _shard_flags(c)
+
+
+def _run_flags(c):
+    flags(c, "runs.run_profile", "profile<name! data* convention<conventions* out cores dry_run")
+    c.add_argument("--device", default="auto", metavar="DEVICE", **DEVICES)
+
+
+def _status_flags(c):
+    flags(c, "status.status", ".run_dir<runs_dir")
+    c.add_argument("--fast", action="store_true", help="leave go or no-go out, for which every file is read again")
+
+
 def _notebook_flags(c):
     flags(c, "runs.run_notebook", ".name .out", name={"metavar": "NOTEBOOK"}, out={"metavar": "OUT"})
     given(c)
@@ -623,10 +598,13 @@ COMMANDS = {  # name -> (what is called, whose docstring is its help, its flags)
     "manifest build": (manifest_build, "manifests.build_manifest", lambda c: flags(
         c, "manifests.build_manifest", "source<sources*! convention<conventions* out! name seed val_fraction test_fraction",
         source={"metavar": "KIND=PATH"}, convention={"metavar": "SOURCE=NAME"})),
-    "manifest validate": (manifest_validate, "audit.validate_manifest", lambda c: flags(
-        c, "audit.validate_manifest", ".dir<folder sample")),
+    "manifest validate": (manifest_validate, "audit.validate_manifest", _validate_flags),
     "manifest audit": (manifest_audit, "audit.audit_manifest", lambda c: flags(
         c, "audit.audit_manifest", ".dir<folder max_hamming")),
+    "cache": (cache, "Pack the pictures of a manifest, prepared for training, and measure how detectors frame them.", lambda c: flags(
+        c, "02a_images", "manifest<manifest_dir! out! img_size framing_sample", framing_sample={
+            "default": 1000, "help": "training pictures that the detectors at hand look at"},
+        manifest={"help": "a frozen and validated manifest"}, out={"help": "the cache's folder"})),
     "framing": (framing, "images.measure_cache", _framing_flags),
     "teacher train": (teacher_train, "Train one teacher, or go on with it, then calibrate and export it.", _teacher_flags),
     "teacher export": (
@@ -643,8 +621,8 @@ COMMANDS = {  # name -> (what is called, whose docstring is its help, its flags)
     "student summarise": (student_summarise, "summary.summarise_students", lambda c: flags(
         c, "summary.summarise_students", ".dir<folder out resamples")),
     "recount": (recount, "ensembles.recount", lambda c: flags(c, "ensembles.recount", ".dir<folder manifest<manifest_dir!")),
-    "run": (run, "runs.run_profile", lambda c: flags(
-        c, "runs.run_profile", "profile<name! data* convention<conventions* out cores dry_run")),
+    "run": (run, "runs.run_profile", _run_flags),
+    "status": (status, "status.status", _status_flags),
     "export": (export, "exporting.export_checkpoint", lambda c: flags(
         c, "exporting.export_checkpoint", ".checkpoint manifest<manifest_dir cache<cache_dir precision<precisions*? out",
         checkpoint={"metavar": "RUN"}, precision={"choices": ("fp32", "fp16", "w8", "int8"), "metavar": None, "default": None})),
@@ -659,11 +637,14 @@ COMMANDS = {  # name -> (what is called, whose docstring is its help, its flags)
     "adapt mine": (adapt_mine, "hard_samples.mine_sessions", lambda c: flags(
         c, "hard_samples.mine_sessions", ".sessions+ out most", sessions={
             "metavar": "SESSION", "help": "folders of labelled sessions"})),
+    "adapt films": (adapt_films, "film_collections.collect_films", lambda c: flags(
+        c, "film_collections.collect_films", "data<root! out! votes most agreement<least_agreement model detector min_face seed",
+        votes={"choices": ["face", "voice", "clip"]})),
     "adapt finetune": (adapt_finetune, "own_faces.adapt_to_faces", _finetune_flags),
     "adapt gate": (adapt_gate, "dual_gate.gate_files", _gate_flags),
     "gates": (gates, "gates.gates", lambda c: flags(c, "gates.gates", ".run_dir")),
     "notebook": (notebook, "runs.run_notebook", _notebook_flags),
-    "report": (report, "report.render", lambda c: flags(c, "report.render", ".notebook .html<page")),
+    "report": (report, "pack.render_pack", _report_flags),
     "keep": (keep, "report.keep_results", lambda c: flags(c, "report.keep_results", ".run_dir<runs_dir .out")),
 }
 
@@ -685,7 +666,7 @@ def parser():
     places = {g: sub.add_parser(g, help=h).add_subparsers(metavar="ACTION", required=True, parser_class=Parser) for g, h in GROUPS.items()}
     for name, (func, about, fill) in COMMANDS.items():
         group, _, action = name.rpartition(" ")
-        about = _about(about) if re.fullmatch(r"\w+\.\w+", about) else about
+        about = about_function(about) if re.fullmatch(r"\w+\.\w+", about) else about
         c = places.get(group, sub).add_parser(action, help=about[0].lower() + about[1:].rstrip("."), description=about)
         c.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
         c.set_defaults(func=func)
@@ -746,8 +727,8 @@ def _there(folder):
 
 
 WRITES = {  # the folder that a command writes, where it is known before it starts; a stage's notebook holds its own
-    **dict.fromkeys((manifest_build, ensemble_search, student_evaluate, bench, nl_smoke, nl_gate, adapt_mine, adapt_finetune, adapt_gate,
-                     keep), lambda a: a.out),
+    **dict.fromkeys((manifest_build, ensemble_search, student_evaluate, bench, nl_smoke, nl_gate, adapt_mine, adapt_films, adapt_finetune,
+                     adapt_gate, keep), lambda a: a.out),
     **dict.fromkeys((manifest_validate, manifest_audit, ensemble_export, ensemble_evaluate, recount), lambda a: _there(a.dir)),
     **dict.fromkeys((score, tune), lambda a: _there(a.session)),
     student_summarise: lambda a: a.out or _there(a.dir), export: _onnx_folder}

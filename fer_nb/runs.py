@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LEAST', 'MOST', 'PLACES', 'WRITES', 'PROFILE_DEFAULTS', 'STUDENT_STARTS', 'PROFILE_KEYS', 'Name', 'Seed',
-           'SHORT_NAMES', 'MARKS', 'CHATTER', 'project_root', 'runs_folder', 'notebook_path', 'Parameter',
-           'notebook_parameters', 'check_parameters', 'run_notebook', 'Profile', 'complete_profile', 'load_profile',
-           'source_of', 'chain_config', 'run_profile']
+           'SHORT_NAMES', 'MARKS', 'CHATTER', 'FAILED_JOB', 'ANY_VALUE', 'DECIDES', 'project_root', 'runs_folder',
+           'notebook_path', 'Parameter', 'notebook_parameters', 'check_parameters', 'NotebookFailed', 'run_notebook',
+           'Profile', 'complete_profile', 'load_profile', 'source_of', 'chain_config', 'plan_chain', 'run_profile']
 
 # %% ../nbs/09a_runs.ipynb #09a-runs-002
 import ast
@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tokenize
 import zipfile
+from collections.abc import Callable
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
@@ -30,11 +31,12 @@ from typing import Annotated, Any, Literal, NamedTuple
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, field_validator
 
-from .artifacts import STAGES, ArtifactError, GateError, UsageError, write_text
+from .artifacts import STAGES, ArtifactError, FerError, GateError, UsageError, write_text
 from .leaves import check_seal, unseal
 from .locks import LOCK, RUN_PID, end_with_parent, hold, life_of, passing_folder, sweep
-from .records import HashManifest
-from .sources import ADAPTERS
+from .progress import EpochWatch, Forecast, Stage, Walk, between, expected, read_plan, span, told_failure, why
+from .records import DatasetIndex, HashManifest, RunArgs
+from .sources import ADAPTERS, Tree, any_folder, parse_source
 
 # %% ../nbs/09a_runs.ipynb #09a-runs-005
 def project_root(
@@ -49,11 +51,10 @@ def project_root(
 
 # %% ../nbs/09a_runs.ipynb #09a-runs-home
 def runs_folder(
-    root: Path,  # as `project_root` gives it
     here=".",  # where the command is given
 ) -> Path:
     "The folder of all runs."
-    return (Path(here).resolve() if root.parent.name == "fer_nb" and root.name == "share" else root)/"runs"
+    return Path(here).resolve()/"runs"
 
 # %% ../nbs/09a_runs.ipynb #09a-runs-006
 def notebook_path(
@@ -150,12 +151,25 @@ def _held(parameters: dict):
         sweep(folder)
         yield
 
+# %% ../nbs/09a_runs.ipynb #09a-runs-w01
+class NotebookFailed(GateError):
+    "A notebook that stopped; `told` says it in three lines."
+    told = ""
+
+# %% ../nbs/09a_runs.ipynb #09a-runs-w02
+def _told_epochs(path: Path, parameters: dict, say: Callable[[str], Any] | None):
+    "A watch over the epochs of a notebook that trains; nothing for another."
+    folder, known = parameters.get("out"), notebook_parameters(path)
+    if not (say and folder and "epochs" in known): return contextlib.nullcontext()
+    return EpochWatch(folder, int(parameters.get("epochs") or known["epochs"].default or 1), say)
+
 # %% ../nbs/09a_runs.ipynb #09a-runs-014
 def run_notebook(
     name: str,  # a stage, or a path
     out,  # the executed notebook
     parameters: dict | None = None,
     bar: bool = False,  # papermill's progress bar
+    say: Callable[[str], Any] | None = None,  # hears each epoch of a training
 ):
     "Execute a notebook with papermill."
     path, parameters = notebook_path(name), parameters or {}
@@ -166,11 +180,15 @@ def run_notebook(
         logging.getLogger("papermill").setLevel(logging.ERROR)  # its own parser of parameters warns of lists; ours has checked them
         Path(out).parent.mkdir(parents=True, exist_ok=True)
         try:
-            papermill.execute_notebook(str(path), str(out), parameters=parameters, progress_bar=bar, kernel_name="python3",
-                                       autosave_cell_every=5, extra_arguments=["--IPKernelApp.log_level=50"], config=_transport(sockets))
+            with _told_epochs(path, parameters, say):
+                papermill.execute_notebook(
+                    str(path), str(out), parameters=parameters, progress_bar=bar, kernel_name="python3", autosave_cell_every=5,
+                    extra_arguments=["--IPKernelApp.log_level=50"], config=_transport(sockets))
         except papermill.PapermillExecutionError as e:
             kind = e.ename if e.ename in ("UsageError", "GateError", "ArtifactError") else f"unexpected {e.ename}"
-            raise GateError(f"{path.stem} stopped: {e.evalue} ({kind}; the executed notebook is {out})") from None
+            failed = NotebookFailed(f"{path.stem} stopped: {e.evalue} ({kind}; the executed notebook is {out})")
+            failed.told = told_failure(e.ename, e.evalue, e.traceback, e.exec_count, out)
+            raise failed from None
 
 # %% ../nbs/09a_runs.ipynb #09a-runs-017
 PROFILE_DEFAULTS = {"img_size": 48, "teachers": ["RN18"], "stage_b": {}, "ensembles": {}, "student_teachers": [], "stages": list(STAGES),
@@ -300,10 +318,10 @@ MARKS = {"ferplus": r"(^|/)fer2013new\.csv$", "fer2013_folder": r"(^|/)(test|tra
 
 # %% ../nbs/09a_runs.ipynb #09a-runs-025
 def source_of(
-    data: str,  # PATH or KIND=PATH
+    data: str,  # PATH, KIND=PATH or KIND:NAME=PATH
 ) -> str:  # KIND=PATH
     "Recognise a dataset by its contents."
-    if re.match(r"^[a-z0-9_]+=", data): return data
+    if re.match(r"^[a-z0-9_]+(:[\w.-]+)?=", data): return data
     path = Path(data)
     if not path.exists(): raise UsageError(f"'{data}' does not exist: give the path of a dataset's zip or folder")
     if path.is_file() and not zipfile.is_zipfile(path): raise UsageError(f"'{data}' is neither a folder nor a whole zip")
@@ -311,7 +329,10 @@ def source_of(
     names = list(names)
     for kind, mark in MARKS.items():
         if any(re.search(mark, n) for n in names): return f"{kind}={data}"
-    raise UsageError(f"'{data}' is none of the datasets that can be recognised ({', '.join(MARKS)}): give it as KIND=PATH")
+    with contextlib.suppress(UsageError):
+        if any_folder(Tree(data)): return f"folder={data}"
+    known = ", ".join([*MARKS, "a folder a class"])
+    raise UsageError(f"'{data}' is none of the datasets that can be recognised ({known}): give it as KIND=PATH")
 
 # %% ../nbs/09a_runs.ipynb #09a-runs-028
 def _broken_seals(
@@ -338,6 +359,40 @@ def _require_conventions(
         raise UsageError(f"the data have the labels of {len(here)} conventions ({', '.join(here)}), which call the same pictures different "
                          f"names: say which to learn, as in --convention {here[-1]} (a profile lists them under conventions)")
 
+# %% ../nbs/09a_runs.ipynb #09a-runs-w04
+def _train_sources(profile: dict) -> dict[str, str]:
+    "Where a profile names a source to train on -> which."
+    n = profile["notebooks"]
+    places = {f"notebooks.{k}": n.get(k) or {} for k in ("03_teachers", "05_students")} | {"stage_b": profile["stage_b"]}
+    places |= {f"{part}.{k}": v for part in ("teachers", "stages") for k, v in profile[part].items()}
+    return {f"{k}.train_source": v["train_source"] for k, v in places.items() if v.get("train_source")}
+
+# %% ../nbs/09a_runs.ipynb #09a-runs-w05
+def _require_sources(
+    profile: dict,  # as `load_profile` gives it
+    sources: list[str],  # KIND=PATH; none: the embedded faces
+):
+    "Refuse a profile that trains on a source which the data don't have."
+    parsed = [parse_source(s) for s in sources or ["synthetic=drawn"]]
+    here = [n for kind, name, _ in parsed for n in (("synthetic_studio", "synthetic_wild") if kind == "synthetic" else (name,))]
+    for where, name in _train_sources(profile).items():
+        if name in here: continue
+        raise UsageError(f"this profile trains on the source '{name}' ({where}), and the data have {', '.join(here)}: "
+                         "change it there, or take the profile 'own', which trains on what is given")
+
+# %% ../nbs/09a_runs.ipynb #09a-runs-w06
+def _require_test_rows(
+    profile: dict,  # as `load_profile` gives it
+    sources: list[str],  # KIND=PATH
+):
+    "Refuse folders of one's own where nothing would judge what they teach."
+    parsed = [parse_source(s) for s in sources]
+    held_out = (profile["notebooks"].get("00_manifests") or {}).get("test_fraction")
+    if not parsed or held_out or any(kind != "folder" for kind, *_ in parsed): return
+    if any(row.split == "test" for *_, path in parsed for row in any_folder(Tree(path))): return
+    raise UsageError(f"'{parsed[0][2]}' has no test part, so nothing could judge a model: add a folder test/ beside train/, take the "
+                     "profile 'own', which sets a part aside, or give test_fraction to 00_manifests in the profile")
+
 # %% ../nbs/09a_runs.ipynb #09a-runs-030
 def chain_config(
     profile: dict,  # as `load_profile` gives it
@@ -346,17 +401,21 @@ def chain_config(
 ) -> dict:  # Snakemake's configuration
     "The profile with its sources; the embedded faces are drawn where the profile asks for no data."
     sources = [source_of(d) for d in data]
-    kinds = [s.split("=", 1)[0] for s in sources]
+    kinds = [parse_source(s)[0] for s in sources]
     missing = [k for k in profile["sources"] if k not in kinds]
     if missing: raise UsageError(f"this profile needs {' and '.join(profile['sources'])}: give --data PATH for {missing[0]}")
     profile = {**profile, "conventions": _check_conventions(list(conventions), "--convention") or profile["conventions"]}
     _require_conventions(profile, kinds)
+    _require_sources(profile, sources)
+    _require_test_rows(profile, sources)
     return {**profile, "sources": [f"{k}={Path(p).resolve().as_posix()}" for k, p in (s.split("=", 1) for s in sources)]}
 
 # %% ../nbs/09a_runs.ipynb #09a-runs-032
 CHATTER = re.compile(
     r"^(Assuming unrestricted|Building DAG|Using shell|Select jobs|Execute \d+ jobs|Elapsed time|Nothing to be done"
-    r"|RuleException|CalledProcessError|Command 'set|WorkflowError|At least one job|Exiting because|\s*$)")
+    r"|RuleException|CalledProcessError|Command 'set|WorkflowError|At least one job|Exiting because|Removing output files|Complete log"
+    r"|Provided cores|report: |Rules claiming|Retrieving input|Trying to restart|\[\w{3} \w{3} +\d+ [\d:]+ \d{4}\]|\s*$)")
+FAILED_JOB = re.compile(r"^(Error in rule|Error in group|Logfile |    \w[\w ()-]*:|        |\(command exited)")
 
 # %% ../nbs/09a_runs.ipynb #09a-runs-k01
 @contextlib.contextmanager
@@ -380,21 +439,18 @@ def _ended_with_us(command: list[str], **kwargs):
 # %% ../nbs/09a_runs.ipynb #09a-runs-033
 def _snakemake(
     command: list[str],
-    dry_run: bool = False,
+    hear: Callable[[str], Any],  # takes each line that a person needs
     held: int | None = None,  # a descriptor of the folder's lock, which Snakemake is to hold as well
 ) -> int:  # the exit code
     "Run Snakemake and pass on what a person needs: the stages' own lines, and errors of the workflow itself."
     env = {**os.environ, "PYTHONUNBUFFERED": "1", RUN_PID: life_of(os.getpid())}
     env.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait actively starve their neighbours
-    plan = []  # of a dry run: shown only where it fails
     with _ended_with_us(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, errors="replace",
                         pass_fds=() if held is None else (held,)) as p:
+        block = False  # of a failed job
         for line in p.stdout:
-            would = re.match(r"\s+log: (\S+)", line)
-            if would and dry_run: print(f"  would run  {would[1]}")
-            elif dry_run: plan.append(line)
-            elif not CHATTER.match(line): print(line, end="", flush=True)
-    if p.returncode: print("".join(plan), end="")
+            block = FAILED_JOB.match(line) is not None and (block or not line.startswith(" "))
+            if not (block or CHATTER.match(line)): hear(line)
     return p.returncode
 
 # %% ../nbs/09a_runs.ipynb #09a-runs-k02
@@ -404,44 +460,174 @@ def _require_ours(folder: Path):
     if folder.is_dir() and any(p.name != LOCK for p in folder.iterdir()) and not (folder/"profile.yaml").is_file():
         raise UsageError(f"'{folder}' holds something else than a run (no profile.yaml): give an empty or a new folder")
 
+# %% ../nbs/09a_runs.ipynb #09a-runs-w08
+def _command(profile: Path, folder: Path, cores: int | None) -> list[str]:
+    "Snakemake over a profile's file in a folder."
+    return [sys.executable, "-m", "snakemake", "--snakefile", str(project_root()/"workflow"/"Snakefile"), "--directory", str(folder),
+            "--configfile", str(profile), "--cores", str(cores or os.cpu_count() or 1)]
 
-def _walk(name: str, config: dict, root: Path, folder: Path, cores: int | None, aside: Path | None = None, held: int | None = None):
-    "Let Snakemake walk the chain in a folder; with a folder aside, only say what would run, and write there if anywhere."
-    write_text((aside or folder)/"profile.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
-    there = folder if folder.is_dir() else aside
-    snakemake = [sys.executable, "-m", "snakemake", "--snakefile", str(root/"workflow"/"Snakefile"), "--directory", str(there),
-                 "--configfile", str((aside or folder)/"profile.yaml"), "--cores", str(cores or os.cpu_count() or 1)]
-    locks = folder/".snakemake"/"locks"
-    if aside: quiet = ["--dry-run", "--nolock", "--quiet", "host"]
-    else:
-        quiet = ["--quiet", "rules", "host", "progress", "reason"]
-        if locks.is_dir() and any(locks.iterdir()):  # left by a killed run: nobody is here but us, who hold the folder
-            subprocess.run([*snakemake, "--unlock", "--quiet", "all"], check=True)
-    if _snakemake([*snakemake, "--rerun-incomplete", "--keep-going", *quiet], bool(aside), held):
-        raise GateError(f"the chain of '{name}' stopped (see above); the same command goes on from there")
+# %% ../nbs/09a_runs.ipynb #09a-runs-w09
+def _beside(folder: Path, there: Path, empty: bool) -> Path:
+    "A folder that looks like a run's to a dry run, which leaves caches of its own in it."
+    (there/".snakemake").mkdir(parents=True)
+    records = [Path(".snakemake")/name for name in ("metadata", "incomplete")]
+    made = [] if empty or not folder.is_dir() else [Path(p.name) for p in folder.iterdir() if not p.name.startswith(".")]
+    for name in [*made, *(records if made else ())]:
+        if (folder/name).exists(): (there/name).symlink_to((folder/name).resolve())
+    return there
+
+# %% ../nbs/09a_runs.ipynb #09a-runs-w12
+def plan_chain(
+    config: dict,  # as `chain_config` gives it
+    folder: Path,  # of the run; need not be there
+    cores: int | None = None,
+    again=(),  # folders in it that are made again whatever they hold
+    everything: bool = False,  # as if nothing had been made
+) -> list[Stage]:
+    "The stages that Snakemake would run; nothing is written."
+    with passing_folder() as aside:
+        profile = Path(aside)/"profile.yaml"
+        write_text(profile, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+        there = _beside(folder, Path(aside)/"run", everything)
+        forced = [str((Path(f)/HashManifest.filename).relative_to(folder)) for f in again]
+        asked = ["--dry-run", "--nolock", "--printshellcmds", "--rerun-incomplete", "--quiet", "host"]
+        asked += ["--forcerun", *forced] if forced else []
+        done = subprocess.run([*_command(profile, there, cores), *asked], capture_output=True, text=True, errors="replace")
+    if done.returncode: raise GateError(f"the chain can't be planned: {' '.join((done.stdout + done.stderr).split())[-300:]}")
+    return read_plan(done.stdout)
+
+# %% ../nbs/09a_runs.ipynb #09a-runs-w15
+ANY_VALUE = ("device", "amp", "n_images", "init_origin", "nl_smoke", "nl_phase",  # decide no weights, or are proved apart
+             "out", "measure_n", "video_seconds", "sample", "progress")
+DECIDES = {"images": ("img_size", "clahe", "view")}  # of a stage, where most of its settings decide nothing that is learned from
+
+
+def _as_before(name: str, before, now) -> bool:
+    "Whether a setting stayed what it was, as far as what was made with it is concerned."
+    if name in ANY_VALUE or before == now: return True
+    if name == "epochs": return isinstance(now, int) and isinstance(before, int) and now >= before
+    return name == "convention" and not now  # the only one that the data have
+
+# %% ../nbs/09a_runs.ipynb #09a-runs-w16
+def _made_with(
+    folder: Path,  # of the run
+    stage: Stage,
+) -> dict:  # empty where it was not made
+    "The settings that a stage was made with: a training's args.json, else what its executed notebook was given."
+    with contextlib.suppress(FerError, OSError, ValueError, KeyError):
+        if stage.trains:
+            at = folder/str(stage.parameters["out"])
+            return RunArgs.load(at).parameters if (at/"checkpoint_last.pt").is_file() else {}
+        return json.loads((folder/stage.log).read_text(encoding="utf-8"))["metadata"]["papermill"]["parameters"]
+    return {}
+
+# %% ../nbs/09a_runs.ipynb #09a-runs-w17
+def _changed_setting(
+    folder: Path,  # of the run
+    stage: Stage,
+) -> str:  # "" where there is none
+    "The first setting in which a stage that was made differs from what is asked now."
+    before = _made_with(folder, stage)
+    if not before: return ""
+    defaults = {k: p.default for k, p in notebook_parameters(notebook_path(stage.notebook)).items()}
+    for name in DECIDES.get(stage.rule, defaults):
+        was, now = before.get(name, defaults[name]), stage.parameters.get(name, defaults[name])
+        if not _as_before(name, was, now): return f"{name} = {was!r}, and now {now!r} is asked"
+    return ""
+
+# %% ../nbs/09a_runs.ipynb #09a-runs-w18
+def _require_same_settings(
+    folder: Path,  # of the run
+    stages: list[Stage],  # that would run
+):
+    "Refuse to make anew, with other settings, what trainings have cost time for."
+    trained = any(p for kind in ("teachers", "students") for p in (folder/kind).glob("*/checkpoint_last.pt"))
+    for s in stages:
+        if not (s.trains or trained and s.rule in ("synthetic", "manifests", "images")): continue
+        if not (changed := _changed_setting(folder, s)): continue
+        made, gone = ("trained", s.name) if s.trains else ("made, and networks learned from it,", f"{s.name}, teachers and students")
+        raise UsageError(f"{folder/s.name} was {made} with {changed}: set it back, give another --out, or delete {gone} to make it anew")
 
 # %% ../nbs/09a_runs.ipynb #09a-runs-034
+def _faces(
+    config: dict,  # as `chain_config` gives it
+    folder: Path,  # of the run
+) -> int:
+    "How many pictures a run is about: as its manifest says, or as the data look from outside."
+    with contextlib.suppress(FerError): return DatasetIndex.load(folder/"manifests").row_count
+    if not config["sources"]: return (config["notebooks"].get("00a_synthetic_faces") or {}).get("n", 1400)
+    def files(path): return len(zipfile.ZipFile(path).namelist()) if zipfile.is_zipfile(path) else sum(p.is_file() for p in path.rglob("*"))
+    return max(1, sum(files(Path(s.split("=", 1)[1])) for s in config["sources"]))
+
+# %% ../nbs/09a_runs.ipynb #09a-runs-w20
+def _earlier(
+    folder: Path,  # of the run
+    stages: list[Stage],
+) -> dict[str, float]:  # log -> seconds
+    "What stages took when they ran here before, to their end."
+    out = {}
+    for s in stages:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            told = json.loads((folder/s.log).read_text(encoding="utf-8"))["metadata"]["papermill"]
+            if not told.get("exception"): out[s.log] = float(told["duration"])
+    return out
+
+# %% ../nbs/09a_runs.ipynb #09a-runs-w21
+def _size(stage: Stage, faces: int) -> str:
+    "What a stage is about, in a few words."
+    if stage.trains: return f"{stage.epochs} epoch{'s' if stage.epochs > 1 else ''}"
+    return f"{faces:,} faces" if stage.rule in ("synthetic", "manifests", "images") else ""
+
+
+def _tell_plan(config: dict, folder: Path, cores: int, stages: list[Stage]):
+    "Print what would run, why, and for how long, and what is up to date."
+    faces, earlier, would = _faces(config, folder), _earlier(folder, stages), {s.log: s for s in stages}
+    every = plan_chain(config, folder, cores, everything=True)
+    width = max(len(s.log) for s in every)
+    for s in every:
+        if s.log not in would: print(f"  up to date {s.log}"); continue
+        about = (why(would[s.log]), _size(s, faces), f"about {span(expected(s, faces, earlier.get(s.log)))}")
+        print(f"  would run  {s.log:<{width}}  {', '.join(x for x in about if x)}")
+    left = between(*Forecast(stages, cores, faces, earlier).left(0))
+    print(f"{len(every)} stages: {len(every) - len(stages)} up to date, {len(stages)} would run"
+          f"{f', {left} on {cores} cores' if stages else ''}; nothing was written")
+
+# %% ../nbs/09a_runs.ipynb #09a-runs-w23
+def _walk(name: str, config: dict, folder: Path, cores: int, stages: list[Stage], held: int | None, snakemake_profile: str = ""):
+    "Let Snakemake walk the chain in a folder, and say how far it is."
+    write_text(folder/"profile.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+    command, locks = _command(folder/"profile.yaml", folder, cores), folder/".snakemake"/"locks"
+    if locks.is_dir() and any(locks.iterdir()):  # left by a killed run: nobody is here but us, who hold the folder
+        subprocess.run([*command, "--unlock", "--quiet", "all"], check=True)
+    quiet = ["--rerun-incomplete", "--keep-going", "--quiet", "rules", "host", "progress", "reason"]
+    forecast = Forecast(stages, cores, _faces(config, folder), _earlier(folder, stages))
+    if stages: print(f"{len(stages)} stages to run in {os.path.relpath(folder)}, {between(*forecast.left(0))} on {cores} cores", flush=True)
+    with Walk(forecast, at=os.path.relpath(folder)) as walk: failed = _snakemake([*command, *quiet], walk.hear, held)
+    if failed:
+        n = len(walk.failed)
+        which = f"{n} stage{'s' if n > 1 else ''} failed, {len(stages) - len(forecast.took)} did not run" if n else "see above"
+        raise GateError(f"the chain of '{name}' stopped ({which}); the same command goes on from there")
+
+# %% ../nbs/09a_runs.ipynb #09a-runs-w24
 def run_profile(
     name: str,  # a profile
     data=(),  # PATH or KIND=PATH
-    out: str = "",  # runs/NAME where empty
+    out: str = "",  # runs/NAME in the current folder where empty
     cores: int | None = None,  # all where None
-    dry_run: bool = False,  # only say what would run
+    dry_run: bool = False,  # only say what would run and why, what is up to date, and how long it would take
     conventions=(),  # whose labels to learn, in place of the profile's
 ) -> Path:  # the report page
     "Walk the chain of a profile; what is up to date is skipped, what was interrupted goes on."
     config = chain_config(load_profile(name), data, conventions)
-    root = project_root()
-    folder = (Path(out) if out else runs_folder(root)/Path(name).stem).resolve()
+    folder, cores = Path(out or runs_folder()/Path(name).stem).resolve(), cores or os.cpu_count() or 1
     _require_ours(folder)
-    if dry_run:
-        for broken in _broken_seals(folder).values(): print(f"would run again: {broken}")
-        with passing_folder() as aside: _walk(name, config, root, folder, cores, Path(aside))
-        return folder/"report"/"report.html"
-    with hold(folder) as held:
+    with contextlib.nullcontext() if dry_run else hold(folder) as held:
+        broken = _broken_seals(folder)
+        for line in broken.values(): print(f"{'would' if dry_run else 'will'} run again: {line}")
+        stages = plan_chain(config, folder, cores, broken)
+        _require_same_settings(folder, stages)
+        if dry_run: _tell_plan(config, folder, cores, stages); return folder/"report"/"report.html"
         sweep(folder)
-        for at, broken in _broken_seals(folder).items():
-            print(f"will run again: {broken}")
-            unseal(at)
-        _walk(name, config, root, folder, cores, held=held)
+        for at in broken: unseal(at)
+        _walk(name, config, folder, cores, stages, held)
     return folder/"report"/"report.html"

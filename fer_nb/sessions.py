@@ -638,13 +638,13 @@ def truth_of(
 ) -> tuple[np.ndarray, str, list[str]]:  # (N,) codes of the main rows as they stand, where from, notes
     "The true label of every main row."
     rows, own, drawn = session.main["manual_label"], session.folder/"events.csv", session.folder/TRUTH
-    if truth is None and drawn.is_file() and (rows < 0).all(): truth = drawn  # a drawn face, whose expressions are known
+    if truth is None and drawn.is_file() and (rows < 0).all(): truth = drawn  # known without a hand: a drawn face, a rated film
     if truth is None and (session.earlier or not own.is_file()): return rows, "manual labels", []
     if truth is not None and not Path(truth).is_file(): raise UsageError(f"'{truth}' is no file: give an events.csv")
     events, unit = read_events(own if truth is None else truth)
     time_us = np.rint(session.main["time_sec"]*1e6)
     codes = labels_at(events, time_us/1000 if unit == "ms" else session.main["frame_index"])
-    if truth == drawn: return codes, f"what was drawn ({TRUTH})", []
+    if truth == drawn: return codes, f"{TRUTH} beside the session", []
     if truth is not None: return codes, f"events of {Path(truth).resolve().parent.name}/{Path(truth).name}", []
     differ = int((codes != rows).sum())
     note = f"events.csv labels {differ:,} frames otherwise than their rows in per_frame.csv, and counts"

@@ -16,7 +16,7 @@ import itertools
 import os
 import re
 from collections import Counter
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -110,8 +110,9 @@ class Tree:
         self.paths = {}
         for name, other, path in sorted(found, key=lambda f: (f[0], f[0] != f[1], f[1:])):
             if _HIDDEN(name): continue
-            others = itertools.chain(() if "\\" in other else (other,), (f"{i}/{name}" for i in itertools.count(2)))
-            if name in self.paths: name = next(n for n in others if n not in self.paths)  # never without its folders
+            if name in self.paths:  # never without its folders
+                others = itertools.chain(() if "\\" in other else (other,), (f"{i}/{name}" for i in itertools.count(2)))
+                name = next(n for n in others if n not in self.paths)
             self.paths[name] = as_text(path)
         if not self.paths: raise UsageError(f"{self.root}: is empty; give the folder or zip that holds the dataset")
         self.names = sorted(self.paths)
@@ -221,6 +222,7 @@ PARTS = {p: s for s, names in {"train": "train training trainset trainingset", "
                                "test": "test testing testset testingset publictest privatetest"}.items() for p in names.split()}
 
 # %% ../nbs/00_data_sources.ipynb #00-sources-i06
+@lru_cache(1 << 12)  # a dataset has few names of parts, and a row each
 def _plain(part: str) -> str: return re.sub(r"[\s_.-]", "", part).lower()
 
 
@@ -280,7 +282,7 @@ def read_source(spec: str) -> pd.DataFrame:
     kind, name, path = parse_source(spec)
     rows = ADAPTERS[kind][0](Tree(path))
     if not rows: raise UsageError(f"{path}: no pictures for the kind {kind}; check the path")
-    rows = [r._replace(box=r.box and r.box.corners) for r in rows]  # what `face_box` reads
+    rows = [r._replace(box=r.box.corners) if r.box else r for r in rows]  # what `face_box` reads
     rows = sorted((f"{r.source or name}/{r.inside}", *r[1:-1], r.source or name) for r in rows)
     columns = dict(zip(("id", *Row._fields[1:]), zip(*rows)))
     twice = next((a for a, b in itertools.pairwise(columns["id"]) if a == b), None)

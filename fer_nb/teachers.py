@@ -6,7 +6,7 @@
 __all__ = ['BACKBONES', 'TARGETS', 'backbone_name', 'add_margin', 'ArcFaceHead', 'margin_at', 'effective_number_weights',
            'log_prior', 'vote_targets', 'soft_targets', 'ArcFaceLoss', 'set_stem_stride', 'fit_positions',
            'load_pretrained', 'make_backbone', 'start_as_identity', 'Teacher', 'check_weights', 'start_from_stage_a',
-           'leave_out', 'export_out_of_fold', 'pool_out_of_fold', 'export_softlabels']
+           'leave_out', 'export_out_of_fold', 'pool_out_of_fold', 'write_softlabels', 'export_softlabels']
 
 # %% ../nbs/03_teachers.ipynb #03-teachers-002
 import math
@@ -390,6 +390,24 @@ def pool_out_of_fold(
     if len(set(ids.tolist())) < len(ids): raise GateError("two runs hold out the same rows: give one run for each fold of one seed")
     return sum(confusion(p["logits"], p["labels"]) for p in parts)
 
+# %% ../nbs/03_teachers.ipynb #03-teachers-w55
+def write_softlabels(
+    logits: np.ndarray,  # (N, V, 7) of the training, validation and test rows, one after the other
+    data: FaceData,  # those rows
+    run_dir,  # the teacher's run
+    temperature: float,  # the teacher's T*
+    scale: float = 30.0,  # ArcFace's s, inside the logits
+) -> AlignmentReport:
+    "What `export_softlabels` leaves, from logits that are there; an unaligned export is refused."
+    folder, parts = Path(run_dir)/"softlabels", {"train": data.train, "val": data.val, "test": data.test}
+    ids, sha = (np.concatenate([p.rows[k].to_numpy(str) for p in parts.values()]) for k in ("id", "sha256"))
+    splits = np.repeat(list(parts), [len(p) for p in parts.values()])
+    save_softlabels(folder, Softlabels(ids, sha, logits, VIEWS, temperature, scale, data.dataset_index_id, splits, data.convention))
+    report = check_alignment(folder, ids, sha, data.dataset_index_id, convention=data.convention)
+    report.save(folder)
+    report.save(run_dir)
+    return require_alignment(report)
+
 # %% ../nbs/03_teachers.ipynb #03-teachers-055
 def export_softlabels(
     teacher: nn.Module,  # with its best weights
@@ -400,14 +418,7 @@ def export_softlabels(
     device: str = "cpu",
 ) -> AlignmentReport:
     "Write softlabels/ with every split and view, seal it, and check it against the rows; an unaligned export is refused."
-    folder, parts = Path(run_dir)/"softlabels", {"train": data.train, "val": data.val, "test": data.test}
-    unseal(folder)
-    logits = [np.stack([predict(teacher, eval_loader(p, view=v), device)[0] for v in range(len(VIEWS))], 1) for p in parts.values()]
-    ids, sha = (np.concatenate([p.rows[k].to_numpy(str) for p in parts.values()]) for k in ("id", "sha256"))
-    splits = np.repeat(list(parts), [len(p) for p in parts.values()])
-    soft = Softlabels(ids, sha, np.concatenate(logits), VIEWS, temperature, scale, data.dataset_index_id, splits, data.convention)
-    save_softlabels(folder, soft)
-    report = check_alignment(folder, ids, sha, data.dataset_index_id, convention=data.convention)
-    report.save(folder)
-    report.save(run_dir)
-    return require_alignment(report)
+    unseal(Path(run_dir)/"softlabels")
+    parts = (data.train, data.val, data.test)
+    logits = [np.stack([predict(teacher, eval_loader(p, view=v), device)[0] for v in range(len(VIEWS))], 1) for p in parts]
+    return write_softlabels(np.concatenate(logits), data, run_dir, temperature, scale)

@@ -55,7 +55,9 @@ def chain(tmp_path_factory):
     command = ["run", "--profile", profile, "--out", folder / "run"]
     done = fer_nb(*command)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-    assert "report: " in done.stdout
+    assert "epoch 1 of 2: loss" in done.stdout and re.search(r"\n\[(\d+)/\1\] report  done in", done.stdout)
+    page = os.path.relpath(folder/"run"/"report"/"report.html", ROOT)
+    assert "verdict       GO: " in done.stdout and f"report        {page}" in done.stdout
     return folder / "run", command
 
 
@@ -91,8 +93,8 @@ def test_leaves_every_artifact_and_all_lines_go(chain):
     done = fer_nb("gates", run)
     assert done.returncode == 0 and done.stdout.rstrip().endswith("lines hold")
     page = (run / "report" / "report.html").read_text()
-    words = ("ONNX", "Real time", "Confusion", "Reliability", "Learning curves", "student KD", "teacher", "data:image/png")
-    assert [w for w in words if w not in page] == []
+    words = ("In one minute", "一分鐘摘要", "Go or no-go", "Exported files", "Live", "Calibration", "KD pair", "teacher", "data:image/png")
+    assert [w for w in words if w not in page] == [] and (run / "report" / "report.pdf").read_bytes()[:5] == b"%PDF-"
     history = json.loads((students(run, "KD") / "history.json").read_text())["rows"]
     assert {"train_ce", "train_kd", "train_alpha", "loader_bound_fraction"} <= set(history[-1])
     assert all(0 < row["loader_bound_fraction"] < 1 for row in history)
@@ -101,16 +103,19 @@ def test_leaves_every_artifact_and_all_lines_go(chain):
 def test_second_run_does_nothing_and_a_lost_file_is_made_again(chain):
     run, command = chain
     again = fer_nb(*command)
-    assert again.returncode == 0 and "05_students" not in again.stdout
+    assert again.returncode == 0 and "done in" in again.stdout and "students/" not in again.stdout.split("best student")[0]
     lost = students(run, "DKD") / "reliability_metrics.json"
     before = (students(run, "DKD") / "best.pt").read_bytes()
     lost.unlink()
     told = fer_nb(*command, "--dry-run").stdout.splitlines()
-    assert "  would run  students/mobilenetv3_large_100_img48_seed1337_DKD/05_students.ipynb" in told
-    assert not any("03_teachers" in line for line in told) and not lost.exists()
+    would = [line.split()[2] for line in told if line.startswith("  would run")]
+    assert "students/mobilenetv3_large_100_img48_seed1337_DKD/05_students.ipynb" in would
+    assert not any("03_teachers" in x for x in would) and not lost.exists()
+    assert any(line.startswith("  up to date teachers/RN18") for line in told) and "nothing was written" in told[-1]
     repaired = fer_nb(*command)
     assert repaired.returncode == 0, (repaired.stdout + repaired.stderr)[-3000:]
-    assert lost.is_file() and "05_students" in repaired.stdout and "03_teachers" not in repaired.stdout
+    walked = repaired.stdout.split("best student")[0]
+    assert lost.is_file() and "] students/mobilenetv3_large_100_img48_seed1337_DKD  done in" in walked and "teachers/" not in walked
     assert (students(run, "DKD") / "best.pt").read_bytes() == before, "a trained student was trained again"
 
 

@@ -53,6 +53,16 @@ def test_code_in_a_checkpoint_does_not_run(weights, tmp_path):
     assert not (tmp_path/"ran").exists()
 
 
+def test_a_transformer_loads(tmp_path):
+    "Its first stride is the side of its patches."
+    small = {"embed_dim": 48, "depth": 1, "num_heads": 3}
+    teacher = Teacher("VIT", img_size=32, model_args=small)
+    assert teacher.stem_stride == 16
+    save_checkpoint(tmp_path/"best.pt", model=teacher.state_dict(), meta=META | {
+        "backbone": "vit_small_patch16_224", "model_args": small, "stem_stride": teacher.stem_stride})
+    assert load_model(tmp_path/"best.pt")[1]["stem_stride"] == 16
+
+
 def test_ours_load_as_before(weights, tmp_path):
     save_checkpoint(tmp_path/"best.pt", model=weights, meta=META | {"amp": "no", "epoch": 3, "framing": None, "valid_macro_f1": 0.5})
     model, meta = load_model(tmp_path/"best.pt")

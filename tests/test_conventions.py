@@ -412,7 +412,7 @@ def test_profiles_name_what_they_train():
 def planned(profile, data, out, capsys):
     "The folders that a dry run names."
     run_profile(str(profile), data, str(out), 1, True)
-    lines = [x.split()[-1] for x in capsys.readouterr().out.splitlines() if x.startswith("  would run")]
+    lines = [x.split()[2] for x in capsys.readouterr().out.splitlines() if x.startswith("  would run")]
     return {str(Path(x).parent) for x in lines}
 
 

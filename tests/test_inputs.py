@@ -1,5 +1,8 @@
 """Datasets, pictures and films as they come: the cases that public reports led to, and others of each kind that are drawn here."""
+import contextlib
+import http.server
 import os
+import threading
 import zipfile
 from pathlib import Path
 
@@ -9,7 +12,7 @@ import pytest
 
 from fer_nb.archives import PICTURES, as_text, decode, is_picture, read_bytes
 from fer_nb.artifacts import CLASSES, FerError, UsageError
-from fer_nb.capture import open_source
+from fer_nb.capture import SourceLost, open_source
 from fer_nb.gates import gates
 from fer_nb.geometry import Geometry
 from fer_nb.images import prepare_row
@@ -291,3 +294,67 @@ def test_a_picture_that_no_table_lists_is_counted(tmp_path):
     for source, reason in ((f"expw={tmp_path/'d'}", "no label in label.lst"), (f"affectnet={tmp_path/'a'}", "no label in the tables")):
         df = read_source(source)
         assert len(df) == 9 and (df.excluded == reason).sum() == 2 and (df.excluded == "").sum() == 7
+
+
+TURNED = {90: (0, 1, -1, 0), 180: (-1, 0, 0, -1), 270: (0, -1, 1, 0)}  # how a phone says it: the matrix of the track
+
+
+def a_film(path, fourcc="mp4v", turn=0):
+    "A film of 12 frames, 96 by 64, bright in its upper left corner; its container says how far to turn it."
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*fourcc), 12, (96, 64))
+    for k in range(12):
+        image = np.full((64, 96, 3), 20 + 3*k, np.uint8)
+        image[:32, :48] = 230
+        writer.write(image)
+    writer.release()
+    if turn:
+        data, (a, b, c, d) = bytearray(path.read_bytes()), TURNED[turn]
+        at = data.index(b"tkhd") + 4 + 40  # version 0: forty bytes before the matrix
+        data[at:at + 36] = np.array([a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30], ">i4").tobytes()
+        path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize("turn", [0, *TURNED])
+def test_a_film_is_turned_as_its_container_says(tmp_path, turn):
+    source = open_source(a_film(tmp_path/"film.mp4", turn=turn))
+    frames = [f.image for f in iter(source.read, None)]
+    assert len(frames) == 12 and {f.shape for f in frames} == {(96, 64, 3) if turn % 180 else (64, 96, 3)}
+    h, w = frames[0].shape[:2]
+    halves = {(y, x): frames[0][y*h//2:(y + 1)*h//2, x*w//2:(x + 1)*w//2].mean() for y in (0, 1) for x in (0, 1)}
+    assert max(halves, key=halves.get) == {0: (0, 0), 90: (0, 1), 180: (1, 1), 270: (1, 0)}[turn]
+
+
+class Camera(http.server.BaseHTTPRequestHandler):
+    "A camera on the network: a film as a file, and pictures one after another that end when they end."
+    protocol_version = "HTTP/1.0"
+    def log_message(self, *args): pass
+
+    def do_GET(self):
+        self.send_response(200)
+        if self.path.startswith("/film"):
+            data = self.server.film.read_bytes()
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+            return
+        self.send_header("Content-Type", "multipart/x-mixed-replace; boundary=next")
+        self.end_headers()
+        for k in range(9):
+            jpeg = cv2.imencode(".jpg", np.full((48, 64, 3), 20*k, np.uint8))[1].tobytes()
+            self.wfile.write(b"--next\r\nContent-Type: image/jpeg\r\nContent-Length: %d\r\n\r\n%s\r\n" % (len(jpeg), jpeg))
+
+
+@pytest.mark.parametrize("what", ["film.avi", "live"])
+def test_a_film_from_the_network_is_read(tmp_path, what):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Camera)
+    server.film = a_film(tmp_path/"film.avi", "MJPG")
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        source, frames = open_source(f"http://127.0.0.1:{server.server_port}/{what}"), []
+        with contextlib.suppress(SourceLost): frames.extend(iter(source.read, None))
+        assert len(frames) >= (12 if what == "film.avi" else 8)  # the last picture of a stream ends when the next one begins
+        assert [f.index for f in frames] == list(range(len(frames))) and (np.diff([f.time_sec for f in frames]) > 0).all()
+        if what == "live": assert np.abs([f.image.mean() - 20*k for k, f in enumerate(frames)]).max() < 4
+        source.close()
+    finally: server.shutdown(); server.server_close()
