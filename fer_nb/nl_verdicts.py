@@ -35,7 +35,7 @@ class MatrixRun(BaseModel):
     temperature: float
     share: float | None = None  # of samples that negative learning is set to be applied to
     convention: str = ""
-    settings: dict  # what all runs must have in common
+    settings: dict = {}  # what all runs must have in common; the matrix says it once
 
 # %% ../nbs/07_nl_verdicts.ipynb #07-nl-verdicts-006
 _OWN = ("seed", "optimizer", "optimizer_args", "negl", "momentum")  # of args.json, what may differ between the runs of a matrix
@@ -86,7 +86,7 @@ def gather_matrix(
     pictures = group_codes(test["pictures"], len(test["labels"]))
     matrix = NLMatrix(dataset_index_id=first.settings["dataset_index_id"], convention=first.convention, test_rows=len(test["labels"]),
                       test_pictures=len(test["labels"]) if pictures is None else int(pictures.max()) + 1, baseline=baseline,
-                      settings=first.settings, runs=[r for r, *_ in read])
+                      settings=first.settings, runs=[r.model_copy(update={"settings": {}}) for r, *_ in read])
     matrix.save(out)
     write_csv(Path(out)/"nl_matrix_epochs.csv", pd.concat([h for _, h, _ in read]).round(5))
     write_npz(Path(out)/"nl_matrix_answers.npz", logits=np.stack([t["logits"] for *_, t in read]).astype(np.float16),

@@ -308,9 +308,10 @@ def noise_verdicts(
     summary: pd.DataFrame,  # of `read_noise`
     over_ce: float = 0.03,
     over_smoothing: float = 0.01,
-) -> pd.DataFrame:  # a row an arm of negative learning and kind of 40% noise
+) -> pd.DataFrame:  # a row an arm of negative learning, for 40% injected and for real noise
     "Whether negative learning passes the two bars, and whether it does better than leaving suspects out."
-    part = summary[summary["arm"].str.startswith(("NegL", "NLNL")) & np.isclose(summary["rate"], 0.4)].dropna(subset=[f"over {o}" for o in NOISE_RIVALS])
+    part = summary[summary["arm"].str.startswith(("NegL", "NLNL")) & (np.isclose(summary["rate"], 0.4) | (summary["kind"] == "real"))]
+    part = part.dropna(subset=[f"over {o}" for o in NOISE_RIVALS])
     bars = (("CE", over_ce), ("label smoothing", over_smoothing), (NOISE_RIVALS[2], 0.0))
     rows = []
     for _, r in part.iterrows():

@@ -201,8 +201,8 @@ def test_intervals_are_of_pictures_and_not_of_rows():
 def test_the_bars_are_the_ones_that_were_asked():
     y = np.zeros(1000, int)
     def said(right): return np.r_[np.zeros(right, int), np.ones(1000 - right, int)]
-    cells = {NoiseCell("drawn", "symmetric", 0.4, a, s): said(n) for a, n in
-             (("CE", 500), ("label smoothing", 515), ("small loss from the start", 600), ("NegL for suspects", 520), ("NLNL", 535)) for s in (1, 2)}
+    hits = {"CE": 500, "label smoothing": 515, "small loss from the start": 600, "NegL for suspects": 520, "NLNL": 535}
+    cells = {NoiseCell("drawn", "symmetric", 0.4, a, s): said(n) for a, n in hits.items() for s in (1, 2)}
     did = {"epoch": 1, "accuracy": 0.5, "by_heart": 0.5, "truth_seen": 0.1, "caught": 0.2, "bar_is_truth": 0.1}
     looks = pd.DataFrame([{**c._asdict(), **did} for c in cells])
     table = summarise_noise(cells, looks, {"drawn": (y, None)})
