@@ -6,7 +6,7 @@
 PYTHON ?= python3
 BIN    := .venv/bin
 
-.PHONY: run quick test install notebooks sync lint pytest bench results constraints lab clean help
+.PHONY: run quick test install notebooks sync lint pytest bench results report constraints lab clean help
 
 run: install
 	$(BIN)/fer-nb run --profile embedded
@@ -21,7 +21,7 @@ install: .venv/.installed
 # opencv-python needs libGL.so.1, which bare servers lack: there the headless build of the same version takes its place.
 .venv/.installed: settings.ini setup.py constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@$(BIN)/python -c 'import cv2' 2>/dev/null || { \
 	  version=$$($(BIN)/python -c 'from importlib.metadata import version; print(version("opencv-python"))'); \
@@ -49,6 +49,9 @@ bench: install
 results: install
 	$(BIN)/python -c 'from fer_nb.results import write_results; print(write_results("runs/reference", readme="README.md", guide="docs/USE.md"))'
 
+report: install
+	$(BIN)/fer-nb report --runs runs/reference/gpu runs/reference/fer2013 --out report/reference --engine pandoc
+
 constraints: install
 	$(PYTHON) -m venv .venv/uv && .venv/uv/bin/python -m pip install --quiet --disable-pip-version-check uv
 	$(BIN)/python workflow/constraints.py .venv/uv/bin/uv $(if $(NEWEST),--newest)
@@ -63,6 +66,7 @@ help:
 	@sed -n 's/^# make/make/p' Makefile
 	@echo "make bench  measure speeds, such as those of runs/reference/RESULTS.md"
 	@echo "make results  make runs/reference/RESULTS.md, the README's table and the guide's again"
+	@echo "make report  make report/reference again, the report of the reference runs"
 	@echo "make constraints  make constraints.txt again, from what is installed; with NEWEST=1 the newest that settings.ini allows"
 	@echo "make lab    open the notebooks in JupyterLab"
 	@echo "make clean  remove .venv and build leftovers (runs/ stays)"

@@ -10,7 +10,7 @@ from setuptools.command.build_py import build_py
 config = ConfigParser(delimiters=["="], interpolation=None)
 config.read("settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
-SHARED = ("nbs/*.ipynb", "workflow/Snakefile", "profiles/*.yaml")  # what `fer-nb run` reads besides the modules
+SHARED = ("nbs/*.ipynb", "workflow/Snakefile", "profiles/*.yaml", "report/*.qmd")  # what `fer-nb run` and `fer-nb report` read besides the modules
 
 
 def bare(notebook: str) -> str:

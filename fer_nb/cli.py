@@ -423,8 +423,13 @@ def adapt_gate(a):
 
 
 def report(a):
-    from fer_nb.report import render
-    print(f"report: {_short(render(a.notebook, a.html))}")
+    if a.notebook:
+        if not a.html or a.runs: raise UsageError("give a notebook and the HTML page to write, or --runs with a run folder")
+        from fer_nb.report import render
+        print(f"report: {_short(render(a.notebook, a.html))}")
+        return
+    from fer_nb.pack import render_pack
+    for page in render_pack(a.runs or (), a.to, a.out, a.engine or ""): print(f"report: {_short(page)}")
 
 
 def keep(a):
@@ -556,6 +561,14 @@ def _phase_flags(c):
                 "help": "a part and its run folders, such as NL RUN RUN RUN; may be repeated"})
 
 
+def _report_flags(c):
+    flags(c, "pack.render_pack", "runs+ to out engine", to={"choices": ("html", "pdf", "all"), "metavar": None},
+          runs={"metavar": "DIR", "default": None}, engine={"choices": ("quarto", "pandoc"), "metavar": None, "default": None})
+    c.add_argument("notebook", nargs="?", metavar="NOTEBOOK",
+                   help="in place of --runs: an executed report notebook, of which one page is made")
+    c.add_argument("html", nargs="?", metavar="HTML", help="the page of that notebook")
+
+
 def _shard_flags(c):
     c.add_argument("--shard", default="", metavar="K/N", help="only the K-th of N consecutive parts, for as many machines")
     c.add_argument("--merge", action="store_true", help="put the parts together, to what one machine would have written")
@@ -631,7 +644,7 @@ COMMANDS = {  # name -> (what is called, whose docstring is its help, its flags)
     "adapt gate": (adapt_gate, "dual_gate.gate_files", _gate_flags),
     "gates": (gates, "gates.gates", lambda c: flags(c, "gates.gates", ".run_dir")),
     "notebook": (notebook, "runs.run_notebook", _notebook_flags),
-    "report": (report, "report.render", lambda c: flags(c, "report.render", ".notebook .html<page")),
+    "report": (report, "pack.render_pack", _report_flags),
     "keep": (keep, "report.keep_results", lambda c: flags(c, "report.keep_results", ".run_dir<runs_dir .out")),
 }
 

@@ -353,6 +353,14 @@ def _adapt(job: _Job, films, corruptions, strict, export, resamples, bar) -> Ada
     return Adapted(job.out, found, gap, gate, done, notes)
 
 # %% ../nbs/09d_own_faces.ipynb #09d-own_faces-025
+def _same_hand(job: _Job) -> tuple:  # logits of the incumbent, labels, groups
+    "What the incumbent makes of all own pictures, whatever their part."
+    views = list(job.own.values())
+    groups = [groups_of(v.rows) for v in views]
+    return (np.concatenate([predict(job.incumbent, eval_loader(v))[0] for v in views]), np.concatenate([v.labels for v in views]),
+            np.concatenate(groups) if all(g is not None for g in groups) else None)
+
+
 def _judge(job: _Job, tuned: nn.Module, t: float, films, strict: bool, resamples: int) -> DualGate:
     "The dual gate of an adaptation."
     how = dict(strict=strict, resamples=resamples, seed=job.config.seed)
@@ -361,7 +369,7 @@ def _judge(job: _Job, tuned: nn.Module, t: float, films, strict: bool, resamples
         offline_check(*both(job.mix.test), job.mix.test.labels, f"test of {job.mix.dataset_index_id}", groups_of(job.mix.test.rows),
                       convention=job.mix.convention, dataset_index_id=job.mix.dataset_index_id, **how)]
     test, ts = job.own["test"], (job.temperature, t)
-    stills = [stills_check(*both(test), test.labels, "own faces, held out", groups_of(test.rows), **how)]
+    stills = [stills_check(*both(test), test.labels, "own faces, held out", groups_of(test.rows), _same_hand(job), **how)]
     replays = [film_check(f, source, job.incumbent, tuned, job.geometry, ts, **how) for f, source in films]
     return dual_gate(str(job.meta.get("name") or job.path.name), job.name, offline, replays, stills, out=job.out,
                      incumbent_sha256=sha256_file(job.path), candidate_sha256=sha256_file(job.out/"best.pt"), **how)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import yaml
 from tabulate import tabulate
 
 from .arms import folder_of
@@ -24,7 +25,7 @@ from .integrity import own_test_rows, run_convention
 from .latency import show_change
 from .leaves import seal_folder
 from .records import Calibration, ReliabilityMetrics, RunArgs, ThroughDetector
-from .reliability import evaluate
+from .reliability import METRICS, evaluate
 from .resampling import paired_interval
 from .starts import save_trainable
 from .students import load_model
@@ -223,6 +224,24 @@ def _told_colours(
     return (" It learned from grey pictures alone: what is coloured\nbecomes grey first (`grey` in its geometry), "
             "as whoever prepares faces elsewhere must do too.")
 
+# %% ../nbs/09_onnx_shipping.ipynb #09-shipping-front
+def _card_front(
+    name: str,  # of the model
+    learned: str,  # whose labels
+    parts: list[tuple],  # (source, logits (N, 7), labels (N,)) of its test rows
+    temperature: float,
+) -> str:
+    "The card's head, as model hubs read it."
+    metrics = (("accuracy", "accuracy", "accuracy"), ("f1", "macro-F1", "macro_f1"), ("expected_calibration_error", "ECE, 15 bins", "ece"))
+    def scores(z, y): return [{"type": t, "name": n, "value": round(float(METRICS[k](z, y, temperature)), 4)} for t, n, k in metrics]
+    results = [{"task": {"type": "image-classification", "name": "facial expression recognition, seven classes"},
+                "dataset": {"type": source, "name": f"{source}, labels of {learned}", "split": "test"}, "metrics": scores(z, y)}
+               for source, z, y in parts]
+    head = {"license": "apache-2.0", "library_name": "onnx", "pipeline_tag": "image-classification", "inference": False,
+            "tags": ["facial-expression-recognition", "knowledge-distillation", "calibration", "onnx", "mobilenetv3"],
+            "model-index": [{"name": name, "results": results}]}
+    return f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---\n\n"
+
 # %% ../nbs/09_onnx_shipping.ipynb #09-shipping-020
 def model_card(
     run_dir,  # the student's run
@@ -240,7 +259,8 @@ def model_card(
     by_class = tabulate([(c, int(row.sum()), f"{p:.3f}", f"{r:.3f}", f"{f1:.3f} [{low:.3f}, {high:.3f}]") for c, row, p, r, f1, (low, high)
                          in zip(CLASSES, counts, *prf(counts), class_f1_intervals(logits, labels, groups))],
                         ("class", "n", "precision", "recall", "F1"), "pipe", disable_numparse=True)
-    return _card_template().format(
+    parts = [(s, logits[named == s], labels[named == s]) for s in sorted(set(named.tolist()))]
+    return _card_front(p.name, learned, parts, p.temperature) + _card_template().format(
         name=p.name, size=p.geometry.size, colours=_told_colours(p.geometry), file=_shipped_name(run).name,
         opening=_told_opening(_shipped_name(run)),
         classes=", ".join(CLASSES), precision=precision, megabytes=(out/v.file).stat().st_size/1e6,

@@ -431,3 +431,17 @@ def test_old_answers_teach_replayed_rows_and_labels_teach_own_ones():
     assert loss(z, y, index).item() == pytest.approx(by_hand.item(), abs=1e-6)
     loss.answers = None
     assert loss(z, y).item() == pytest.approx(-(p[range(4), y]).mean().item(), abs=1e-6)
+
+
+def test_labels_that_an_incumbent_contradicts_are_no_witness():
+    "Folders named after the next class: a candidate gains by them, and the incumbent says that something is wrong with them."
+    y = np.arange(210) % 7
+    z = np.random.default_rng(0).normal(0, 1, (210, 7)) + 2*np.eye(7)[y]
+    shifted, learned = (y + 1) % 7, 4*np.eye(7)[(y + 1) % 7]
+    found = stills_check(z, learned, shifted, "mine", resamples=50)
+    assert found.contradicted and not found.passed and not holds(found) and found.macro_f1_change.low > 0.5
+    assert "named after what its faces show" in found.reasons[0]
+    few = slice(0, 14)  # so few that chance can't be told from a mistake; all that the same hand labelled can tell
+    assert not stills_check(z[few], learned[few], shifted[few], "mine", resamples=50).contradicted
+    assert stills_check(z[few], learned[few], shifted[few], "mine", same_hand=(z, shifted, None), resamples=50).contradicted
+    assert stills_check(z, z + np.eye(7)[y], y, "mine", resamples=50).passed

@@ -93,8 +93,8 @@ def test_leaves_every_artifact_and_all_lines_go(chain):
     done = fer_nb("gates", run)
     assert done.returncode == 0 and done.stdout.rstrip().endswith("lines hold")
     page = (run / "report" / "report.html").read_text()
-    words = ("ONNX", "Real time", "Confusion", "Reliability", "Learning curves", "student KD", "teacher", "data:image/png")
-    assert [w for w in words if w not in page] == []
+    words = ("In one minute", "一分鐘摘要", "Go or no-go", "Exported files", "Live", "Calibration", "KD pair", "teacher", "data:image/png")
+    assert [w for w in words if w not in page] == [] and (run / "report" / "report.pdf").read_bytes()[:5] == b"%PDF-"
     history = json.loads((students(run, "KD") / "history.json").read_text())["rows"]
     assert {"train_ce", "train_kd", "train_alpha", "loader_bound_fraction"} <= set(history[-1])
     assert all(0 < row["loader_bound_fraction"] < 1 for row in history)

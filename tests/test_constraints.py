@@ -33,4 +33,4 @@ def test_what_is_installed_is_read_as_pins():
 
 def test_the_readme_s_install_uses_it():
     make = (ROOT/"Makefile").read_text()
-    assert "pip install --quiet --disable-pip-version-check --require-hashes -r constraints.txt" in make and "--no-deps" in make
+    assert "pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r constraints.txt" in make and "--no-deps" in make

@@ -69,7 +69,7 @@ def test_the_plan_of_the_reference_asks_for_parameters_that_exist(lease, monkeyp
 def test_the_matrix_of_nl_has_every_optimiser_with_every_use_of_negative_labels(lease, monkeypatch):
     monkeypatch.setattr("fer_nb.runs.PLACES", ())  # its folders are not here
     words = dict.fromkeys(("manifests", "cache", "softlabels", "init", "init_origin", "smoke", "phase", "convention", "device", "out"), "x")
-    words |= {"targets": "votes", "amp": "no"}
+    words |= {"targets": "votes", "amp": "no", "source": "", "rows": 0}
     runs = lease.expand(yaml.safe_load((ROOT/"workflow"/"nl_matrix.yaml").read_text()), words | {"epochs": 2})
     assert len(runs) == 2*3*3*3
     for r in runs: check_parameters(notebook_path(r["notebook"]), r["parameters"])

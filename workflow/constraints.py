@@ -11,8 +11,10 @@ from configparser import ConfigParser
 from importlib.metadata import distributions
 from pathlib import Path
 
+from packaging.specifiers import SpecifierSet
+
 ROOT = Path(__file__).resolve().parent.parent
-PYTHON = "3.11.5"  # the oldest that all of these versions run on
+PYTHON = "3.11"  # the oldest that is promised: Debian 12 has 3.11.2
 HEAD = "# Made by `make constraints`: the versions that were tested, with the sha256 of every file that may be installed.\n"
 
 
@@ -24,8 +26,9 @@ def wanted() -> list[str]:
 
 
 def tested() -> list[str]:
-    "What is installed here; the build of OpenCV without windows stands for the one with them."
-    names = {d.name.lower().replace("_", "-"): d.version for d in distributions()}
+    "What is installed here and runs on the oldest Python too; the build of OpenCV without windows stands for the one with them."
+    names = {d.name.lower().replace("_", "-"): d.version for d in distributions()
+             if f"{PYTHON}.0" in SpecifierSet(d.metadata.get("Requires-Python") or "")}
     if "opencv-python-headless" in names: names["opencv-python"] = names.pop("opencv-python-headless")
     return [f"{n}=={v}" for n, v in sorted(names.items()) if n != "fer-nb"]
 

@@ -1,0 +1,236 @@
+"""The report: what is missing stops it, what changed changes it, nothing is typed, both engines say the same, and it fits a telephone."""
+import base64
+import re
+import shutil
+import sys
+from html import unescape
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from fer_nb.artifacts import FerError, GateError, UsageError, read_json, write_json
+from fer_nb.cli import main
+from fer_nb.material import Material
+from fer_nb.pack import _pandoc, html_page, pdf_page, render_pack, sources, write_sources
+from fer_nb.references import NO_BREAK, filled, typed_numbers
+
+ROOT = Path(__file__).parent.parent
+GPU, OLDER = ROOT/"runs"/"reference"/"gpu", ROOT/"runs"/"reference"/"fer2013"
+PARTS = ("manifests", "ensembles/four_ferplus", "teachers/LITE0_ferplus", "teachers/LITE2_ferplus", "onnx",
+         "students/mobilenetv3_large_100_ferplus_img80_seed1337_KD_from_KD")
+STUDENT = f"{PARTS[-1]}/"
+DOT = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg==")  # a PNG
+
+
+@pytest.fixture
+def run(tmp_path):
+    "A small copy of the reference run, to spoil."
+    for part in PARTS: shutil.copytree(GPU/part, tmp_path/"run"/part)
+    return tmp_path/"run"
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    "The filled sources of the reference runs."
+    return write_sources(Material(GPU, OLDER), tmp_path_factory.mktemp("pack"))
+
+
+def text_of(run, out):
+    "The filled sources; their figures are drawn, and not saved."
+    with pytest.MonkeyPatch.context() as p:
+        p.setattr("fer_nb.pack_blocks.small_png", lambda fig, dpi=0: DOT)
+        return write_sources(Material(run), out).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("gone", [f"{STUDENT}reliability_metrics.json", f"{STUDENT}calibration.json", f"{STUDENT}hash_manifest.json",
+                                  f"{STUDENT}history.json",
+                                  "ensembles/four_ferplus/ensemble_metrics.json", "ensembles/four_ferplus/reliability_metrics.json",
+                                  "manifests/dataset_index.json",
+                                  "manifests/leakage_report.json", "onnx/onnx_parity.json", "onnx/onnx_export_report.json",
+                                  "onnx/latency_benchmarks.csv",
+                                  "teachers/LITE0_ferplus/metrics_by_source.csv"])
+def test_a_missing_artifact_stops_the_report_and_is_named(run, tmp_path, gone, capsys):
+    (run/gone).unlink()
+    assert main(["report", "--runs", str(run), "--out", str(tmp_path/"out")]) == 1
+    assert f"'run/{gone}' is missing" in capsys.readouterr().err
+    assert not list((tmp_path/"out").glob("report.*")) if (tmp_path/"out").exists() else True
+
+
+def test_a_lost_key_stops_the_report_and_is_named(run, tmp_path):
+    path = run/STUDENT/"reliability_metrics.json"
+    metrics = read_json(path)
+    del metrics["uncalibrated"]["ece"]
+    write_json(path, metrics)
+    with pytest.raises(FerError, match="reference '.*' is missing: .*reliability_metrics.json has no "
+                       "(uncalibrated.)?ece"): text_of(run, tmp_path)
+
+
+@pytest.mark.parametrize(("file", "key", "value", "shown"), [
+    (f"{STUDENT}reliability_metrics.json", ("accuracy", "value"), 0.1234, "0.123 ["),
+    (f"{STUDENT}reliability_metrics.json", ("macro_f1", "low"), 0.1234, "[0.123,"),
+    ("manifests/dataset_index.json", ("usable_count",), 54321, "54,321 usable"),
+    ("onnx/onnx_parity.json", ("variants", "w8", "argmax_agreement"), 0.4321, "43.21%"),
+    ("manifests/leakage_report.json", ("remaining_leaks",), 17, "gate counts what remains (17 rows)")])
+def test_a_changed_number_changes_the_report(run, tmp_path, file, key, value, shown):
+    assert shown not in text_of(run, tmp_path/"before")
+    content = at = read_json(run/file)
+    for k in key[:-1]: at = at[k]
+    at[key[-1]] = value
+    write_json(run/file, content)
+    assert shown in text_of(run, tmp_path/"after")
+
+
+def test_a_broken_artifact_is_not_left_out_in_silence(run, tmp_path):
+    path = run/"teachers"/"LITE2_ferplus"/"calibration.json"
+    path.write_text(path.read_text()[:200])
+    with pytest.raises(FerError, match="LITE2_ferplus/calibration.json"): text_of(run, tmp_path)
+
+
+def test_a_lost_column_stops_the_report(run, tmp_path):
+    path = run/"onnx"/"latency_benchmarks.csv"
+    pd.read_csv(path).drop(columns="p50_ms").to_csv(path, index=False)
+    with pytest.raises(GateError, match="p50_ms"): text_of(run, tmp_path)
+
+
+def test_a_broken_seal_is_no_go_in_the_report(run, tmp_path):
+    path = run/STUDENT/"reliability_metrics.json"
+    write_json(path, read_json(path) | {"resamples": 999})
+    assert "**NO-GO**" in text_of(run, tmp_path)
+
+
+def test_no_number_is_typed_in_the_sources():
+    for name, text in sources().items(): assert typed_numbers(text) == [], name
+
+
+@pytest.mark.parametrize("text", [
+    "Accuracy is 0.83.", "Accuracy is 83%.", "準確率為 0.83。", "準確率0.83", "it gains 3 points", "n = 3,402", "|a|0.7|",
+    "+3.2 points", "**0.715**"])
+def test_a_typed_number_is_refused(text, written):
+    with pytest.raises(UsageError, match="page.qmd, line 2: '.*' is typed"): filled(f"Fine.\n{text}\n", None, {}, source="page.qmd")
+
+
+@pytest.mark.parametrize("text", ["FER2013 and F1", "(Hinton et al., 2015)", "$T^2$", "`--cores 2`", "1. first",
+                                  "{{< number a.b .3f >}}",
+                                  "MobileNetV3-Large", "# Head {#sec-1}"])
+def test_a_name_with_digits_is_no_number(text):
+    assert typed_numbers(text) == []
+
+
+def test_stages_that_never_ran_are_said_in_a_sentence(tmp_path):
+    for part in ("manifests", "teachers/LITE0_ferplus"): shutil.copytree(GPU/part, tmp_path/"run"/part)
+    text = text_of(tmp_path/"run", tmp_path/"out")
+    for said in ("No student has been trained", "No ensemble stands", "No model has been exported", "No session of the demo has been "
+                 "scored", "was judged behind a detector",
+                 "No run of nested learning", "No model was adapted", "No study of label noise"): assert said in text, said
+    assert html_page(tmp_path/"out"/"pack"/"report.qmd", tmp_path/"p.html").is_file() and pdf_page(tmp_path/"out"/"pack"/"report.qmd",
+                                                                                                   tmp_path/"p.pdf").is_file()
+
+
+def test_both_engines_say_the_same(written, tmp_path):
+    text = written.read_text(encoding="utf-8")
+    page = html_page(written, tmp_path/"report.html").read_text(encoding="utf-8")
+    _pandoc(written.resolve(), "typst", tmp_path/"report.typ")
+    printed = (tmp_path/"report.typ").read_text(encoding="utf-8")
+    plain = unescape(re.sub(r"<[^>]+>", "", page))
+    flat = {"html": re.sub(r"\s+", " ", plain), "typst": re.sub(r"\s+", " ", printed.replace("\\", "").replace("~", " "))}
+    headings = re.findall(r"^#+ (.+?)(?: \{.*\})?$", text, re.MULTILINE)
+    assert len(headings) > 25 and not [(k, h) for k, where in flat.items() for h in headings if h not in where]
+    numbers = set(re.findall(rf"\d\.\d{{3}} \[\d\.\d{{3}},{NO_BREAK}\d\.\d{{3}}\]", text))
+    def has(where, n): return re.sub(r"\s", " ", n) in where
+    assert len(numbers) > 50 and not [(k, n) for k, where in flat.items() for n in numbers if not has(where, n)]
+    figures = re.findall(r"\]\(figures/(.+?\.png)\)", text)
+    assert page.count("<img") == printed.count("image(\"figures/") == len(figures) > 15
+    assert page.count("<table") == printed.count("#table(") > 10
+
+
+def test_the_page_is_one_small_file_without_scripts(written, tmp_path):
+    page = html_page(written, tmp_path/"report.html")
+    text = page.read_text(encoding="utf-8")
+    assert page.stat().st_size < 3_000_000
+    assert not re.search(r"<script|<link|<iframe|src=\"(?!data:image)|url\((?!data:)", text)
+    assert str(ROOT) not in text and "/tmp/" not in text
+
+
+def test_tables_in_the_body_fit_a_screen(written):
+    body = written.read_text(encoding="utf-8").split("\n# Appendix")[0]
+    parts = dict(zip(re.findall(r"^# (.+)$", body, re.MULTILINE), re.split(r"^# .+$", body, flags=re.MULTILINE)[1:]))
+    assert "Interim report" in parts
+    for name, part in parts.items():
+        for table in re.findall(r"(?:^\|.*\n)+", part,
+                                re.MULTILINE): assert len(table.splitlines()) - 2 <= (60 if name.startswith("Go or")
+                                                                                      else 14), (name, table[:80])
+
+
+def test_interval_cells_do_not_break(written):
+    assert not re.search(r"\[[−+\d.]+, [−+\d.]+\]", "\n".join(x for x in written.read_text(encoding="utf-8").splitlines()
+                                                              if x.startswith("|")).split("# Every number")[0].split("what is shown")[0])
+
+
+def test_every_number_of_the_text_is_accounted_for(written):
+    numbers = pd.read_csv(written.parents[1]/"numbers.csv", keep_default_na=False)
+    assert set(numbers.columns) == {"section", "shown", "file", "key", "name"}
+    for file in set(numbers["file"]):
+        folder, _, rest = file.partition("/")
+        assert (GPU.parent/folder/rest).is_file(), file
+    named = numbers[numbers["name"] != ""]
+    used = set(re.findall(r"\{\{< number ([\w.]+)", "\n".join(sources().values())))
+    assert {"student.macro_f1", "kd.macro_f1.difference"} <= set(named["name"]) <= used | set(named["name"])
+
+
+def test_the_manifest_lists_every_artifact_with_its_hash(written):
+    from fer_nb.artifacts import sha256_file
+    told = read_json(written.parents[1]/"reproducibility_manifest.json")
+    some = sorted(told["files"])[::25]
+    assert len(told["files"]) > 300 and all(sha256_file(GPU/f) == told["files"][f] for f in some)
+    owed = {p.relative_to(GPU).as_posix() for p in GPU.rglob("reliability_metrics.json")}
+    assert owed <= set(told["files"])
+
+
+def test_the_kept_report_is_that_of_the_kept_runs(written):
+    "Made again by `make report`."
+    kept = ROOT/"report"/"reference"
+    new = written.parents[1]
+    for name in ("numbers.csv",
+                 "reproducibility_manifest.json"):
+        assert (kept/name).read_text(encoding="utf-8") == (new/name).read_text(encoding="utf-8"), name
+    assert (kept/"report.html").stat().st_size < 3_000_000 and (kept/"report.pdf").read_bytes()[:5] == b"%PDF-"
+    page = re.sub(r"\s+", " ", unescape(re.sub(r"<[^>]+>", "", (kept/"report.html").read_text(encoding="utf-8"))))
+    told = re.findall(r"\*\*(?:Figure|Table) \d+\.\*\* ([^\]\n]+)", written.read_text(encoding="utf-8"))
+    assert len(told) > 30 and not [t for t in told if re.sub(r"[`*]", "", t)[:60] not in page]
+
+
+@pytest.mark.parametrize(("words", "said"), [(["report", "--runs", "nowhere"], "'nowhere' is no folder"),
+                                             (["report", "x.ipynb"], "give a notebook and the HTML page"),
+                                             (["report", "--engine", "quarto", "--runs", str(GPU)], "Quarto is not on the PATH")])
+def test_wrong_words_are_answered(words, said, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path); monkeypatch.setenv("PATH", "/nowhere")
+    assert main([*words, *(["--out", str(tmp_path/"out")] if "--runs" in words else [])]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_quarto_is_used_where_it_is_there(run, tmp_path, monkeypatch):
+    (tmp_path/"bin").mkdir()
+    quarto = tmp_path/"bin"/"quarto"
+    quarto.write_text(f"#!{sys.executable}\nimport sys\nfrom pathlib import Path\n"
+                      "Path(sys.argv[sys.argv.index('--output') + 1]).write_text(Path(sys.argv[2]).read_text())\n")
+    quarto.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path/"bin"))
+    made = render_pack(run, "html", tmp_path/"out")
+    assert "{{<" not in made[0].read_text() and "figures/" in made[0].read_text()
+
+
+def test_a_telephone_shows_it_without_scrolling_sideways(written, tmp_path):
+    sync = pytest.importorskip("playwright.sync_api")
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if not browser: pytest.skip("no browser is installed")
+    page = html_page(written, tmp_path/"report.html").resolve()
+    with sync.sync_playwright() as p:
+        b = p.chromium.launch(executable_path=browser, args=["--no-sandbox"])
+        for width in (400, 1280):
+            tab = b.new_page(viewport={"width": width, "height": 900})
+            tab.goto(page.as_uri())
+            assert tab.evaluate("document.documentElement.scrollWidth") <= width
+            assert tab.evaluate("Math.min(...[...document.images].map(i => i.getBoundingClientRect().width))") > 0.85*min(width, 576) - 40
+            assert tab.evaluate("[...document.images].every(i => i.complete && i.naturalWidth > 800)")
+        b.close()
