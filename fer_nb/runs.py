@@ -505,6 +505,7 @@ DECIDES = {"images": ("img_size", "clahe", "view")}  # of a stage, where most of
 def _as_before(name: str, before, now) -> bool:
     "Whether a setting stayed what it was, as far as what was made with it is concerned."
     if name in ANY_VALUE or before == now: return True
+    if all(x in (None, "", [], {}) for x in (before, now)): return True  # nothing, in two ways of writing it
     if name == "epochs": return isinstance(now, int) and isinstance(before, int) and now >= before
     return name == "convention" and not now  # the only one that the data have
 
