@@ -6,7 +6,7 @@
 PYTHON ?= python3
 BIN    := .venv/bin
 
-.PHONY: run quick test install notebooks sync lint pytest bench results report constraints lab clean help
+.PHONY: run quick test install notebooks sync lint pytest bench results report constraints lab clean help gallery
 
 run: install
 	$(BIN)/fer-nb run --profile embedded
@@ -52,6 +52,9 @@ results: install
 report: install
 	$(BIN)/fer-nb report --runs runs/reference/gpu runs/reference/fer2013 --out report/reference --engine pandoc
 
+gallery: install
+	$(BIN)/python workflow/gallery.py
+
 constraints: install
 	$(PYTHON) -m venv .venv/uv && .venv/uv/bin/python -m pip install --quiet --disable-pip-version-check uv
 	$(BIN)/python workflow/constraints.py .venv/uv/bin/uv $(if $(NEWEST),--newest)
@@ -67,6 +70,7 @@ help:
 	@echo "make bench  measure speeds, such as those of runs/reference/RESULTS.md"
 	@echo "make results  make runs/reference/RESULTS.md, the README's table and the guide's again"
 	@echo "make report  make report/reference again, the report of the reference runs"
+	@echo "make gallery  draw the pictures of docs/GALLERY.md again"
 	@echo "make constraints  make constraints.txt again, from what is installed; with NEWEST=1 the newest that settings.ini allows"
 	@echo "make lab    open the notebooks in JupyterLab"
 	@echo "make clean  remove .venv and build leftovers (runs/ stays)"

@@ -196,7 +196,7 @@ def test_the_kept_report_is_that_of_the_kept_runs(written):
     assert (kept/"report.html").stat().st_size < 3_000_000 and (kept/"report.pdf").read_bytes()[:5] == b"%PDF-"
     page = re.sub(r"\s+", " ", unescape(re.sub(r"<[^>]+>", "", (kept/"report.html").read_text(encoding="utf-8"))))
     told = re.findall(r"\*\*(?:Figure|Table) \d+\.\*\* ([^\]\n]+)", written.read_text(encoding="utf-8"))
-    assert len(told) > 30 and not [t for t in told if re.sub(r"[`*]", "", t)[:60] not in page]
+    assert len(told) > 30 and not [t for t in told if re.sub(r"[`*]", "", t)[:60] not in page.replace("*", "")]
 
 
 @pytest.mark.parametrize(("words", "said"), [(["report", "--runs", "nowhere"], "'nowhere' is no folder"),
