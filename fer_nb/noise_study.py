@@ -268,7 +268,7 @@ def noise_curves(
     "Accuracy, wrong labels by heart and truth seen, by epoch: means over seeds, with their range."
     part = looks[(looks["source"] == source) & (looks["kind"] == kind) & np.isclose(looks["rate"], rate)]
     shown = {"accuracy": "accuracy, true labels", "by_heart": "wrong labels by heart", "truth_seen": "truth seen behind a wrong label"}
-    fig, axes = plt.subplots(1, 3, figsize=(10, 3.2), dpi=90, layout="constrained")
+    fig, axes = plt.subplots(1, 3, figsize=(9, 3), dpi=72, layout="constrained")
     for ax, (column, title) in zip(axes, shown.items()):
         for arm in [a for a in arms if a in set(part["arm"])]:
             by = part[part["arm"] == arm].groupby("epoch")[column]
