@@ -16,7 +16,8 @@ from .gates import Checklist, gates
 from .leaves import SEAL
 from .locks import is_held
 from .progress import epochs_done
-from .records import ReliabilityMetrics, RunArgs, TrainingHistory
+from .evidence import EnsembleConfig, ExportReport, SessionInfo
+from .records import DatasetIndex, ReliabilityMetrics, RunArgs, TrainingHistory
 
 # %% ../nbs/09a_status.ipynb #09a-status-006
 @dataclass
@@ -59,7 +60,7 @@ def run_state(
     return RunState(name, state, _epochs(folder), _score(folder, finished and not writing))
 
 # %% ../nbs/09a_status.ipynb #09a-status-011
-BEGUN = ("args.json", "ensemble_config.json", "onnx_export_report.json", "session.json", "dataset_index.json")
+BEGUN = tuple(k.filename for k in (RunArgs, EnsembleConfig, ExportReport, SessionInfo, DatasetIndex))  # one stands in each
 
 
 def runs_below(
