@@ -297,6 +297,6 @@ def name_all(m: Material) -> set[str]:  # stages that are there
 def _later_stages(m: Material) -> set[str]:
     "Stages that leave a file anywhere below the run folder: nested and negative learning, adaptation."
     def left(*names): return any(next(root.rglob(n), None) for root in (m.root, *m.beside) for n in names)
-    signs = {"nl": ("nl_smoke.json", "nl_phase_gate.json"), "adaptation": ("dual_gate.json", "gap_closure.json", "fairness.csv"),
-             "noise": ("label_noise.csv",)}
+    signs = {"nl": ("nl_smoke.json", "nl_phase_gate.json", "nl_matrix.json"), "noise": ("label_noise.csv",),
+             "adaptation": ("dual_gate.json", "gap_closure.json", "fairness.csv")}
     return {stage for stage, names in signs.items() if left(*names)}

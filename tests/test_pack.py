@@ -16,7 +16,8 @@ from fer_nb.pack import _pandoc, html_page, pdf_page, render_pack, sources, writ
 from fer_nb.references import NO_BREAK, filled, typed_numbers
 
 ROOT = Path(__file__).parent.parent
-GPU, OLDER = ROOT/"runs"/"reference"/"gpu", ROOT/"runs"/"reference"/"fer2013"
+REFERENCE = ROOT/"runs"/"reference"
+GPU, OLDER = REFERENCE/"gpu", REFERENCE/"fer2013"
 PARTS = ("manifests", "ensembles/four_ferplus", "teachers/LITE0_ferplus", "teachers/LITE2_ferplus", "onnx",
          "students/mobilenetv3_large_100_ferplus_img80_seed1337_KD_from_KD")
 STUDENT = f"{PARTS[-1]}/"
@@ -33,7 +34,7 @@ def run(tmp_path):
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     "The filled sources of the reference runs."
-    return write_sources(Material(GPU, OLDER), tmp_path_factory.mktemp("pack"))
+    return write_sources(Material(GPU, OLDER, REFERENCE/"label_noise", REFERENCE/"nl_matrix"), tmp_path_factory.mktemp("pack"))
 
 
 def text_of(run, out):
