@@ -271,8 +271,8 @@ def _below(b: Blocks, name: str) -> list[Path]:
     return next((found for root in (b.m.root, *b.m.beside) if (found := sorted(root.rglob(name)))), [])
 
 
-MATRIX_SHOWN = {"arm": "arm", "seeds": "seeds", "macro-F1": "macro-F1", "points of macro-F1": "points",
-                "than equal runs": "than equal runs", "time": "time", "applied": "applied", "verdict": "verdict"}
+MATRIX_SHOWN = {"arm": ("arm", 17), "macro-F1": ("macro-F1", 16), "points of macro-F1": ("points", 18),
+                "than equal runs": ("beside equal runs", 15), "time": ("time", 8), "applied": ("applied", 16), "verdict": ("verdict", 14)}  # column -> as shown, its width
 
 
 def nl(b: Blocks) -> str:
@@ -287,9 +287,11 @@ def nl(b: Blocks) -> str:
                              f"{s['epochs']} epochs on {s['rows']:,} rows"))
     for path in _below(b, NLMatrix.filename):
         table = MatrixReport(path.parent).table.reset_index()[list(MATRIX_SHOWN)]
+        table["applied"] = table["applied"].str.removesuffix(", kept)").str.replace(" (asked: ", ", asked ")
         b.m.ledger.note("(table)", path, "runs")
-        parts.append(b.table(list(MATRIX_SHOWN.values()), table.to_numpy().tolist(), "Ways of learning beside the baseline, "
-                             "test rows: points of macro-F1 with 95% intervals over pictures, time beside AdamW"))
+        heads, widths = zip(*MATRIX_SHOWN.values())
+        parts.append(b.table(list(heads), table.to_numpy().tolist(), "Ways of learning beside the baseline, test rows: points of macro-F1 "
+                             "with 95% intervals over pictures, time beside AdamW", list(widths)))
     for path in _below(b, PhaseGate.filename):
         g = b.m.ledger.read(path)
         rows = [[n, len(v["seeds"]), f"{100*v['macro_f1_difference']:+.2f} [{100*v['lower']:+.2f}, "
@@ -315,8 +317,10 @@ def noise(b: Blocks) -> str:
         parts.append(b.figure(noise_leads(hardest), "noise_leads", "Points of accuracy on true labels over CE, by the kind of wrong "
                               "labels, with 95% intervals over pictures."))
         verdicts = noise_verdicts(summary).reset_index()
-        parts.append(b.table(list(verdicts.columns), verdicts.to_numpy().tolist(), "Negative learning against its two bars, a "
-                             "lead over CE and one over label smoothing, and beside leaving the same suspects out"))
+        told = verdicts["source"].where(verdicts["source"] == "drawn", "") + " " + verdicts["noise"].str.replace("judged by", "by")
+        shown = verdicts.assign(labels=told.str.strip())[["labels", "arm", "over CE", "over label smoothing", "bars", "than leaving out"]]
+        parts.append(b.table(list(shown), shown.to_numpy().tolist(), "Negative learning against its two bars, a lead over CE and one over "
+                             "label smoothing, and beside leaving the same suspects out", [27, 26, 10, 13, 10, 17]))
     return "\n\n".join(parts) or "No study of label noise stands in this run folder."
 
 # %% ../nbs/09i_pack_blocks.ipynb #09i-031
