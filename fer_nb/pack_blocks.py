@@ -271,8 +271,9 @@ def _below(b: Blocks, name: str) -> list[Path]:
     return next((found for root in (b.m.root, *b.m.beside) if (found := sorted(root.rglob(name)))), [])
 
 
-MATRIX_SHOWN = {"arm": ("arm", 17), "macro-F1": ("macro-F1", 16), "points of macro-F1": ("points", 18),
-                "than equal runs": ("beside equal runs", 15), "time": ("time", 8), "applied": ("applied", 16), "verdict": ("verdict", 14)}  # column -> as shown, its width
+MATRIX_SHOWN = {  # column -> as shown, its width
+    "arm": ("arm", 17), "macro-F1": ("macro-F1", 16), "points of macro-F1": ("points", 18), "than equal runs": ("beside equal runs", 15),
+    "time": ("time", 8), "applied": ("applied", 16), "verdict": ("verdict", 14)}
 
 
 def nl(b: Blocks) -> str:
