@@ -289,6 +289,7 @@ def ship(
     if (Path(run_dir)/"best.pt").is_file():
         network, meta = load_model(Path(run_dir)/"best.pt")
         shipped = Predictor(path)  # whose file may know more of its pictures than the checkpoint, such as that they were grey
-        about = {"temperature": Calibration.load(run_dir).selected_temperature, "name": shipped.name, "geometry": shipped.geometry.to_dict()}
+        t = Calibration.load(run_dir).selected_temperature
+        about = {"temperature": t, "name": shipped.name, "geometry": shipped.geometry.to_dict()}
         save_trainable(network, meta | about, path.with_suffix(".safetensors"))
     return path
