@@ -16,6 +16,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
+from pydantic import BaseModel
 
 from fer_nb.artifacts import (
     AMBER, BLUE, CLASSES, GREEN, GREY, ORANGE, PINK, SKY, YELLOW, Artifact, ArtifactError, Lines, UsageError, read_npz, write_csv,
@@ -107,7 +108,7 @@ def run_cell(
     return path
 
 # %% ../nbs/07_noise_study.ipynb #07-noise-study-011
-class NoiseSource(Artifact):
+class NoiseSource(BaseModel):
     "The faces of one source of a study; part of label_noise.json."
     train: int
     test_rows: int
