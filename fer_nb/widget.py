@@ -222,12 +222,12 @@ def _seekable(self: WebcamCell) -> bool: return not (self.camera or str(self.sou
 # %% ../nbs/06b_webcam_cell.ipynb #06b-widget-028
 @patch
 def _layout(self: WebcamCell) -> list:
-    "From top to bottom."
+    "From top to bottom; on a narrow screen the picture first, what it shows below."
     row = {"align_items": "center", "grid_gap": "6px", "width": "100%", "flex_flow": "row wrap"}
     left = widgets.VBox([self.picture], layout={"flex": "1 1 480px", "max_width": f"{self.width_px + 4}px"})
     right = widgets.VBox([self.readout, *(self.sliders[k] for k in WORDED)], layout={
         "flex": "1 0 280px", "max_width": "390px", "padding": "0 4px 0 14px", "justify_content": "space-between"})
-    view = widgets.HBox([left, right], layout={"width": "100%", "margin": "4px 0 8px 0"})
+    view = widgets.HBox([left, right], layout={"width": "100%", "margin": "4px 0 8px 0", "flex_flow": "row wrap"})
     moves = [widgets.HBox([*self.moves.values(), self.seek], layout=row), self.strip] if self._seekable() else []
     keys = widgets.HTML(f"<div style='{FONT};font-size:12px;opacity:.75'>{HELP}</div>")
     stored = KEPT if self.options["save_clips"] else PRIVACY
