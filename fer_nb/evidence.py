@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['BackboneGuard', 'AlignmentReport', 'DKDUnitTest', 'SmokeTest', 'MemberCheck', 'EnsembleGate', 'EnsembleMember',
            'Benchmark', 'ClassWeightReport', 'EnsembleConfig', 'ModelMetrics', 'Gain', 'EnsembleMetrics', 'ParityCheck',
-           'ExportedFile', 'ExportReport', 'VariantParity', 'OnnxParity', 'PastValues', 'ClassValues', 'SessionInfo',
-           'LockTimes', 'SessionClass', 'LabelScores', 'StageLatency', 'ScoreResults', 'StabiliserChoice']
+           'ExportedFile', 'ExportReport', 'ReproducibilityManifest', 'VariantParity', 'OnnxParity', 'PastValues',
+           'ClassValues', 'SessionInfo', 'LockTimes', 'SessionClass', 'LabelScores', 'StageLatency', 'ScoreResults',
+           'StabiliserChoice']
 
 # %% ../nbs/00_artifacts_stages.ipynb #00-evidence-002
 from typing import Any, ClassVar
@@ -293,6 +294,18 @@ class ExportReport(Artifact):
     parity_check: ParityCheck
     versions: dict[str, str]
     date: str  # ISO 8601, UTC
+
+# %% ../nbs/00_artifacts_stages.ipynb #00-stages-repro
+class ReproducibilityManifest(Artifact):
+    "What a report is made of: code, environments, seeds, and every file with its hash."
+    filename: ClassVar[str] = "reproducibility_manifest.json"
+    dataset_index_id: str
+    commits: list[str]  # of the runs; empty: a run doesn't say
+    python: str
+    packages: dict[str, str]  # name -> version
+    devices: list[str]
+    seeds: list[int]
+    files: dict[str, str]  # path below the run folder -> sha256
 
 # %% ../nbs/00_artifacts_stages.ipynb #00-evidence-026
 class VariantParity(BaseModel):

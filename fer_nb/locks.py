@@ -152,6 +152,8 @@ def end_with_run(every: float = 1.0):  # seconds
     "In a job of a run: interrupt this process when the run has ended."
     run = os.environ.get(RUN_PID, "")
     if not run or not Path("/proc/self/stat").exists(): return
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background would not hear it
 
     def watch():
         while life_of(int(run.partition(":")[0])) == run: time.sleep(every)
