@@ -1,5 +1,5 @@
 # make run    the whole chain on the embedded faces, and where its report lies
-# make quick  the same in a hurry: one seed, two small teachers, under three minutes on two quiet cores
+# make quick  the same in a hurry: one seed, two small teachers
 # make test   every notebook as a test, the export check, ruff, mypy, pytest
 # make help   the rest
 
