@@ -7,18 +7,18 @@ __all__ = ['LETTERS', 'MEANT', 'RATED_BY', 'read_crema', 'pick_films', 'find_fil
 
 # %% ../nbs/08k_film_collections.ipynb #08k-films-002
 import re
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from .artifacts import CLASSES, ArtifactError, Lines, UsageError, write_csv
+from .artifacts import CLASSES, ArtifactError, GateError, Lines, UsageError, write_csv
 from .deploy import Predictor
 from .detectors import open_detector
+from .leaves import leaves_of
 from .realtime import open_pipeline
-from .sessions import TRUTH, load_session
+from .sessions import TRUTH, load_session, read_info
 from .webcam_sets import Entry, WebcamSet, build_webcam_set, set_frames
 
 # %% ../nbs/08k_film_collections.ipynb #08k-films-005
@@ -92,6 +92,22 @@ def find_films(root) -> dict[str, Path]:  # name without its ending -> film
     return found
 
 # %% ../nbs/08k_film_collections.ipynb #08k-films-017
+def _seen_before(
+    out: Path,  # a session's folder
+    predictor: Predictor,
+    detector,
+) -> bool:
+    "Whether a film was watched to its end already; what was stopped halfway is cleared, and only that."
+    if not (out/TRUTH).is_file():
+        for name in leaves_of("session"): (out/name).unlink(missing_ok=True)
+        return False
+    was = read_info(out)
+    if (was.checkpoint_sha256, was.detector) != (predictor.checkpoint_sha256, detector.name):
+        raise GateError(f"{out} was watched by {was.model} with {was.detector}, and now {predictor.name} with {detector.name} "
+                        "is asked for: give another folder")
+    return True
+
+# %% ../nbs/08k_film_collections.ipynb #08k-films-017b
 def watch_film(
     film: Path,
     label: str,  # what its raters saw
@@ -100,12 +116,11 @@ def watch_film(
     detector,
 ):
     "One film as a session whose truth is one label from beginning to end."
-    if (out/TRUTH).is_file(): return
-    if out.exists(): shutil.rmtree(out)  # it was stopped halfway
-    with open_pipeline(film, predictor, detector, out, say=lambda line: None) as pipeline:
-        end = 0.0
-        while (result := pipeline.step()) is not None: end = result.time_sec
-    write_csv(out/TRUTH, pd.DataFrame({"start_ms": [0], "end_ms": [round(1000*end) + 1], "label": [label]}))
+    if _seen_before(out, predictor, detector): end = int(pd.read_csv(out/TRUTH)["end_ms"].iloc[-1])
+    else:
+        with open_pipeline(film, predictor, detector, out, say=lambda line: None) as pipeline:
+            end = 1 + max((round(1000*result.time_sec) for result in iter(pipeline.step, None)), default=0)
+    write_csv(out/TRUTH, pd.DataFrame({"start_ms": [0], "end_ms": [end], "label": [label]}))
 
 # %% ../nbs/08k_film_collections.ipynb #08k-films-018
 class Collection(Lines):
@@ -143,6 +158,7 @@ def collect_films(
     picked = pick_films(table[table["clip"].isin(list(films))], most, least_agreement, seed)
     predictor = model if isinstance(model, Predictor) else Predictor(model)
     if isinstance(detector, str): detector = open_detector(detector, min_face=min_face)[0]
+    for clip in picked["clip"]: _seen_before(out/"sessions"/clip, predictor, detector)  # all, before one is watched
     for clip, label in tqdm(list(zip(picked["clip"], picked["label"])), unit="film", disable=not progress):
         watch_film(films[clip], label, out/"sessions"/clip, predictor, detector)
     entries = [Entry(out/"sessions"/c, person=a) for c, a in zip(picked["clip"], picked["actor"])]

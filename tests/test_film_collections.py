@@ -92,3 +92,12 @@ def test_the_command_leaves_sessions_with_truth_and_a_set_by_actor(crema, tmp_pa
     times = {p: p.stat().st_mtime_ns for p in (tmp_path/"out"/"sessions").rglob("per_frame.csv")}
     assert subprocess.run(command, capture_output=True).returncode == 0
     assert times == {p: p.stat().st_mtime_ns for p in times}  # what was watched is not watched again
+    heard = subprocess.run([*command, "--votes", "voice"], capture_output=True, text=True)
+    assert heard.returncode == 0, heard.stderr
+    for clip in pd.read_csv(tmp_path/"out"/"collection.csv")["clip"]:  # what was kept has the labels that are asked for now
+        assert {CLASSES[k] for k in truth_of(load_session(tmp_path/"out"/"sessions"/clip))[0]} == {"Sad"}
+    first = next((tmp_path/"out"/"sessions").iterdir())
+    (first/"truth.csv").unlink(); (first/"mine.txt").write_text("not a session's")
+    other = subprocess.run([*command, "--model", "fer2013"], capture_output=True, text=True)
+    assert other.returncode == 1 and "give another folder" in other.stderr
+    assert subprocess.run(command, capture_output=True).returncode == 0 and (first/"mine.txt").is_file()
