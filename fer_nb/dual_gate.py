@@ -263,7 +263,7 @@ def holds(
 # %% ../nbs/08e_dual_gate.ipynb #08e-dual_gate-038
 def _passes(holds: bool, proven: bool) -> str: return "yes, proven" if holds and proven else "yes" if holds else "no"
 
-
+# %% ../nbs/08e_dual_gate.ipynb #08e-dual_gate-038b
 def check_rows(
     found: OfflineCheck | ReplayCheck | StillsCheck,
     strict: bool = False,

@@ -46,7 +46,7 @@ def _refusal(folder: Path) -> GateError:
     who = (folder/LOCK).read_text(encoding="utf-8").strip() or "it does not say which"
     return GateError(f"{folder} is being written by another run ({who}): wait for it, or give another --out")
 
-
+# %% ../nbs/00_artifacts_locks.ipynb #00-locks-007b
 @contextlib.contextmanager
 def hold(
     folder,  # made where it is missing
@@ -82,7 +82,7 @@ def is_held(folder) -> bool:
         except OSError: return False
     return False
 
-
+# %% ../nbs/00_artifacts_locks.ipynb #00-locks-009b
 def refuse_held(folder):
     "Refuse early what `hold` would refuse later."
     if is_held(folder): raise _refusal(Path(folder))
@@ -118,7 +118,7 @@ def _sweep_passing():
             ours = p.is_dir() and not p.is_symlink() and p.stat().st_uid == os.getuid() and (p/LOCK).is_file()
             if ours and not is_held(p): shutil.rmtree(p, ignore_errors=True)
 
-
+# %% ../nbs/00_artifacts_locks.ipynb #00-locks-015b
 @contextlib.contextmanager
 def passing_folder() -> Iterator[str]:
     "A folder for as long as it is needed, for this user alone; those of killed processes are swept."

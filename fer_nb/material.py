@@ -55,7 +55,7 @@ def _kind_of(folder: Path, kind: str) -> tuple[str, list[str]]:  # kind of the t
     holds = ["scored"] if (folder/"per_class_correctness.csv").is_file() or (folder/"score_results.json").is_file() else []
     return kind, holds if kind == "session" else []
 
-
+# %% ../nbs/09f_material.ipynb #09f-009b
 def require_whole(
     ledger: Ledger,
     root,  # a run folder

@@ -360,7 +360,7 @@ def _same_hand(job: _Job) -> tuple:  # logits of the incumbent, labels, groups
     return (np.concatenate([predict(job.incumbent, eval_loader(v))[0] for v in views]), np.concatenate([v.labels for v in views]),
             np.concatenate(groups) if all(g is not None for g in groups) else None)
 
-
+# %% ../nbs/09d_own_faces.ipynb #09d-own_faces-025b
 def _judge(job: _Job, tuned: nn.Module, t: float, films, strict: bool, resamples: int) -> DualGate:
     "The dual gate of an adaptation."
     how = dict(strict=strict, resamples=resamples, seed=job.config.seed)

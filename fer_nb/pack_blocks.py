@@ -44,7 +44,7 @@ def _cell(value) -> str:
     "A cell's text: no line break inside an interval, nothing that Markdown would read."
     return str(value).replace(", ", f",{NO_BREAK}") if str(value).endswith("]") else str(value)
 
-
+# %% ../nbs/09i_pack_blocks.ipynb #09i-006b
 def pipe_table(
     columns: list[str],
     rows: list,  # of anything that str makes readable
@@ -143,7 +143,7 @@ def _headline(b: Blocks, convention: str) -> str:
              "± is the standard deviation over seeds")
     return b.table(["model", "seeds", "accuracy", "macro-F1", "ECE, T = 1 → T*"], rows, about)
 
-
+# %% ../nbs/09i_pack_blocks.ipynb #09i-014db
 def headline(b: Blocks) -> str: return b.each(lambda c: _headline(b, c))
 
 # %% ../nbs/09i_pack_blocks.ipynb #09i-016
@@ -174,7 +174,7 @@ def _taught(b: Blocks, c: str) -> str:
                               f"over seeds each seed is one answer. Labels of {said(c)}."))
     return "\n\n".join([*parts, b.told("students", c)])
 
-
+# %% ../nbs/09i_pack_blocks.ipynb #09i-017b
 def arms(b: Blocks) -> str:
     "Ways of teaching, convention by convention."
     return b.each(lambda c: _taught(b, c)) or "No student has been trained in this run folder."
@@ -228,7 +228,7 @@ def _exported(b: Blocks, folder: Path) -> str:
                      f"The exported files beside their checkpoint on {m.ledger.value(parity, 'n'):,} faces{of}")]
     return "\n\n".join(parts)
 
-
+# %% ../nbs/09i_pack_blocks.ipynb #09i-023b
 def onnx(b: Blocks) -> str:
     "Every export."
     if not b.m.exports: return "No model has been exported in this run folder (`fer-nb export`)."
@@ -270,7 +270,7 @@ def _below(b: Blocks, name: str) -> list[Path]:
     "Artifacts of a name in the run folder, else in those beside it."
     return next((found for root in (b.m.root, *b.m.beside) if (found := sorted(root.rglob(name)))), [])
 
-
+# %% ../nbs/09i_pack_blocks.ipynb #09i-029b
 MATRIX_SHOWN = {  # column -> as shown, its width
     "arm": ("arm", 17), "macro-F1": ("macro-F1", 16), "points of macro-F1": ("points", 18), "than equal runs": ("beside equal runs", 15),
     "time": ("time", 8), "applied": ("applied", 16), "verdict": ("verdict", 14)}
@@ -363,7 +363,7 @@ def manifest_of(
             "python": first.python, "packages": first.packages, "devices": sorted({r.environment.device_name for r in m.runs}),
             "seeds": sorted({r.seed for r in m.runs}), "files": files}
 
-
+# %% ../nbs/09i_pack_blocks.ipynb #09i-034b
 def reproducibility(b: Blocks) -> str:
     "What a person needs to make the runs again."
     m, told = b.m, manifest_of(b.m)
@@ -422,7 +422,7 @@ def _stage(run: str) -> str:
     "The stage of a line of the checklist."
     return next((s for k, s in _STAGES.items() if run.split("/")[0].startswith(k)), "the folder")
 
-
+# %% ../nbs/09i_pack_blocks.ipynb #09i-039b
 def checklist(b: Blocks) -> str:
     "The verdict, by stage and question: one page for the wall."
     lines = pd.DataFrame([vars(x) for x in b.m.checklist.lines]).assign(stage=lambda t: t["run"].map(_stage))
@@ -453,7 +453,7 @@ def verdict(b: Blocks) -> str:
              "ship.") if files and not bad else ""
     return f"**{'NO-GO' if bad else 'GO'}**: {len(lines) - len(bad)} of {len(lines)} lines of the checklist hold.{aside}"
 
-
+# %% ../nbs/09i_pack_blocks.ipynb #09i-041b
 def verdict_zh(b: Blocks) -> str:
     "The same in Chinese."
     lines = b.m.checklist.lines

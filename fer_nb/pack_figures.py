@@ -45,13 +45,13 @@ def _axes(height: float, columns: int = 1, rows: int = 1, **how):
     fig, axes = plt.subplots(rows, columns, figsize=(WIDTH, height), layout="constrained", squeeze=False, **how)
     return fig, axes.ravel()
 
-
+# %% ../nbs/09h_pack_figures.ipynb #09h-005b
 def _look(i: int) -> dict:
     "Colour and marker of series i; a second round is hollow."
     round_, k = divmod(i, len(SERIES))
     return {"color": SERIES[k], "marker": MARKERS[i % len(MARKERS)], "mfc": SERIES[k] if round_ == 0 else "white"}
 
-
+# %% ../nbs/09h_pack_figures.ipynb #09h-005c
 def _legend(fig, ax, columns: int = 2):
     "A legend above the axes, never over a curve."
     handles, names = ax.get_legend_handles_labels()
@@ -68,7 +68,7 @@ def _models(m: Material, convention: str, most: int = 8) -> list[tuple]:  # name
     if r := m.reported(convention): out.append(("student", r.folder, r.metrics.model_dump()["per_class"], "student"))
     return out
 
-
+# %% ../nbs/09h_pack_figures.ipynb #09h-008b
 def class_f1(m: Material, convention: str):
     "F1 of each class by teacher, ensemble and student, the rarest class on top."
     models = _models(m, convention)
@@ -116,7 +116,7 @@ def _arm_rows(m: Material, convention: str) -> pd.DataFrame:
     t = t[t["source"] == "all"]
     return t[t["convention"] == convention] if "convention" in t else t
 
-
+# %% ../nbs/09h_pack_figures.ipynb #09h-016b
 def arms(m: Material, convention: str):
     "Accuracy and macro-F1 of every way of teaching: mean over seeds, 95% interval, each seed."
     t, runs, path = _arm_rows(m, convention), arm_runs(m, convention), m.root/"students"/"results_summary_students.csv"
@@ -145,7 +145,7 @@ def _pairs(m: Material, convention: str, metric: str) -> pd.DataFrame:
     t = t[(t["source"] == "all") & (t["metric"] == metric) & (t["n_seeds"] > 0)]
     return t[t["convention"] == convention] if "convention" in t else t
 
-
+# %% ../nbs/09h_pack_figures.ipynb #09h-018b
 def gains(m: Material, convention: str):
     "What one way of teaching gains over another, paired, with both intervals."
     t, path = _pairs(m, convention, "macro_f1"), m.root/"students"/"comparisons_students.csv"

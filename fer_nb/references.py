@@ -92,7 +92,7 @@ class Content(dict):
     told = ""  # the file
     def __missing__(self, key): raise GateError(f"the report's reference '{self.told}#{key}' is missing: {self.told} has no {key}")
 
-
+# %% ../nbs/09e_references.ipynb #09e-015ab
 def _contents(text: str, told: str) -> Any:
     "A JSON file whose objects know which file they are from."
     def made(pairs):

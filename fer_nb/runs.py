@@ -579,7 +579,7 @@ def _size(stage: Stage, faces: int) -> str:
     if stage.trains: return f"{stage.epochs} epoch{'s' if stage.epochs > 1 else ''}"
     return f"{faces:,} faces" if stage.rule in ("synthetic", "manifests", "images") else ""
 
-
+# %% ../nbs/09a_runs.ipynb #09a-runs-w21b
 def _tell_plan(config: dict, folder: Path, cores: int, stages: list[Stage]):
     "Print what would run, why, and for how long, and what is up to date."
     faces, earlier, would = _faces(config, folder), _earlier(folder, stages), {s.log: s for s in stages}

@@ -72,7 +72,7 @@ def _parts(
         if made != first: raise GateError(f"{Shard(k, n).file(folder, what)}: was made of {made}, shard 1 of {first}: make it again")
     return parts
 
-
+# %% ../nbs/05f_shards.ipynb #05f-shards-010b
 def _clear(folder, what: str):
     "Remove the parts after they were merged."
     for p in (Path(folder)/"shards").glob(f"{what}_*_of_*.npz"): p.unlink()
@@ -120,7 +120,7 @@ def _batches(data: FaceData) -> list[tuple[PackedFaces, int]]:
     "Every batch of an export: the part that it stands in, and its first row."
     return [(part, at) for part in (data.train, data.val, data.test) for at in range(0, len(part), BATCH)]
 
-
+# %% ../nbs/05f_shards.ipynb #05f-shards-016b
 def _rows(faces: PackedFaces, at: int) -> PackedFaces:
     "One batch as a view of its own."
     one = PackedFaces(faces.cache, faces.rows.iloc[at:at + BATCH].reset_index(drop=True))
@@ -135,7 +135,7 @@ def _opened(run_dir, manifest_dir, cache_dir) -> tuple[FaceData, np.ndarray]:
     data = open_data(*where, p["train_view"], p["train_source"] or None, p.get("convention", ""))
     return data, np.array([data.dataset_index_id, sha256_file(Path(run_dir)/"best.pt"), f"batches of {BATCH}"])
 
-
+# %% ../nbs/05f_shards.ipynb #05f-shards-017b
 def export_shard(
     run_dir,  # a finished teacher
     shard: str,  # K/N

@@ -38,7 +38,7 @@ def _epochs(folder: Path) -> str:
     try: return f"{len(rows)} of {RunArgs.load(folder).parameters['epochs']}"
     except (FerError, KeyError): return str(len(rows) or "")
 
-
+# %% ../nbs/09a_status.ipynb #09a-status-007b
 def _score(folder: Path, finished: bool) -> str:
     "A run's macro-F1: on test rows where it is finished, else the best of its epochs."
     try:

@@ -68,7 +68,7 @@ def _calibrated_models(m: Material, convention: str) -> list[tuple[str, Path]]: 
     return ([(f.name, f) for f, _ in m.fused(convention)]
             + [(r.folder.name, r.folder) for r in m.runs if r.convention == convention])
 
-
+# %% ../nbs/09g_surprises.ipynb #09g-011b
 def worse_calibrated(m: Material, convention: str) -> list[str]:
     "Models whose ECE at T* is higher than at T = 1."
     models, found = _calibrated_models(m, convention), []

@@ -157,7 +157,7 @@ def _through(pipeline, seen: FilmPredictions, film: FilmWriter | None, progress:
     except SourceLost as e: seen.problem = str(e)
     if film: film.close(end)
 
-
+# %% ../nbs/06_realtime_written.ipynb #06-written-016b
 def _even(image: np.ndarray) -> np.ndarray:
     "Films have even sides."
     return image[:image.shape[0]//2*2, :image.shape[1]//2*2]
