@@ -372,6 +372,7 @@ class SessionInfo(Artifact):
     bias: dict[str, float] = {}  # added to the logits of each class, at the start
     clahe: bool = True
     crop: dict[str, Any] | None = None  # how faces were cut over the detector's boxes
+    sure: float = 1.0  # lead of a first look from which a face was not looked at again; 1: twice wherever the crop knows how
     images_written: bool = False  # --save-clips together with --consent
     packages: dict[str, str]
     platform: str

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KERNELS', 'PLAIN', 'QUANTILES', 'LEAST_FOUND', 'DEFAULT_SIGHTS', 'Geometry', 'check_geometry', 'Crop', 'Square',
            'eye_angle', 'fit_shape', 'squares', 'cut', 'square_crop', 'luminance', 'resize', 'prepare_pixels',
-           'prepare_face', 'prepare_views', 'normalise', 'Sight', 'Framing', 'read_framing']
+           'prepare_face', 'Views', 'prepare_views', 'normalise', 'Sight', 'Framing', 'read_framing']
 
 # %% ../nbs/01a_geometry.ipynb #01a-geometry-002
 import json
@@ -176,6 +176,13 @@ def cut(
     if out != side: m = m*(out/side) + [[0, 0, (out/side - 1)/2]]
     return cv2.warpAffine(image, m, (out, out), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
 
+# %% ../nbs/01a_geometry.ipynb #01a-geometry-024a
+def _require_inside(image: np.ndarray, box: Box):
+    "Refuse a box that has no pixel of the image."
+    height, width = image.shape[:2]
+    if not (box.width > 0 and box.height > 0 and box.left < width and box.top < height and box.right > 0 and box.bottom > 0):
+        raise UsageError(f"{box} does not lie in an image of {width}×{height} pixels")
+
 # %% ../nbs/01a_geometry.ipynb #01a-geometry-024
 def _square_crops(
     image: np.ndarray,  # (H, W) or (H, W, 3), uint8
@@ -189,8 +196,7 @@ def _square_crops(
     if box is None:
         if landmarks is None and width == height: return [image]
         box, crop = Box(0, 0, width, height), Crop(1.0)
-    if not (box.width > 0 and box.height > 0 and box.left < width and box.top < height and box.right > 0 and box.bottom > 0):
-        raise UsageError(f"{box} does not lie in an image of {width}×{height} pixels")
+    _require_inside(image, box)
     return [cut(image, square, size) for square in squares(crop, box, landmarks)]
 
 # %% ../nbs/01a_geometry.ipynb #01a-geometry-025
@@ -280,6 +286,29 @@ def prepare_face(
     return _rgb(prepare_pixels(image_bgr, geometry, box, landmarks, crop))
 
 # %% ../nbs/01a_geometry.ipynb #01a-geometry-037
+class Views:
+    "A detected face as a network may look at it: by its box, and again by its landmarks, or wider; the second is prepared when it is asked for."
+    def __init__(
+        self,
+        image_bgr: np.ndarray,  # (H, W, 3) as OpenCV reads it, or (H, W) grey, uint8
+        geometry: Geometry,
+        box: Box,  # as a detector found it
+        landmarks,  # (5, 2) or None, as the detector found them
+        crop: Crop,  # measured for the model and the detector
+    ):
+        self.image, self.geometry, self.box = _as_learned(image_bgr, geometry), geometry, box
+        _require_inside(image_bgr, box)
+        self.squares = squares(crop, box, landmarks)
+        self.first = self._look(0)
+
+    def _look(self, i: int) -> np.ndarray: return _rgb(_finish(cut(self.image, self.squares[i], self.geometry.size), self.geometry))
+
+    def __len__(self): return len(self.squares)  # 1 or 2
+
+    def __getitem__(self, i: int) -> np.ndarray:  # (S, S, 3) RGB, uint8
+        return self._look(i) if i else self.first
+
+# %% ../nbs/01a_geometry.ipynb #01a-geometry-037b
 def prepare_views(
     image_bgr: np.ndarray,  # (H, W, 3) as OpenCV reads it, or (H, W) grey, uint8
     geometry: Geometry,
@@ -287,9 +316,9 @@ def prepare_views(
     landmarks,  # (5, 2) or None, as the detector found them
     crop: Crop,  # measured for the model and the detector
 ) -> np.ndarray:  # (1 or 2, S, S, 3) RGB, uint8
-    "A detected face as a network should look at it: by its box, and again by its landmarks, or wider."
-    image = _as_learned(image_bgr, geometry)
-    return np.stack([_rgb(_finish(s, geometry)) for s in _square_crops(image, crop, box, landmarks, geometry.size)])
+    "All of a face's `Views`, prepared at once."
+    views = Views(image_bgr, geometry, box, landmarks, crop)
+    return np.stack([views[i] for i in range(len(views))])
 
 # %% ../nbs/01a_geometry.ipynb #01a-geometry-045
 def normalise(

@@ -22,7 +22,7 @@ from .archives import as_bgr, as_text, decode, first_bytes, is_picture
 from .artifacts import CLASSES, Box, FerError, UsageError
 from .deploy import Predictor
 from .detectors import Detection, open_detector
-from .geometry import prepare_face, prepare_views
+from .geometry import Views, prepare_face
 
 # %% ../nbs/05d_pictures.ipynb #05d-pictures-005
 @dataclass
@@ -96,7 +96,7 @@ def faces_of(
         found, views = [Detection(Box(0, 0, *image.shape[1::-1]))], [prepare_face(image, predictor.geometry)[None]]
     else:
         found, crop = detector.detect(as_bgr(image)), predictor.crop_for(detector)[0]
-        views = [prepare_views(image, predictor.geometry, d.box, d.landmarks, crop) for d in found]
+        views = [Views(image, predictor.geometry, d.box, d.landmarks, crop) for d in found]
     return [PictureFace(name, d, p) for d, p in zip(found, predictor.from_views(views), strict=True)]
 
 # %% ../nbs/05d_pictures.ipynb #05d-pictures-009

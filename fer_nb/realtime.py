@@ -23,10 +23,10 @@ from tabulate import tabulate
 
 from .artifacts import CLASSES, GateError, UsageError, write_csv
 from .capture import Frame, Source, SyntheticSource, open_source
-from .deploy import Predictor, read_class_values
+from .deploy import SURE, Predictor, read_class_values
 from .detectors import Detection, Track, Tracker, open_detector
 from .evidence import SessionInfo
-from .geometry import prepare_views
+from .geometry import Views
 from .sessions import STAGES_TIMED, TRUTH, Face, FrameResult, SessionLog
 from .stabiliser import TUNABLE, Stabiliser
 
@@ -187,7 +187,7 @@ def step(self: Pipeline) -> FrameResult | None:  # None: the source is at its en
     if frame is None: return None
     with self.lock:
         found, ids = lap(self._find(frame))
-        prepared = lap([prepare_views(frame.image, self.geometry, d.box, d.landmarks, self.crop) for d in found])
+        prepared = lap([Views(frame.image, self.geometry, d.box, d.landmarks, self.crop) for d in found])
         probs = lap(np.round(self.predictor.from_views(prepared), 6))
         faces = [Face(i, d, p) for i, d, p in zip(ids, found, probs, strict=True)]
         main = self._main(faces, frame)
@@ -250,7 +250,7 @@ def session_info(
         source=source.kind, source_name=source.name, fps=source.fps, clock=source.clock, detector=detector.name, model=predictor.name,
         checkpoint_sha256=predictor.checkpoint_sha256, dataset_index_id=predictor.dataset_index_id, geometry=predictor.geometry.to_dict(),
         temperature=predictor.temperature, settings=stabilizer.settings, bias=dict(zip(CLASSES, predictor.bias.tolist(), strict=True)),
-        clahe=predictor.geometry.clahe is not None, crop=predictor.crop_for(detector)[0]._asdict(),
+        clahe=predictor.geometry.clahe is not None, crop=predictor.crop_for(detector)[0]._asdict(), sure=SURE,
         images_written=images_written, packages=packages, platform=platform.platform(),
         started=datetime.now(UTC).isoformat(timespec="seconds"))
 
