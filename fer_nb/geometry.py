@@ -287,7 +287,7 @@ def prepare_face(
 
 # %% ../nbs/01a_geometry.ipynb #01a-geometry-037
 class Views:
-    "A detected face as a network may look at it: by its box, and again by its landmarks, or wider; the second is prepared when it is asked for."
+    "A detected face as a network may look at it: by its box, and again by its landmarks, or wider, prepared when it is asked for."
     def __init__(
         self,
         image_bgr: np.ndarray,  # (H, W, 3) as OpenCV reads it, or (H, W) grey, uint8
