@@ -156,13 +156,13 @@ class FinetuneConfig:
     "How a model is fine-tuned."
     mode: str = "full"  # full | head | norm
     epochs: int = 3  # passes over the own faces
-    lr: float = 3e-4  # peak; of `head` and `norm` four times that
+    lr: float = 1e-3  # peak; of `head` and `norm` twice that
     batch_size: int = 32
     webcam_share: float = 0.5  # of the own faces that are spoilt
     most_severity: int = 4  # of 5
     left_out: tuple = ()  # corruptions that training does not see
-    replay_share: float = 0.75  # of a batch
-    replay_weight: float = 4.0  # of a replayed face in the loss
+    replay_share: float = 0.5  # of a batch
+    replay_weight: float = 2.0  # of a replayed face in the loss
     ema: float = 0.98  # weights are averaged over steps: share of the past
     hold_norms: bool = True  # the norms' running statistics stay as they are
     step_back: bool = True  # after training, towards the old weights, as far as validation rows ask
@@ -182,7 +182,7 @@ class FinetuneConfig:
     @property
     def training(self) -> TrainConfig:
         "The same for the training loop."
-        lr = self.lr*(1 if self.mode == "full" else 4)
+        lr = self.lr*(1 if self.mode == "full" else 2)
         return TrainConfig(epochs=self.epochs, lr=lr, warmup_epochs=0.3, seed=self.seed, best_by="nll")
 
 # %% ../nbs/08i_finetune.ipynb #08i-finetune-017
