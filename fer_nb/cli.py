@@ -415,6 +415,17 @@ def adapt_finetune(a):
     return 0 if adapted.gate.promoted else 1
 
 
+def adapt_webcams(a):
+    from dataclasses import replace
+
+    from fer_nb.webcams import PRACTICE, practise_webcams
+    config = replace(PRACTICE, left_out=tuple(a.left_out), epochs=a.epochs or PRACTICE.epochs)
+    done = practise_webcams(a.manifest, a.cache, a.out, a.checkpoint, a.rows, a.every, config, bar=sys.stderr.isatty(),
+                            say=lambda line: print(line, flush=True))
+    print(f"\n{done}")
+    return 0 if done.gate.promoted else 1
+
+
 def adapt_gate(a):
     from fer_nb.dual_gate import gate_files
     gate = gate_files(a.offline, a.session, a.out, a.truth, a.strict)
@@ -541,6 +552,13 @@ def _finetune_flags(c):
     flags(c, "finetune.FinetuneConfig", "mode epochs")
 
 
+def _webcams_flags(c):
+    flags(c, "webcams.practise_webcams", "manifest! cache! out! checkpoint rows every", checkpoint={"metavar": "PATH"},
+          rows={"type": ranged(int, "most")})
+    flags(c, "finetune.FinetuneConfig", "epochs? left_out+", left_out={
+        "default": ["backlight", "low_resolution"], "nargs": "*", "metavar": "KIND"})
+
+
 def _gate_flags(c):
     pairs = {"nargs": 2, "type": str, "metavar": ("INCUMBENT", "CANDIDATE")}
     flags(c, "dual_gate.gate_files", "offline*! session<sessions* truth out! strict", offline=pairs, session=pairs,
@@ -636,6 +654,7 @@ COMMANDS = {  # name -> (what is called, whose docstring is its help, its flags)
         c, "film_collections.collect_films", "data<root! out! votes most agreement<least_agreement model detector min_face seed",
         votes={"choices": ["face", "voice", "clip"]})),
     "adapt finetune": (adapt_finetune, "own_faces.adapt_to_faces", _finetune_flags),
+    "adapt webcams": (adapt_webcams, "webcams.practise_webcams", _webcams_flags),
     "adapt gate": (adapt_gate, "dual_gate.gate_files", _gate_flags),
     "gates": (gates, "gates.gates", lambda c: flags(c, "gates.gates", ".run_dir")),
     "notebook": (notebook, "runs.run_notebook", _notebook_flags),
@@ -723,7 +742,7 @@ def _there(folder):
 
 WRITES = {  # the folder that a command writes, where it is known before it starts; a stage's notebook holds its own
     **dict.fromkeys((manifest_build, ensemble_search, student_evaluate, bench, nl_smoke, nl_gate, adapt_mine, adapt_films, adapt_finetune,
-                     adapt_gate, keep), lambda a: a.out),
+                     adapt_webcams, adapt_gate, keep), lambda a: a.out),
     **dict.fromkeys((manifest_validate, manifest_audit, ensemble_export, ensemble_evaluate, recount), lambda a: _there(a.dir)),
     **dict.fromkeys((score, tune), lambda a: _there(a.session)),
     student_summarise: lambda a: a.out or _there(a.dir), export: _onnx_folder}

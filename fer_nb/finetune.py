@@ -20,8 +20,8 @@ from torch.nn import functional as F
 from .artifacts import CLASSES, UsageError
 from .audit import audit_manifest, validate_manifest
 from .augment import Augment
-from .callbacks import EMA, TrainConfig, load_checkpoint, load_whole, seed_everything
-from .corruptions import WebcamFaces
+from .callbacks import EMA, TrainConfig, fast_layout, load_checkpoint, load_whole, seed_everything
+from .corruptions import CORRUPTIONS, WebcamFaces, check_corruption
 from .geometry import check_geometry
 from .images import stack_faces
 from .likeness import MAX_HAMMING
@@ -43,7 +43,8 @@ def own_manifest(
 ) -> Manifest:
     "Build, check and freeze the manifest of somebody's own faces."
     if not 0 < test_share < 1 or not 0 < val_share < 1: raise UsageError(f"shares {test_share}, {val_share}: give numbers between 0 and 1")
-    built = build_manifest([f"folder:{name}={data}"], out, name=name, seed=seed, val_fraction=0, conventions={name: convention}).manifest
+    built = build_manifest([f"folder:{name}={data}"], out, name=name, seed=seed, val_fraction=0, conventions={name: convention},
+                           mirrored=True).manifest
     df = built.df.copy()
     have = set(df.split[df.excluded == ""])
     for part, share, salt in (("test", test_share, 1), ("val", val_share/(1 - test_share), 2)):
@@ -141,7 +142,7 @@ class ReplayLoss:
 class KeepAnswers(Callback):
     "Ask the old model what it says of a batch's replayed pictures."
     order = 60
-    def __init__(self, before: nn.Module, loss: ReplayLoss): self.before, self.loss = before.eval(), loss
+    def __init__(self, before: nn.Module, loss: ReplayLoss): self.before, self.loss = fast_layout(copy.deepcopy(before).eval()), loss
 
     def before_batch(self):
         self.loss.answers = None
@@ -155,12 +156,13 @@ class FinetuneConfig:
     "How a model is fine-tuned."
     mode: str = "full"  # full | head | norm
     epochs: int = 3  # passes over the own faces
-    lr: float = 3e-4  # peak; of `head` and `norm` four times that
+    lr: float = 1e-3  # peak; of `head` and `norm` twice that
     batch_size: int = 32
     webcam_share: float = 0.5  # of the own faces that are spoilt
     most_severity: int = 4  # of 5
-    replay_share: float = 0.75  # of a batch
-    replay_weight: float = 4.0  # of a replayed face in the loss
+    left_out: tuple = ()  # corruptions that training does not see
+    replay_share: float = 0.5  # of a batch
+    replay_weight: float = 2.0  # of a replayed face in the loss
     ema: float = 0.98  # weights are averaged over steps: share of the past
     hold_norms: bool = True  # the norms' running statistics stay as they are
     step_back: bool = True  # after training, towards the old weights, as far as validation rows ask
@@ -170,11 +172,17 @@ class FinetuneConfig:
     def __post_init__(self):
         if self.mode not in MODES: raise UsageError(f"mode is '{self.mode}': give one of {', '.join(MODES)}")
         if not 1 <= self.epochs <= 10: raise UsageError(f"epochs is {self.epochs}: fine-tuning takes 1 to 3, give at most 10")
+        for name in self.left_out: check_corruption(name, 1)
+
+    @property
+    def kinds(self) -> tuple:
+        "The corruptions that training sees."
+        return tuple(k for k in CORRUPTIONS if k not in self.left_out)
 
     @property
     def training(self) -> TrainConfig:
         "The same for the training loop."
-        lr = self.lr*(1 if self.mode == "full" else 4)
+        lr = self.lr*(1 if self.mode == "full" else 2)
         return TrainConfig(epochs=self.epochs, lr=lr, warmup_epochs=0.3, seed=self.seed, best_by="nll")
 
 # %% ../nbs/08i_finetune.ipynb #08i-finetune-017
@@ -193,7 +201,7 @@ def finetune_student(
     seed_everything(config.seed)
     tuned = copy.deepcopy(model)
     choose_trainable(tuned, config.mode)
-    spoilt = WebcamFaces(own, config.webcam_share, config.most_severity, seed=config.seed) if config.webcam_share else own
+    spoilt = WebcamFaces(own, config.webcam_share, config.most_severity, config.kinds, config.seed) if config.webcam_share else own
     mixed = MixedFaces(spoilt, replay, config.replay_share if replay is not None else 0, config.seed)
     batches = EpochBatches(mixed, config.batch_size, train=True, seed=config.seed, augment=Augment(erase=0.1), balanced=config.balanced)
     loss = ReplayLoss(len(mixed.own), config.replay_weight)

@@ -95,7 +95,7 @@ RANGES = {"seed": (0, 2**32 - 1), "epochs": (1, 100_000), "val_fraction": (0, 0.
           "resamples": (1, 10**7), "ties": (0, 100), "cores": (1, 4096), "batches": (1, 4096), "threads": (1, 4096), "runs": (1, 10**6),
           "min_face": (1, 10_000), "seconds": (0, 10**6), "ema": (0, 0.99), "delta": (0, 1), "window": (1, 120), "min_count": (1, 120),
           "jitter_limit": (0, 10_000), "most": (0, 10**9), "rows": (7, 10**9), "batch_size": (1, 65_536), "accumulate": (1, 4096),
-          "lr": (1e-8, 10), "margin": (0, 1), "ece_margin": (0, 1), "agreement": (0, 1)}  # least and most of a number
+          "lr": (1e-8, 10), "margin": (0, 1), "ece_margin": (0, 1), "agreement": (0, 1), "every": (1, 1000)}  # least and most of a number
 MANY: dict[str, dict[str, Any]] = {"*": {"action": "append"}, "+": {"nargs": "+"}, "!": {"required": True}, "?": {"default": None}}
 TYPES = {"int": int, "float": float}
 

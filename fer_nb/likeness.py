@@ -278,19 +278,24 @@ def _components(n: int, i: np.ndarray, j: np.ndarray) -> np.ndarray:
     "Connected components of n nodes under edges i-j: one label a node."
     return connected_components(coo_matrix((np.ones(len(i), bool), (i, j)), shape=(n, n)), directed=False)[1]
 
+# %% ../nbs/00_data_likeness.ipynb #00-likeness-038a
+_TURNED = np.where(_ORDER % COEFFICIENTS % 2, -1, 1).astype(np.float32)  # what mirroring does to each coefficient
+
 # %% ../nbs/00_data_likeness.ipynb #00-likeness-038
 def find_groups(
     prints: Prints,
     max_hamming: int = MAX_HAMMING,  # bits of 64
     min_correlation: float = MIN_CORRELATION,  # of the 80 coefficients
+    mirrored: bool = False,  # a picture also resembles the mirror image of another
 ) -> Likeness:
     "Join identical and near-identical pictures into groups."
     row_to, names = pd.factorize(prints.pixel_hash, sort=True)
     first = np.empty(len(names), int)
     first[row_to[::-1]] = np.arange(len(row_to))[::-1]
-    coef = prints.coef[first]
-    i, j = _candidates(prints.perceptual[first], names != "", max_hamming)
+    coef, hashes, n = prints.coef[first], prints.perceptual[first], len(names)
+    if mirrored and n: coef, hashes = np.concatenate([coef, mirror := coef*_TURNED]), np.r_[hashes, perceptual_hashes(mirror)]
+    i, j = _candidates(hashes, np.tile(names != "", len(coef)//max(n, 1)), max_hamming)
     near = _correlation(coef, i, j) >= min_correlation
-    label = _components(len(names), i[near], j[near])
+    label = _components(n, i[near] % max(n, 1), j[near] % max(n, 1))
     smallest = names[np.unique(label, return_index=True)[1]]  # names are sorted: the first of a component is its smallest
     return Likeness(smallest[label][row_to], len(i), int(near.sum()))

@@ -134,7 +134,7 @@ def refuse_same_faces(
 ):
     "Refuse sets in which one picture stands in both parts."
     if not len(crops): return
-    group = find_groups(crop_prints(crops)).group
+    group = find_groups(crop_prints(crops), mirrored=True).group
     torn = pd.Series(parts).groupby(group).nunique().loc[lambda k: k > 1].index
     if not len(torn): return
     at = np.flatnonzero(group == torn[0])

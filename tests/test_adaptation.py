@@ -340,6 +340,59 @@ def test_the_same_face_in_two_parts_is_refused():
     with pytest.raises(GateError, match=r"in one \(val\) and two \(test\): one face, one part"): refuse_same_faces(planted, sessions, parts)
 
 
+def jpeg(image, quality):
+    import cv2
+    return cv2.imdecode(cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, quality])[1], cv2.IMREAD_COLOR)
+
+
+def brighter(image): return np.clip(image.astype(int) + 40, 0, 255).astype(np.uint8)
+
+
+DISGUISES = {
+    "mirrored": lambda x: np.ascontiguousarray(x[:, ::-1]), "re-encoded": lambda x: jpeg(x, 30), "brighter": brighter,
+    "darker": lambda x: (x*0.6).astype(np.uint8), "noisy": lambda x: corrupt(x, "noise", 1, "a"),
+    "smaller": lambda x: corrupt(x, "low_resolution", 1),
+    "mirrored, re-encoded and brighter": lambda x: jpeg(brighter(np.ascontiguousarray(x[:, ::-1])), 50)}
+
+
+@pytest.fixture(scope="module")
+def portraits():
+    from fer_nb.synthetic import render_faces
+    return render_faces(24, size=96, seed=5)[0]
+
+
+@pytest.mark.parametrize("how", DISGUISES)
+def test_a_disguised_face_in_two_parts_is_refused(portraits, how):
+    sessions, parts = np.repeat(["one", "two"], 12), np.repeat(["val", "test"], 12)
+    refuse_same_faces(portraits, sessions, parts)
+    for k in range(0, 12, 3):
+        planted = portraits.copy()
+        planted[12 + k] = DISGUISES[how](portraits[k])
+        with pytest.raises(GateError, match="1 faces stand in val and in test"): refuse_same_faces(planted, sessions, parts)
+
+
+def test_a_film_that_was_cut_in_two_is_refused(tmp_path):
+    "Frames just before the cut and just after it show one face."
+    from fer_nb.synthetic import film_frame, plan_film
+    film = plan_film(4, (240, 240), 5)
+    frames = np.stack([film_frame(film, k, 100*k)[34:206, 34:206] for k in range(19, 22)])
+    with pytest.raises(GateError, match="one face, one part"):
+        refuse_same_faces(frames, np.array(["a", "b", "b"]), np.array(["val", "test", "test"]))
+
+
+@pytest.mark.parametrize("how", DISGUISES)
+def test_disguised_own_pictures_stay_on_one_side(portraits, tmp_path, how):
+    import cv2
+    for k, x in enumerate(portraits[:21]):
+        folder = tmp_path/"faces"/("test" if k % 3 == 0 else "train")/CLASSES[k % 7]
+        folder.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(folder/f"{k}.png"), x[..., ::-1])
+    cv2.imwrite(str(tmp_path/"faces"/"train"/CLASSES[0]/"copy.png"), DISGUISES[how](portraits[0][..., ::-1]))
+    df = own_manifest(tmp_path/"faces", tmp_path/"m", "ferplus").df
+    copy = df[df.id.str.contains("copy")].iloc[0]
+    assert copy.excluded == "near-duplicate of a test image" and (df.excluded != "").sum() == 1
+
+
 def test_a_set_without_consent_holds_no_picture(tmp_path):
     for k in range(3): simulate_session(tmp_path/f"s{k}", make_timeline(20, np.random.default_rng(k)), seed=k)
     build_webcam_set([Entry(tmp_path/f"s{k}") for k in range(3)], tmp_path/"set", features=lambda c: c.mean((1, 2)))
