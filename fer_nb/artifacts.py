@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['CLASSES', 'STAGES', 'SHARED_CONVENTIONS', 'BLUE', 'ORANGE', 'GREEN', 'GREY', 'PINK', 'AMBER', 'SKY', 'YELLOW',
            'OKABE_ITO', 'CLASS_COLOURS', 'MOST_JSON', 'class_order_hash', 'convention_of', 'conventions_of', 'FerError',
-           'UsageError', 'GateError', 'ArtifactError', 'Lines', 'Box', 'sha256_bytes', 'sha256_file', 'allowed_mode',
-           'atomic_path', 'write_bytes', 'write_text', 'write_json', 'write_csv', 'write_npz', 'read_json', 'read_npz',
-           'plain_key', 'find_artifact', 'Artifact']
+           'UsageError', 'GateError', 'ArtifactError', 'Html', 'html_table', 'Lines', 'Box', 'sha256_bytes',
+           'sha256_file', 'allowed_mode', 'atomic_path', 'write_bytes', 'write_text', 'write_json', 'write_csv',
+           'write_npz', 'read_json', 'read_npz', 'plain_key', 'find_artifact', 'Artifact']
 
 # %% ../nbs/00_artifacts.ipynb #00-artifacts-002
 import hashlib
+import html
 import json
 import math
 import os
@@ -88,6 +89,20 @@ class ArtifactError(GateError):
         detail = "" if expected is None else f" (expected {expected}" + ("" if got is None else f", got {got}") + ")"
         super().__init__(f"{where}{problem}{detail}")
 
+# %% ../nbs/00_artifacts.ipynb #00-artifacts-html1
+class Html(str):
+    "Text that is HTML already: everything else is escaped."
+
+# %% ../nbs/00_artifacts.ipynb #00-artifacts-html2
+def html_table(
+    head,  # words
+    rows,  # of words, numbers or Html
+) -> str:
+    "A small table for a notebook."
+    def cell(x, tag="td"): return f"<{tag} style='text-align:left'>{x if isinstance(x, Html) else html.escape(str(x))}</{tag}>"
+    body = "".join(f"<tr>{''.join(map(cell, row))}</tr>" for row in rows)
+    return f"<table><thead><tr>{''.join(cell(x, 'th') for x in head)}</tr></thead><tbody>{body}</tbody></table>"
+
 # %% ../nbs/00_artifacts.ipynb #00-artifacts-lines
 class Lines:
     "Something to print: `lines()` holds text and (head, rows) tables."
@@ -102,6 +117,10 @@ class Lines:
     def _repr_markdown_(self):
         def pipe(head, rows): return tabulate(rows, head, "pipe", disable_numparse=True, colalign=["left"]*len(head))
         return "\n\n".join(x if isinstance(x, str) else pipe(*x) for x in self.lines())
+
+    def _repr_html_(self):
+        def shown(x): return f"<p>{html.escape(x)}</p>" if isinstance(x, str) else html_table(*x)
+        return "".join(map(shown, self.lines()))
 
     __repr__ = __str__
 

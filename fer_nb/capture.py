@@ -21,6 +21,7 @@ from fastcore.basics import patch
 
 from .archives import PICTURES, as_bgr, decode, first_bytes, is_picture
 from .artifacts import FerError, GateError, UsageError
+from .records import SyntheticVideo
 from .synthetic import film_frame, plan_film
 
 # %% ../nbs/06_demo_frames.ipynb #06-capture-005
@@ -40,6 +41,8 @@ class Source:
     kind = ""
     seekable = False
     fps = 30.0  # nominal
+    drawn = False  # by fer_nb: nobody is in it
+    live = False  # frames come when they come, as a camera's do
     clock = "frame number / fps"  # where the times of frames are from
     note = ""  # one line for the user, where something is not as wished
     ahead = 0.0  # seconds already spent on the next frame
@@ -62,7 +65,7 @@ class Source:
 # %% ../nbs/06_demo_frames.ipynb #06-capture-022
 class SyntheticSource(Source):
     "A drawn person whose expressions are known: `events` says when each one begins."
-    kind, seekable = "synthetic", True
+    kind, seekable, drawn = "synthetic", True, True
     def __init__(self, seconds: float = 20, fps: float = 20, size: tuple = (320, 240), seed: int = 1337):
         if not 0 < seconds <= 86_400: raise UsageError(f"a film of {seconds} seconds can't be drawn: give more than 0, and at most a day")
         self.film = plan_film(seconds, size, seed)
@@ -126,7 +129,7 @@ class VideoSource(Source):
     "A video file, through OpenCV: each frame with the time that the container gives it."
     kind, seekable, capture = "video", True, None
     def __init__(self, path):
-        self.path, self.name = str(path), Path(path).name
+        self.path, self.name, self.drawn = str(path), Path(path).name, (Path(path).parent/SyntheticVideo.filename).is_file()
         self.stamps, self.times = [], []  # of each frame that was seen: milliseconds by the container, seconds as given out
         self._open()
         self.fps, frames = self.capture.get(cv2.CAP_PROP_FPS) or 30.0, self.capture.get(cv2.CAP_PROP_FRAME_COUNT)
@@ -246,7 +249,7 @@ def lasts(self: VideoSource) -> float:
 # %% ../nbs/06_demo_frames.ipynb #06-capture-021
 class CameraSource(Source):
     "A camera of this machine."
-    kind, clock = "camera", "wall clock"
+    kind, live, clock = "camera", True, "wall clock"
     def __init__(self,
         number: int = 0,
         patience: float = 2.0,  # seconds without a frame before the camera counts as lost
@@ -292,7 +295,7 @@ class NetworkSource(CameraSource):
 # %% ../nbs/06_demo_frames.ipynb #06-capture-023
 class PushedSource(Source):
     "Frames that come from elsewhere, such as a browser. One that waits is replaced by a newer one."
-    kind, clock = "pushed", "the sender's clock"
+    kind, live, clock = "pushed", True, "the sender's clock"
     def __init__(self, fps: float = 15.0, name: str = "browser", patience: float = 5.0):
         self.fps, self.name, self.patience, self.index, self.dropped = fps, name, patience, 0, 0
         self.next, self.closed, self.arrived, self.last = None, False, Condition(), 0.0

@@ -330,7 +330,7 @@ def _predict_film(a):
     return predict_film(a.video, a.model, a.detector, a.min_face, a.annotate, a.consent, say=_told)
 
 
-STABILISER = ("ema", "delta", "window", "min_count")
+STABILISER = ("ema", "delta", "window", "min_count", "vote_by")
 
 
 def _stabiliser(a):
@@ -373,7 +373,7 @@ def tune(a):
     from fer_nb.tuning import tune, tuning_plot
     if a.plot and not (Path(a.plot).parent.is_dir() and Path(a.plot).suffix in (".png", ".svg", ".pdf")):
         raise UsageError(f"--plot '{a.plot}': give a .png, .svg or .pdf in a folder that exists")
-    found = tune(a.session, a.jitter_limit, a.truth)
+    found = tune(a.session, a.jitter_limit, a.truth, vote_by=a.vote_by)
     if a.plot: tuning_plot(found).savefig(a.plot)
     print(found)
 
@@ -524,6 +524,12 @@ def _predict_flags(c):
     c.add_argument("--out", metavar="FILE", help="write the answer to this file")
 
 
+VOTE_BY = {"choices": ("frames", "seconds"), "metavar": "UNIT"}
+
+
+def _stabiliser_flags(c): flags(c, "stabiliser.Stabiliser", "ema? delta? window? min_count? vote_by?", vote_by=VOTE_BY)
+
+
 def _demo_flags(c):
     flags(c, "realtime.open_pipeline", "model detector min_face save_clips consent")
     flags(c, "window.run_demo", "source? out? headless seconds", source={
@@ -532,17 +538,17 @@ def _demo_flags(c):
         out={"help": "the session's folder (default: runs/demo/DATE-TIME)"})
     c.add_argument("--browser", action="store_true", help="a page in the browser in place of the window, with the browser's own camera")
     c.add_argument("--no-log", action="store_true", help="write nothing at all")
-    flags(c, "stabiliser.Stabiliser", "ema? delta? window? min_count?")
+    _stabiliser_flags(c)
 
 
 def _replay_flags(c):
     flags(c, "tuning.replay", ".session<folder truth")
-    flags(c, "stabiliser.Stabiliser", "ema? delta? window? min_count?")
+    _stabiliser_flags(c)
     c.add_argument("--out", metavar="CSV", help="write the labels, a row a frame")
 
 
 def _tune_flags(c):
-    flags(c, "tuning.tune", ".session<folder truth jitter_limit")
+    flags(c, "tuning.tune", ".session<folder truth jitter_limit vote_by?", vote_by=VOTE_BY)
     c.add_argument("--plot", metavar="FILE", help="draw the heat map, EMA against hysteresis, as .png, .svg or .pdf")
 
 

@@ -366,6 +366,8 @@ class SessionInfo(Artifact):
     model: str
     checkpoint_sha256: str | None = None
     dataset_index_id: str | None = None
+    convention: str = ""  # whose labels the model learned; empty: not told
+    drawn: bool = False  # the film is one that fer_nb drew
     geometry: dict[str, Any]
     temperature: float
     settings: dict[str, Any]  # of the stabiliser, at the start; later changes stand in tuning.csv
@@ -471,6 +473,7 @@ class StabiliserChoice(Artifact):
     filename: ClassVar[str] = "stabiliser.json"
     session: str
     settings: dict[str, float | int]  # ema, delta, window, min_count
+    vote_by: str = "frames"  # what window and min_count count: frames, or by seconds 30ths of one
     jitter_limit: float  # label changes a minute
     macro_f1: float  # on the frames that chose: optimistic
     jitter_per_min: float

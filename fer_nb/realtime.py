@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['LARGER', 'CONSENT', 'Stabilizer', 'Tally', 'MainFace', 'Pipeline', 'session_info', 'own_thresholds', 'Clips',
-           'open_pipeline']
+           'open_pipeline', 'live']
 
 # %% ../nbs/06_realtime_demo.ipynb #06-realtime-002
 import platform
 import time
 from array import array
 from collections import Counter, deque
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -27,7 +28,7 @@ from .deploy import SURE, Predictor, read_class_values
 from .detectors import Detection, Track, Tracker, open_detector
 from .evidence import SessionInfo
 from .geometry import Views
-from .sessions import STAGES_TIMED, TRUTH, Face, FrameResult, SessionLog
+from .sessions import STAGES_TIMED, TRUTH, Face, FrameResult, SessionLog, drawn_note
 from .stabiliser import TUNABLE, Stabiliser
 
 # %% ../nbs/06_realtime_demo.ipynb #06-realtime-005
@@ -131,6 +132,7 @@ class Pipeline:
         self.recent: deque = deque()  # (time, label) of the last ten seconds
         self.paused, self.geometry, self.crop = False, predictor.geometry, predictor.crop_for(detector)[0]
         self.tally = Tally(f"{detector.name}, {predictor.name}, {predictor.geometry.size} px")
+        self.odd = drawn_note(source.drawn, predictor.convention)  # one line on what would surprise; empty: nothing
         self.began, self.ticks, self.lock = time.perf_counter(), deque(maxlen=30), RLock()
 
     def __enter__(self): return self
@@ -195,7 +197,8 @@ def step(self: Pipeline) -> FrameResult | None:  # None: the source is at its en
         took = {s: 1e3*(b - a) for s, a, b in zip(STAGES_TIMED, marks, marks[1:], strict=False)}
         took["decode"] += ahead
         smoothed = None if main is None else self.stabilizer.smoothed
-        result = FrameResult(frame.index, frame.time_sec, frame.image, faces, main, label, smoothed, latency=took | {"log": 0.0})
+        result = FrameResult(frame.index, frame.time_sec, frame.image, faces, main, label, smoothed, latency=took | {"log": 0.0},
+                             coming=self.stabilizer.coming)
         self._note(result)
     return result
 
@@ -248,7 +251,8 @@ def session_info(
     packages = {p: metadata.version(p) for p in ("fer_nb", "numpy", "onnxruntime")} | {"opencv": cv2.__version__}
     return SessionInfo(
         source=source.kind, source_name=source.name, fps=source.fps, clock=source.clock, detector=detector.name, model=predictor.name,
-        checkpoint_sha256=predictor.checkpoint_sha256, dataset_index_id=predictor.dataset_index_id, geometry=predictor.geometry.to_dict(),
+        checkpoint_sha256=predictor.checkpoint_sha256, dataset_index_id=predictor.dataset_index_id,
+        convention=predictor.convention, drawn=source.drawn, geometry=predictor.geometry.to_dict(),
         temperature=predictor.temperature, settings=stabilizer.settings, bias=dict(zip(CLASSES, predictor.bias.tolist(), strict=True)),
         clahe=predictor.geometry.clahe is not None, crop=predictor.crop_for(detector)[0]._asdict(), sure=SURE,
         images_written=images_written, packages=packages, platform=platform.platform(),
@@ -297,7 +301,7 @@ def open_pipeline(
     save_clips: bool = False,  # keep the pictures: only together with `consent`
     consent: bool = False,  # everybody in front of the camera has agreed to that
     say=print,  # takes lines about the detector
-    **settings,  # of the stabiliser
+    **settings,  # of the stabiliser; a camera's vote is by seconds unless `vote_by` says frames
 ) -> Pipeline:
     "Everything from source to log, ready to step."
     if save_clips != consent or save_clips and out is None: raise UsageError(CONSENT)
@@ -310,12 +314,24 @@ def open_pipeline(
     source = source if isinstance(source, Source) else open_source(source)
     try:
         if source.note: say(source.note)
+        if source.live and "vote_by" not in settings: stabilizer.vote_by = "seconds"
         log = out and SessionLog(out, session_info(source, detector, predictor, stabilizer, save_clips))
         if log and isinstance(source, SyntheticSource): write_csv(log.folder/TRUTH, source.events)
         return Pipeline(source, detector, predictor, stabilizer, log or None, Clips(out, source.fps) if save_clips else None)
     except BaseException:
         source.close()
         raise
+
+# %% ../nbs/06_realtime_demo.ipynb #06-realtime-l2
+def live(
+    source="0",  # a camera's number or address, a film, a folder of pictures, synthetic:SECONDS, or a Source
+    model="",  # an .onnx, a run's best.pt, or ferplus or fer2013, the students that come with the package; or a Predictor
+    detector="auto",  # auto, yunet, dnn, haar; or a detector
+    **more,  # of `open_pipeline`: min_face, out for a session's log, settings of the stabiliser
+) -> Iterator[FrameResult]:
+    "Frame after frame with its faces and its stable label; closes the source however the loop ends."
+    with open_pipeline(source, model, detector, **more) as pipeline:
+        while (result := pipeline.step()) is not None: yield result
 
 # %% ../nbs/06_realtime_demo.ipynb #06-realtime-021
 @patch(as_prop=True)

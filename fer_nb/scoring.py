@@ -358,7 +358,7 @@ def summary_row(r: ScoreResults) -> dict:
     def spread(name, e): return {name: value(e), f"{name}_low": e.low if e else None, f"{name}_high": e.high if e else None}
     total, lock = r.latency_ms.get("total"), r.shown.time_to_lock
     row = {"session": r.session, "scored_at": r.scored_at, "truth": r.truth, "source": r.source, "detector": r.detector, "model": r.model,
-           **{k: r.settings.get(k) for k in TUNABLE}, "tuned_live": r.tuned_live, "frames": r.frames, "seconds": r.seconds,
+           **{k: r.settings.get(k) for k in (*TUNABLE, "vote_by")}, "tuned_live": r.tuned_live, "frames": r.frames, "seconds": r.seconds,
            "scored_frames": r.scored_frames, "scored_segments": r.scored_segments, **spread("accuracy", r.shown.accuracy),
            **spread("macro_f1", r.shown.macro_f1), "raw_accuracy": value(r.raw.accuracy), "raw_macro_f1": value(r.raw.macro_f1),
            "unstable": r.shown.unstable, "no_face": r.shown.no_face, "jitter_per_min": r.shown.jitter_per_min,

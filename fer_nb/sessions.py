@@ -6,8 +6,8 @@
 __all__ = ['STAGES_TIMED', 'PROBS', 'COLUMNS', 'TRUTH', 'EVENT_COLUMNS', 'LABELS', 'CODES', 'REPLAYED', 'UPSTREAM', 'STAGES_MS',
            'OURS', 'EARLIER', 'SUM_TOLERANCE', 'Stretch', 'Timeline', 'Face', 'FrameResult', 'SessionLog',
            'simulated_info', 'frame_rows', 'simulate_probs', 'simulate_session', 'runs_of', 'read_table', 'numbers',
-           'label_codes', 'LoadedSession', 'read_changes', 'read_latency', 'stabiliser_of', 'read_info', 'load_session',
-           'read_events', 'labels_at', 'truth_of']
+           'label_codes', 'LoadedSession', 'read_changes', 'read_latency', 'stabiliser_of', 'read_info', 'drawn_note',
+           'load_session', 'read_events', 'labels_at', 'truth_of']
 
 # %% ../nbs/06_demo_log.ipynb #06-sessions-002
 import csv
@@ -118,7 +118,7 @@ class Face:
     probs: np.ndarray  # (7,), to six decimals
 
 # %% ../nbs/06_demo_log.ipynb #06-sessions-010
-@dataclass
+@dataclass(repr=False)
 class FrameResult:
     "All that is known about a frame."
     index: int
@@ -130,11 +130,17 @@ class FrameResult:
     smoothed: np.ndarray | None  # (7,) probabilities after the EMA
     manual: int = 0  # the label by hand, 1 to 7; 0: none
     latency: dict[str, float] = field(default_factory=dict)  # milliseconds by stage
+    coming: str = ""  # the class that leads and is not shown yet; empty: none
 
     @property
     def work_ms(self) -> float:
         "What the frame took, from the picture to the label."
         return sum(v for k, v in self.latency.items() if k not in ("decode", "log"))
+
+    def __repr__(self):
+        sure = "" if self.main is None else f" {self.main.probs.max():.2f} for {CLASSES[self.main.probs.argmax()]}"
+        coming = f" -> {self.coming}?" if self.coming else ""
+        return f"frame {self.index} at {self.time_sec:.2f} s: {self.label}{coming},{sure or ' no one'}; faces: {len(self.faces)}"
 
 # %% ../nbs/06_demo_log.ipynb #06-sessions-012
 PROBS = [f"prob_{c}" for c in CLASSES]
@@ -571,10 +577,11 @@ def read_latency(path: Path) -> tuple[Columns | None, list[str]]:
 
 # %% ../nbs/06_demo_log.ipynb #06-sessions-052
 def stabiliser_of(
-    settings: dict,  # as session.json has them; what isn't there has its default, but for votes, which didn't age in earlier sessions
+    settings: dict,  # as session.json has them; what isn't there has its default, but votes, which earlier counted frames and didn't age
 ) -> Stabiliser:
     "A fresh stabiliser with a session's settings."
-    s = Stabiliser(**{k: float(settings[k]) for k in ("fps", "hold") if k in settings}, vote_age=float(settings.get("vote_age", 0)))
+    s = Stabiliser(**{k: float(settings[k]) for k in ("fps", "hold") if k in settings}, vote_age=float(settings.get("vote_age", 0)),
+                   vote_by=settings.get("vote_by", "frames"))
     s.set(**{k: settings[k] for k in TUNABLE if k in settings})
     s.set(**{f"threshold_{c}": v for c, v in settings.get("thresholds", {}).items()})
     return s
@@ -587,6 +594,19 @@ def read_info(folder: Path) -> SessionInfo:
     except (UsageError, TypeError, ValueError, AttributeError) as e:
         raise ArtifactError(folder/SessionInfo.filename, f"holds settings that no stabiliser can have: {e}", key="settings") from None
     return info
+
+# %% ../nbs/06_demo_log.ipynb #06-sessions-d1
+def drawn_note(
+    drawn: bool,  # the film is one that fer_nb drew
+    convention: str,  # whose labels the model learned; empty: not known
+) -> str:  # empty: nothing is odd
+    "Why a model of photographs does badly on a drawn film, and which model wouldn't."
+    if not drawn or convention in ("", "synthetic"): return ""
+    own = next((p for p in ("runs/embedded", "runs/quick") if Path(p, "onnx", "model_fp32.onnx").is_file()), "")
+    make = "" if own else " (which fer-nb run --profile quick makes in some minutes)"
+    return (f"the film is drawn, and the model learned photographs ({convention}), to which drawn faces are foreign: low scores say "
+            f"nothing about either. A student of drawn faces: fer-nb demo --source synthetic:20 --headless --model "
+            f"{own or 'runs/quick'}/onnx/model_fp32.onnx{make}")
 
 # %% ../nbs/06_demo_log.ipynb #06-sessions-054
 def load_session(
@@ -602,6 +622,7 @@ def load_session(
     info = read_info(folder) if find_artifact(folder, SessionInfo.filename) else None
     if info and info.ended is None: notes.append("the session was not closed: it was killed, or it is still running")
     if info and "vote_age" not in info.settings: notes.append("it ran before votes aged by time, and is replayed so")
+    if info and (odd := drawn_note(info.drawn, info.convention)): notes.append(odd)
     if not info and not earlier: notes.append("session.json is missing: the stabiliser's settings are not known")
     return LoadedSession(folder, table, main, probs, changes, latency, info, earlier, [*notes, *more, *rest])
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PALETTE', 'INK', 'PAPER', 'FAINT', 'DIM', 'VIEW_HEIGHT', 'PANEL', 'BAR', 'LINE', 'DIGITS', 'STEPS', 'label_colour',
-           'fit', 'draw_box', 'draw_faces', 'draw_panel', 'draw_bar', 'bar_class_at', 'privacy_line', 'draw', 'Player',
-           'window_problem', 'run_window', 'run_headless', 'run_demo']
+           'fit', 'draw_box', 'turning', 'draw_faces', 'as_picture', 'draw_panel', 'draw_bar', 'bar_class_at',
+           'privacy_line', 'draw', 'Player', 'window_problem', 'run_window', 'run_headless', 'run_demo']
 
 # %% ../nbs/06_realtime_window.ipynb #06-window-002
 import os
@@ -65,8 +65,15 @@ def draw_box(
     cv2.rectangle(view, (x, y), (x + w, y + h), colour, thick, cv2.LINE_AA)
     tall, rise, room = (round(v*grown) for v in ((28, 8, 30) if bold else (18, 5, 30)))
     top = y if y > room else y + h + room
-    cv2.rectangle(view, (x, top - tall), (x + _text_width(title, size) + round(10*grown), top), PAPER, -1)
-    _text(view, title, (x + round(5*grown), top - rise), size, colour)
+    wide = _text_width(title, size) + round(10*grown)
+    left = max(0, min(x, view.shape[1] - wide))
+    cv2.rectangle(view, (left, top - tall), (left + wide, top), PAPER, -1)
+    _text(view, title, (left + round(5*grown), top - rise), size, colour)
+
+# %% ../nbs/06_realtime_window.ipynb #06-window-t1
+def turning(result: FrameResult, arrow: str = "->") -> str:
+    "The label, and the class that is about to take its place, if there is one."
+    return f"{result.label} {arrow} {result.coming}?" if result.coming else result.label
 
 # %% ../nbs/06_realtime_window.ipynb #06-window-010
 def draw_faces(
@@ -77,16 +84,26 @@ def draw_faces(
     (view, scale), grown = fit(result.image, height), height/VIEW_HEIGHT
     for face in result.faces:
         shown = face is result.main
-        title = f"{result.label}" if shown else f"#{face.id} {CLASSES[face.probs.argmax()]}"
+        title = turning(result) if shown else f"#{face.id} {CLASSES[face.probs.argmax()]}"
         draw_box(view, [v*scale for v in face.detection.box.xywh], title, label_colour(result.label) if shown else DIM, shown, grown)
     if result.main is None: _text(view, NO_FACE, (16*grown, 36*grown), 0.8*grown)
     return view
+
+# %% ../nbs/06_realtime_window.ipynb #06-window-e3
+def as_picture(
+    image: np.ndarray,  # (H, W, 3) BGR
+    width: int | None = None,  # pixels on the page
+):  # an IPython Image
+    "A picture, as a notebook shows it."
+    from IPython.display import Image  # who has no notebook needn't have it
+    return Image(cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, 80])[1].tobytes(), width=width)
 
 # %% ../nbs/06_realtime_window.ipynb #06-window-011
 def draw_panel(pipeline: Pipeline, result: FrameResult) -> np.ndarray:  # (480, PANEL, 3) BGR
     "Bars of the smoothed probabilities, shares of the last ten seconds, speed and settings."
     panel = np.full((VIEW_HEIGHT, PANEL, 3), PAPER, np.uint8)
     _text(panel, result.label, (14, 40), 0.9, label_colour(result.label), 2)
+    if result.coming: _text(panel, f"-> {result.coming}?", (14, 60), 0.45)
     shares, p = pipeline.shares(), np.zeros(len(CLASSES)) if result.smoothed is None else result.smoothed
     for k, name in enumerate(CLASSES):
         y = 66 + 40*k
@@ -97,9 +114,9 @@ def draw_panel(pipeline: Pipeline, result: FrameResult) -> np.ndarray:  # (480, 
         cv2.rectangle(panel, (14, y + 17), (14 + round(full*float(p[k])), y + 27), PALETTE[k], -1)
         cv2.rectangle(panel, (14, y + 29), (14 + round(full*shares[name]), y + 31), INK, -1)
     _text(panel, "thin line: share of the last 10 s", (14, 356), 0.36, DIM)
-    s = pipeline.settings
+    s, told = pipeline.settings, pipeline.stabilizer.told
     lines = (f"{pipeline.fps:.0f} frames/s, {result.work_ms:.1f} ms a frame", f"{pipeline.detector.name}, {pipeline.predictor.name[:24]}",
-             f"EMA {s['ema']:.2f} [ ]   delta {s['delta']:.2f} - =", f"window {s['window']} v b   votes {s['min_count']} n m",
+             f"EMA {s['ema']:.2f} [ ]   delta {s['delta']:.2f} - =", f"window {told('window')} v b  votes {told('min_count')} n m",
              f"CLAHE {'on' if s['clahe'] else 'OFF'} c   overlay o   quit q")
     for k, line in enumerate(lines): _text(panel, line, (14, 384 + 20*k), 0.4, DIM)
     return panel
@@ -196,7 +213,7 @@ def nudge(self: Player, name: str, by: float):
     low, high = TUNABLE[name]
     value = min(high, max(low, self.pipeline.settings[name] + by))
     self.pipeline.set(name, int(value) if isinstance(low, int) else round(value, 4))
-    self.message = f"{name} {self.pipeline.settings[name]:g}"
+    self.message = f"{name} {self.pipeline.stabilizer.told(name)}"
 
 # %% ../nbs/06_realtime_window.ipynb #06-window-020
 @patch
@@ -288,6 +305,7 @@ def run_demo(
         raise UsageError(f"no window can be opened: {problem}. Give --browser for a page, or --headless for none")
     pipeline, why = open_pipeline(source, model, detector, out, say=say, **more), "the source came to its end"
     say(privacy_line(pipeline))
+    if pipeline.odd: say(f"Note: {pipeline.odd}.")
     try:
         if headless: run_headless(pipeline, seconds)
         else: why = run_window(Player(pipeline))

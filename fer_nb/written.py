@@ -8,6 +8,7 @@ __all__ = ['MAY_DRAW', 'CODECS', 'MOST_FPS', 'require_consent', 'check_film', 'F
 
 # %% ../nbs/06_realtime_written.ipynb #06-written-002
 import csv
+import html
 import io
 import json
 from collections import Counter
@@ -17,7 +18,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from .artifacts import GateError, UsageError, atomic_path, write_bytes, write_text
+from .artifacts import GateError, UsageError, atomic_path, html_table, write_bytes, write_text
 from .archives import as_bgr, as_text
 from .capture import Source, SourceLost, open_source
 from .pictures import PictureFace
@@ -142,6 +143,11 @@ class FilmPredictions:
         return f"{as_text(self.source)}: {n:,} frames, {self.found:,} faces ({self.detector}, {self.model})\nshown: {shares or 'nothing'}"
 
     __repr__ = __str__
+
+    def _repr_html_(self):
+        n = self.labels.total()
+        rows = [(label, f"{k:,}", f"{k/n:.0%}") for label, k in self.labels.most_common()]
+        return f"<p>{html.escape(str(self).splitlines()[0])}</p>" + html_table(("shown", "frames", "share"), rows)
 
 # %% ../nbs/06_realtime_written.ipynb #06-written-016
 def _through(pipeline, seen: FilmPredictions, film: FilmWriter | None, progress: bool | None):

@@ -15,6 +15,7 @@ from fer_nb import cli
 from fer_nb.artifacts import CLASSES
 from fer_nb.deploy import SHIPPED, Predictor
 from fer_nb.painting import framed_face
+from fer_nb.pictures import PicturePredictions, predict_pictures
 from tests.conftest import ROOT, model_paths
 
 
@@ -39,6 +40,23 @@ def test_a_table_and_json_say_the_same(pictures, capsys):
             assert list(probs) == list(CLASSES) and abs(sum(probs.values()) - 1) < 1e-5 and face["label"] == max(probs, key=probs.get)
             assert f"{face['label']}" in next(line for line in table.splitlines() if p["path"] in line)
     assert "(no face)" in table
+
+
+def test_a_notebook_shows_a_table_and_faces_only_with_consent(pictures, tmp_path):
+    name = "<i>&.png"
+    shutil.copy(pictures/"person3.png", tmp_path/name)
+    how = dict(detector="haar", say=lambda _: None)
+    plain, shown = (predict_pictures([tmp_path/name, pictures/"nobody.png"], consent=c, **how) for c in (False, True))
+    for found in (plain, shown):
+        page = found._repr_html_()
+        assert "&lt;i&gt;&amp;.png" in page and "<i>" not in page and "(no face)" in page
+        assert next(iter(found.faces.values()))[0].label in page and "<" not in repr(found).replace(name, "")
+        assert len(found.to_df()) == 2
+    assert "<img" not in plain._repr_html_() and shown._repr_html_().count("<img") == 1
+    (tmp_path/name).unlink()
+    assert "<img" not in shown._repr_html_()  # no longer at hand
+    many = PicturePredictions({f"{k}.png": shown.faces[str(tmp_path/name)] for k in range(100)}, "m", "haar")
+    assert many._repr_html_().count("<tr>") == 61 and "40 more: to_df() has them all" in many._repr_html_()
 
 
 def test_no_face_in_any_is_exit_code_one(pictures, capsys):

@@ -6,7 +6,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -18,13 +18,14 @@ from hypothesis import strategies as st
 
 from fer_nb import capture, cli, deploy, window
 from fer_nb.artifacts import CLASSES, Box, FerError, GateError, UsageError
-from fer_nb.capture import CameraSource, SourceLost, SyntheticSource, open_source
+from fer_nb.capture import CameraSource, PushedSource, SourceLost, SyntheticSource, open_source
 from fer_nb.detectors import Detection, Haar, YuNet
 from fer_nb.evidence import SessionInfo
-from fer_nb.realtime import Pipeline, open_pipeline
+from fer_nb.realtime import Pipeline, live, open_pipeline
 from fer_nb.scoring import score_session
 from fer_nb.sessions import PROBS, Timeline
 from fer_nb.stabiliser import NO_FACE, UNSTABLE, Stabiliser
+from fer_nb.synthetic import write_video
 from fer_nb.tuning import replay
 from fer_nb.window import BAR, LINE, Player, bar_class_at, draw, run_demo
 from tests.conftest import model_paths
@@ -74,7 +75,13 @@ def test_with_everything_off_the_label_is_the_largest_probability(stream):
     assert [s.update(p, t) for p, t in zip(*stream, strict=True)] == [CLASSES[p.argmax()] for p in stream[0]]
 
 
-def longhand(probs, times, ema, delta, window, min_count, vote_age=2.0, hold=0.5):
+def cast(labels, t, window, vote_by):
+    "The votes that are counted at a time: of the last `window` frames, or of that many 30ths of a second and of three frames at least."
+    if vote_by == "frames": return labels[-window:]
+    return [v for k, v in enumerate(labels, 1) if len(labels) - k < min(3, window) or t - v[0] <= (window - 0.5)/30]
+
+
+def longhand(probs, times, ema, delta, window, min_count, vote_age=2.0, hold=0.5, vote_by="frames"):
     "METHODS' stabiliser once more, with lists and loops; votes are told by the frame that they were cast in."
     smooth, held, labels, out, first = None, None, [], [], 0
     for i, (p, t) in enumerate(zip(probs.tolist(), times.tolist(), strict=True)):
@@ -85,35 +92,44 @@ def longhand(probs, times, ema, delta, window, min_count, vote_age=2.0, hold=0.5
         else:
             past = ema**(30*(t - times[i - 1]))
             smooth = [past*a + (1 - past)*b for a, b in zip(smooth, p, strict=True)]
-        if vote_age and steps: labels = [(when, k) for when, k in labels if t - when <= max(hold, vote_age*window*usual) + 1e-9]
+        span = 0 if not steps else window*usual if vote_by == "frames" else max(window/30, 3*usual)
+        if vote_age and steps: labels = [v for v in labels if t - v[0] <= max(hold, vote_age*span) + 1e-9]
         if not labels: held = None
         top = max(range(7), key=lambda k: smooth[k])
         if held is None or smooth[top] > smooth[held] + delta: held = top
-        labels = [*labels, (t, held)][-window:]
-        votes = [k for _, k in labels]
-        counts = Counter(votes)
-        most = max(counts.values())
-        winners = [k for k, n in counts.items() if n == most]
+        counts_for = 1 if vote_by == "frames" or i == first else min(30*(t - times[i - 1]), max(1, window/2))
+        labels = cast([*labels, (t, held, counts_for)], t, window, vote_by)
+        votes, need = [k for _, k, _ in labels], min(min_count, window)
+        counts = {k: sum(n for _, v, n in labels if v == k) for k in votes}
+        most = max(round(n, 2) for n in counts.values())
+        winners = [k for k, n in counts.items() if round(n, 2) == most]
         winner = held if held in winners else next(k for k in votes if k in winners)
-        out.append(CLASSES[winner] if most >= min(min_count, window) else UNSTABLE)
+        enough = counts[winner] >= need if vote_by == "frames" else counts[winner] >= need - 0.5 - 1e-6
+        enough = enough and votes.count(winner) >= min(2, need)
+        out.append(CLASSES[winner] if enough else UNSTABLE)
     return out
 
 
 ages = st.sampled_from([0, 1, 2.0, 10])
 
 
-@given(streams(), settings_, ages)
-def test_it_is_the_formula_of_the_plan(stream, settings, age):
-    s = Stabiliser(**settings, vote_age=age)
-    assert [s.update(p, t) for p, t in zip(*stream, strict=True)] == longhand(*stream, **settings, vote_age=age)
+units = st.sampled_from(["frames", "seconds"])
 
 
-@given(streams(least=10), st.lists(st.tuples(st.integers(1, 59), st.floats(0.1, 20)), max_size=4), settings_, ages)
-def test_it_is_the_formula_with_stalls_too(stream, stalls, settings, age):
+@given(streams(), settings_, ages, units)
+def test_it_is_the_formula_of_the_plan(stream, settings, age, unit):
+    more = settings | {"vote_age": age, "vote_by": unit}
+    s = Stabiliser(**more)
+    assert [s.update(p, t) for p, t in zip(*stream, strict=True)] == longhand(*stream, **more)
+
+
+@given(streams(least=10), st.lists(st.tuples(st.integers(1, 59), st.floats(0.1, 20)), max_size=4), settings_, ages, units)
+def test_it_is_the_formula_with_stalls_too(stream, stalls, settings, age, unit):
     probs, times = stream
     for at, seconds in stalls: times = times + seconds*(np.arange(len(times)) >= at)
-    s = Stabiliser(**settings, vote_age=age)
-    assert [s.update(p, t) for p, t in zip(probs, times, strict=True)] == longhand(probs, times, **settings, vote_age=age)
+    more = settings | {"vote_age": age, "vote_by": unit}
+    s = Stabiliser(**more)
+    assert [s.update(p, t) for p, t in zip(probs, times, strict=True)] == longhand(probs, times, **more)
 
 
 def sure(k): return np.where(np.arange(7) == k, 0.94, 0.01)
@@ -123,6 +139,51 @@ def turn(times, when, **settings):
     "The labels of a face that is Happy before `when` and Sad from there on."
     s = Stabiliser(**settings)
     return [s.update(sure(3 if t < when else 4), t) for t in times]
+
+
+@given(st.integers(0, 2**32 - 1), settings_)
+def test_thirty_frames_a_second_vote_alike_by_frames_and_by_seconds(seed, settings):
+    probs, times = np.random.default_rng(seed).dirichlet(np.ones(7), 60), (np.arange(60)/30).round(6)
+    frames, seconds = (Stabiliser(**settings, vote_by=unit) for unit in ("frames", "seconds"))
+    for p, t in zip(probs, times, strict=True): assert frames.update(p, t) == seconds.update(p, t)
+
+
+def answers_after(fps, phase, **settings):
+    "Seconds from a change to the new label, and to the sign that it is coming."
+    s, times = Stabiliser(**settings), (np.arange(8*fps) + phase)/fps
+    seen = [(t - 4, s.update(sure(3 if t < 4 else 4), t), s.coming) for t in times]
+    after = [(t, label, coming) for t, label, coming in seen if t >= 0]
+    return next(t for t, label, _ in after if label == "Sad"), next(t for t, label, coming in after if "Sad" in (label, coming))
+
+
+@pytest.mark.parametrize("fps", [5, 7, 14, 20, 28, 30, 60])
+def test_a_slow_camera_is_answered_as_soon_as_a_quick_one(fps):
+    "By seconds; by frames the wait grows with the time that a frame takes. The sign is there within a fifth of a second."
+    waits = {unit: [answers_after(fps, phase/10 + 0.01, vote_by=unit) for phase in range(10)] for unit in ("frames", "seconds")}
+    assert max(label for label, _ in waits["seconds"]) < 0.4
+    assert max(sign for _, sign in waits["seconds"]) < 0.21
+    assert max(label for label, _ in waits["frames"]) > 7/fps
+
+
+@pytest.mark.parametrize("fps", [1, 2, 4, 7, 15, 30, 60])
+def test_one_wrong_frame_changes_no_label(fps):
+    s = Stabiliser(vote_by="seconds", ema=0)
+    labels = [s.update(sure(4 if i % 20 == 19 else 3), i/fps) for i in range(100)]
+    assert labels.index("Happy") <= max(2, fps//3) and set(labels[labels.index("Happy"):]) == {"Happy"}
+
+
+@given(st.integers(1, 120), st.integers(1, 120), st.floats(0.5, 60))
+def test_every_vote_can_be_won_at_every_rate(window, min_count, fps):
+    s = Stabiliser(vote_by="seconds", window=window, min_count=min_count)
+    assert [s.update(sure(3), i/fps) for i in range(300)][-1] == "Happy"
+
+
+def test_the_sign_is_of_what_leads_and_is_not_shown():
+    s = Stabiliser()
+    seen = [(s.update(None if 30 <= i < 33 else sure(3 if i < 20 else 4), i/30), s.coming) for i in range(40)]
+    assert seen[0] == (UNSTABLE, "Happy") and seen[10] == ("Happy", "") and seen[24] == ("Happy", "Sad")
+    assert seen[31] == (NO_FACE, "") and seen[39] == ("Sad", "")
+    assert all(label != coming for label, coming in seen)
 
 
 @pytest.mark.parametrize("seconds", [0.6, 1, 3, 60])
@@ -783,3 +844,67 @@ def test_thresholds_beside_a_model_reach_the_stabiliser(tmp_path):
     (tmp_path/"thresholds.json").write_text(json.dumps({"Sad": 0.4}))
     with open_pipeline(SyntheticSource(1, 20), tmp_path/"m.onnx", Finder()) as p:
         assert p.stabilizer.thresholds.tolist() == [0, 0, 0, 0, 0.4, 0, 0]
+
+
+# ---- the loop in four lines, and what votes by seconds
+
+
+class Kept(SyntheticSource):
+    "A drawn film that knows whether it was closed."
+    closed = False
+    def close(self): self.closed = True
+
+
+def test_the_loop_gives_every_frame_and_closes_its_source(demo_model):
+    source = Kept(1, 20)
+    frames = list(live(source, demo_model, Finder(), say=lambda _: None))
+    assert [f.index for f in frames] == list(range(20)) and source.closed
+    assert all(f.label in (*CLASSES, UNSTABLE, NO_FACE) for f in frames)
+
+
+@pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt])
+def test_the_loop_closes_the_camera_however_it_is_left(demo_model, tmp_path, error):
+    source = Kept(5, 20)
+    def loop():
+        for frame in live(source, demo_model, Finder(), out=tmp_path/"s", say=lambda _: None):
+            if frame.index == 3 and error: raise error
+            if frame.index == 3: break
+    with contextlib.suppress(ValueError, KeyboardInterrupt): loop()
+    assert source.closed and SessionInfo.load(tmp_path/"s").frames == 4  # and the log is whole
+
+
+def test_the_loop_works_on_a_film_and_refuses_what_is_none(demo_model, tmp_path):
+    write_video(tmp_path/"film", seconds=1, fps=10)
+    frames = list(live(tmp_path/"film"/"video.avi", demo_model, Finder(), say=lambda _: None))
+    assert len(frames) == 10 and repr(frames[0]).startswith("frame 0 at 0.00 s: (unstable)")
+    with pytest.raises(UsageError, match=r"none.mp4 doesn't exist"): next(live(tmp_path/"none.mp4", demo_model))
+
+
+def test_a_camera_votes_by_seconds_and_a_film_by_frames_unless_told_otherwise(demo_model, tmp_path):
+    for name, source, more, unit in (("film", SyntheticSource(1, 20), {}, "frames"), ("page", PushedSource(), {}, "seconds"),
+                                     ("asked", SyntheticSource(1, 20), {"vote_by": "seconds"}, "seconds"),
+                                     ("plan", PushedSource(), {"vote_by": "frames"}, "frames")):
+        open_pipeline(source, demo_model, Finder(), tmp_path/name, say=lambda _: None, **more).close()
+        assert SessionInfo.load(tmp_path/name).settings["vote_by"] == unit, name
+    with pytest.raises(UsageError, match="vote_by is 'hours': give frames or seconds"):
+        open_pipeline(SyntheticSource(1), demo_model, Finder(), vote_by="hours")
+
+
+def test_the_window_shows_what_is_coming_in_words(demo_model):
+    p = open_pipeline(SyntheticSource(1, 20), demo_model, Finder(), say=lambda _: None, vote_by="seconds")
+    result = replace(p.step(), label="Happy", coming="")
+    soon = replace(result, coming="Surprise")
+    assert window.turning(soon) == "Happy -> Surprise?" and window.turning(result) == "Happy"
+    for drawn in (window.draw_faces, lambda r: window.draw_panel(p, r)): assert (drawn(soon) != drawn(result)).any()
+    player = Player(p)
+    player.press("b")
+    assert player.message == "window 0.53s" and p.settings["window"] == 16
+
+
+def test_a_drawn_film_before_a_model_of_photographs_is_told(demo_model):
+    def said(convention):
+        lines, predictor = [], deploy.Predictor(demo_model)
+        predictor.convention = convention
+        run_demo(SyntheticSource(0.2, 20), predictor, Finder(), headless=True, say=lines.append)
+        return "\n".join(lines)
+    assert "Note: the film is drawn, and the model learned photographs (ferplus)" in said("ferplus") and "drawn" not in said("synthetic")

@@ -55,18 +55,29 @@ def test_every_link_leads_somewhere():
             assert anchor in heads, target
 
 
-def test_the_readme_s_lines_of_python_run(tmp_path):
-    lines, = re.findall(r"```python\n(.*?)```", README, re.S)
-    assert len(lines.splitlines()) == 5
-    cv2.imwrite(str(tmp_path/"face.jpg"), results.drawn_group()[80:262, 60:232, ::-1])
-    done = subprocess.run([sys.executable, "-c", lines], cwd=tmp_path, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)})
+def run_lines(lines, folder):
+    "What lines of Python print."
+    done = subprocess.run([sys.executable, "-c", lines], cwd=folder, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
-    probs = ast.literal_eval(done.stdout)
-    assert max(probs, key=probs.get) == "Happy" and abs(sum(probs.values()) - 1) < 0.05
+    return done.stdout.splitlines()
+
+
+def test_the_readme_s_lines_of_python_run(tmp_path):
+    pictures, loop = re.findall(r"```python\n(.*?)```", README, re.S)
+    assert len(pictures.splitlines()) == 7 and len([x for x in loop.splitlines() if x]) <= 4
+    cv2.imwrite(str(tmp_path/"face.jpg"), results.drawn_group()[80:262, 60:232, ::-1])
+    cv2.imwrite(str(tmp_path/"group.jpg"), results.drawn_group()[..., ::-1])
+    *table, answer = run_lines(pictures, tmp_path)
+    probs = ast.literal_eval(answer)
+    assert max(probs, key=probs.get) == "Happy" and abs(sum(probs.values()) - 1) < 0.05 and "group.jpg" in "".join(table)
+    assert loop.count("live():") == 1
+    said = run_lines(loop.replace("live():", "live('synthetic:1', detector='haar', say=lambda line: None):"), tmp_path)
+    assert len(said) == 20 and said[0].startswith("0.0 (")
 
 
 def test_the_index_has_a_row_for_every_notebook():
-    text = "".join(json.loads((ROOT/"nbs"/"index.ipynb").read_text(encoding="utf-8"))["cells"][0]["source"])
+    cells = json.loads((ROOT/"nbs"/"index.ipynb").read_text(encoding="utf-8"))["cells"]
+    text = "\n".join("".join(c["source"]) for c in cells)
     rows = re.findall(r"^\| \[[^\]]+\]\((\w+)\.ipynb\) \|", text, re.M)
     assert rows == sorted(p.stem for p in (ROOT/"nbs").glob("*.ipynb") if p.stem != "index")
 

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from sklearn.metrics import accuracy_score, f1_score, precision_recall_fscore_support
 
+from fer_nb import cli
 from fer_nb.artifacts import CLASSES, ArtifactError, Box, FerError, GateError, UsageError, write_csv
 from fer_nb.capture import Frame, Source, open_source
 from fer_nb.detectors import Detection
@@ -24,6 +25,7 @@ from fer_nb.evidence import ScoreResults, StabiliserChoice
 from fer_nb.geometry import Crop, Geometry
 from fer_nb.realtime import Pipeline, session_info
 from fer_nb.scoring import (
+    accuracy_f1,
     count_labels,
     jitter,
     latency_plot,
@@ -36,10 +38,10 @@ from fer_nb.scoring import (
     timeline_plot,
     when_locked,
 )
-from fer_nb.sessions import CODES, COLUMNS, LABELS, PROBS, SessionLog, load_session, simulate_session
+from fer_nb.sessions import CODES, COLUMNS, LABELS, PROBS, SessionLog, drawn_note, load_session, simulate_session
 from fer_nb.stabiliser import NO_FACE, UNSTABLE, Stabiliser
 from fer_nb.synthetic import make_timeline, write_video
-from fer_nb.tuning import choose, replay, replay_labels, tune, tuning_grid, tuning_plot
+from fer_nb.tuning import Tuning, choose, replay, replay_labels, tune, tuning_grid, tuning_plot
 
 # ---- the score, longhand: strings, dictionaries and plain loops over the files, nothing of the library's
 
@@ -490,7 +492,7 @@ def test_replay_of_any_session_is_exact(tmp_path_factory, data):
     folder = simulate_session(
         tmp_path_factory.mktemp("s")/"s", make_timeline(4, np.random.default_rng(0), hold=(0.5, 1.5)), seed=data.draw(st.integers(0, 99)),
         skill=1.5, changes=changes, no_face=gone, order=[*range(cut, 80), *range(cut)], faces=data.draw(st.integers(1, 3)),
-        close=data.draw(st.booleans()))
+        close=data.draw(st.booleans()), settings={"vote_by": data.draw(st.sampled_from(["frames", "seconds"]))})
     assert replay(folder).differ == 0
 
 
@@ -518,6 +520,35 @@ def test_sessions_from_before_votes_aged_replay_as_they_ran(tmp_path):
     again = replay(tmp_path/"before")
     assert again.differ == 0 and "ran before votes aged" in str(again) and "ran before" not in str(replay(tmp_path/"now"))
     assert replay(tmp_path/"before", ema=0.5).codes.tolist() != replay(tmp_path/"now", ema=0.5).codes.tolist()
+
+
+def test_votes_by_seconds_are_logged_and_replayed_and_older_sessions_voted_by_frames(tmp_path):
+    events = make_timeline(15, np.random.default_rng(3))
+    slow = {unit: simulate_session(tmp_path/unit, events, fps=9, skill=1.5, settings={"vote_by": unit}) for unit in ("frames", "seconds")}
+    shown = {unit: load_session(folder).main["pred_label"].tolist() for unit, folder in slow.items()}
+    assert shown["frames"] != shown["seconds"] and load_session(slow["seconds"]).info.settings["vote_by"] == "seconds"
+    for unit, other in (("frames", "seconds"), ("seconds", "frames")):
+        assert replay(slow[unit]).differ == 0
+        again = replay(slow[unit], vote_by=other)
+        assert [CODES[x] for x in again.table["replayed_label"]] == shown[other] and f"vote_by {other}" in str(again)
+    path = slow["frames"]/"session.json"
+    info = json.loads(path.read_text())
+    del info["settings"]["vote_by"]
+    path.write_text(json.dumps(info))
+    assert replay(slow["frames"]).differ == 0
+    path.write_text(json.dumps(info | {"settings": info["settings"] | {"vote_by": "hours"}}))
+    with pytest.raises(ArtifactError, match="vote_by is 'hours'"): replay(slow["frames"])
+
+
+@pytest.mark.parametrize("unit", ["frames", "seconds"])
+def test_tune_searches_by_frames_or_by_seconds_and_says_which(tmp_path, unit):
+    folder = simulate_session(tmp_path/"s", make_timeline(15, np.random.default_rng(3)), fps=9, settings={"vote_by": unit})
+    other = {"frames": "seconds", "seconds": "frames"}[unit]
+    for by, told in ((None, unit), (other, other)):
+        found = tune(folder, jitter_limit=1000, vote_by=by, emas=(0.7,), deltas=(0.08,), windows=(15,))
+        again = replay(folder, vote_by=told)
+        assert found.best["macro_f1"] == pytest.approx(accuracy_f1(count_labels(found.track, again.codes).sum(0))[1])
+        assert ("30ths of a second" in str(found)) == (told == "seconds") and StabiliserChoice.load(folder).vote_by == told
 
 
 def test_replay_with_other_settings_is_the_session_with_those_settings(tmp_path):
@@ -589,7 +620,7 @@ def stand_ins(source, seed):
         return [Detection(Box.from_xywh(b)) for b in boxes]
     def from_views(faces): return rng.dirichlet(np.full(7, 0.5), len(faces))
     predictor = SimpleNamespace(geometry=Geometry(size=16), name="drawn", from_views=from_views, bias=np.zeros(7), temperature=1.0,
-                                checkpoint_sha256=None, dataset_index_id=None, crop_for=lambda d: (Crop(1.0), ""))
+                                checkpoint_sha256=None, dataset_index_id=None, convention="", crop_for=lambda d: (Crop(1.0), ""))
     return SimpleNamespace(name="drawn", detect=detect), predictor
 
 
@@ -666,6 +697,47 @@ def test_tune_says_when_no_setting_is_calm_enough(sessions):
     assert not (sessions["plain"]/"stabiliser.json").exists()  # nothing of an earlier search passes for this one's
     assert len(pd.read_csv(sessions["plain"]/"tuning_results.csv")) == 12
     assert tuning_grid(found)[0].isna().all(axis=None) and tuning_plot(found)
+
+
+def judged(own, best, limit=30.0, segments=20, truth=10.0, **more):
+    "What a search says whose session and choice have these scores: (macro-F1, changes a minute)."
+    half, step = 60_000_000/truth, np.arange(0, int(60e6*segments/truth), 500_000)
+    track = make_track(step, (step//half).astype(int) % 2, (step//half).astype(int) % 2, np.zeros(len(step), int))
+    def row(x): return {"macro_f1": x[0], "jitter_per_min": x[1], "ema": 0.7, "delta": 0.08, "window": 15, "min_count": 8} | more
+    table = pd.DataFrame([row(best or (0.1, 99)) | {"first_macro_f1": 0.5}])
+    return Tuning(SimpleNamespace(name="s"), track, table, limit, pd.Series(row(best)) if best else None, None, row(own), row(own), [])
+
+
+def test_tune_says_why_it_recommends_less_than_the_session_had():
+    "The session of a new user: 0.225 at a jitter above the limit, and 0.208 recommended."
+    said, = judged((0.225, 48.0), (0.208, 29.0)).beside_own()
+    assert said == ("The session's own settings score 0.225 at 48.0 changes a minute, above the limit of 30, so they can't be chosen; the "
+                    "recommendation, 0.208 at 29.0 changes a minute, is the best that keeps it.")
+    assert judged((0.225, 48.0), (0.3, 29.0)).beside_own() == []
+
+
+def test_tune_says_what_else_a_reader_would_wonder_about():
+    def one(*how, **more): return judged(*how, **more).beside_own()
+    assert "there is nothing to change" in one((0.5, 20), (0.5, 20))[0]
+    assert "better than all of the grid: keep them" in one((0.6, 20), (0.5, 20))[0]
+    assert "better than all of the grid: keep them" in one((0.6, 20), None)[0]
+    assert one((0.6, 40), None) == ["The session's own settings score 0.600 at 40.0 changes a minute, above the limit of 30 too."]
+    assert re.match(r"The truth itself changes 5\d\.\d times a minute, above the limit of 30", one((0.5, 20), (0.6, 25), truth=60.0)[0])
+    assert "turns every step off" in one((0.5, 20), (0.6, 25), ema=0.0, delta=0.0, window=1)[0]
+    assert one((0.5, 20), (0.6, 25), segments=3) == ["3 scored segments are few, and the choice hangs on single moments: label more."]
+    assert one((0.5, 20), (0.6, 25)) == []
+
+
+def test_tune_says_it_where_the_search_is_a_real_one(sessions):
+    own = tune(sessions["plain"], jitter_limit=1000, write=False, **GRID).own
+    found = tune(sessions["plain"], jitter_limit=own["jitter_per_min"] - 0.1, write=False, emas=(0.9,), deltas=(0.16,), windows=(31,))
+    assert found.best["macro_f1"] < own["macro_f1"] and "so they can't be chosen" in str(found)
+
+
+def test_tune_has_no_honest_number_of_a_half_without_scored_frames():
+    found = judged((0.5, 20), (0.6, 25))
+    found.table["first_macro_f1"] = np.nan
+    assert "has no scored frame, so the choice has no honest number" in found.halves()
 
 
 def test_tune_reports_the_choice_of_one_half_on_the_other(sessions):
@@ -961,3 +1033,23 @@ def test_errors_are_of_the_kind_that_the_command_line_tells(plain):
     (plain/"per_frame.csv").write_text("")
     with pytest.raises(FerError) as e: score_session(plain)
     assert e.value.exit_code == 1
+
+
+@pytest.mark.parametrize(("drawn", "convention", "odd"), [(True, "ferplus", True), (True, "synthetic", False), (False, "ferplus", False)])
+def test_scores_of_a_drawn_film_by_a_model_of_photographs_are_explained(tmp_path, drawn, convention, odd):
+    folder = simulate_session(tmp_path/"s", make_timeline(10, np.random.default_rng(0)))
+    path = folder/"session.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"drawn": drawn, "convention": convention}))
+    said = (str(score_session(folder)), str(tune(folder, 1000, **GRID)), str(replay(folder)))
+    assert all(("the film is drawn, and the model learned photographs (ferplus)" in x) == odd for x in said)
+
+
+def test_the_command_that_is_offered_for_a_drawn_film_is_one_that_works(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    def command(): return re.search(r"fer-nb (demo .*\.onnx)", drawn_note(True, "ferplus"))[1].split()
+    a = cli.parser().parse_args(command())
+    assert (a.source, a.headless, a.model) == ("synthetic:20", True, "runs/quick/onnx/model_fp32.onnx")
+    assert "fer-nb run --profile quick makes" in drawn_note(True, "ferplus")
+    (tmp_path/"runs"/"embedded"/"onnx").mkdir(parents=True)
+    (tmp_path/"runs"/"embedded"/"onnx"/"model_fp32.onnx").touch()
+    assert command()[-1] == "runs/embedded/onnx/model_fp32.onnx" and "makes" not in drawn_note(True, "ferplus")

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -75,6 +76,41 @@ def test_a_session_in_its_thread_leaves_the_kernel_free_and_writes_numbers_only(
     assert tuning[["name", "value"]].values.tolist() == [["delta", 0.2]]
     assert {p.name for p in cell.folder.rglob("*")} == WRITTEN | {"truth.csv"}
     assert not any(thread.name == "fer_nb session" for thread in threading.enumerate())
+
+
+def test_a_cameras_vote_is_by_seconds_and_its_sliders_say_so(demo_model, tmp_path):
+    film, camera = cell_of(demo_model, tmp_path/"film"), cell_of(demo_model, tmp_path/"page", "browser")
+    assert [film.sliders[k].description for k in ("window", "min_count")] == ["Window, frames", "Votes, frames"]
+    assert [camera.sliders[k].description for k in ("window", "min_count")] == ["Window, seconds", "Votes, seconds"]
+    assert [round(camera.sliders[k].value, 2) for k in ("window", "min_count")] == [0.5, 0.27]
+    asked = cell_of(demo_model, tmp_path/"asked", vote_by="seconds")
+    asked.sliders["window"].value = 0.8
+    asked.run(3)
+    asked.press("b")
+    assert round(asked.sliders["window"].value, 2) == 0.83 and asked.words == "window 0.83s"
+    asked.sliders["min_count"].value = 0.4
+    asked.run(2)
+    asked.end()
+    settings = SessionInfo.load(asked.folder).settings
+    assert (settings["vote_by"], settings["window"], settings["min_count"]) == ("seconds", 24, 8)
+    assert rows(asked.folder, "tuning.csv")[["name", "value"]].values.tolist() == [["window", 25], ["min_count", 12]]
+
+
+def test_the_readout_says_what_is_coming_in_words_and_never_as_markup():
+    said = widget.readout_html("Happy", coming="<Surprise>")
+    assert "→ &lt;Surprise&gt;?" in said and "fer-coming" not in widget.readout_html("Happy")
+
+
+def test_the_headline_changes_with_its_frame_and_the_bars_five_times_a_second(demo_model, tmp_path):
+    cell = cell_of(demo_model, tmp_path)
+    cell.run(1)
+    seen, result = [], cell.runner.player.result
+    cell.readout.observe(lambda change: seen.append(change.new), "value")
+    cell.refreshed = time.monotonic() + 100  # the bars wait
+    for label, coming in (("Happy", ""), ("Happy", ""), ("Happy", "Sad"), ("Sad", "")):
+        cell._refresh(replace(result, label=label, coming=coming))
+        cell.refreshed = time.monotonic() + 100
+    assert ["→ Sad?" in x for x in seen] == [False, True, False]
 
 
 class Uneven(SyntheticSource):
