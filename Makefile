@@ -6,7 +6,7 @@
 PYTHON ?= python3
 BIN    := .venv/bin
 
-.PHONY: run quick test install notebooks sync lint pytest bench results report constraints lab clean help gallery
+.PHONY: run quick test install notebooks sync lint pytest bench results report constraints lab clean help gallery docs
 
 run: install
 	$(BIN)/fer-nb run --profile embedded
@@ -14,7 +14,7 @@ run: install
 quick: install
 	$(BIN)/fer-nb run --profile quick
 
-test: install sync lint notebooks pytest
+test: install sync lint notebooks pytest docs
 
 install: .venv/.installed
 
@@ -52,6 +52,9 @@ results: install
 report: install
 	$(BIN)/fer-nb report --runs runs/reference/gpu runs/reference/fer2013 runs/reference/label_noise runs/reference/nl_matrix --out report/reference --engine pandoc
 
+docs: install
+	$(BIN)/python workflow/docs_site.py
+
 gallery: install
 	$(BIN)/python workflow/gallery.py
 
@@ -70,6 +73,7 @@ help:
 	@echo "make bench  measure speeds, such as those of runs/reference/RESULTS.md"
 	@echo "make results  make runs/reference/RESULTS.md, the README's table and the guide's again"
 	@echo "make report  make report/reference again, the report of the reference runs"
+	@echo "make docs  render notebooks, API and guides as a site in _docs/, and follow every link of it"
 	@echo "make gallery  draw the pictures of docs/GALLERY.md again"
 	@echo "make constraints  make constraints.txt again, from what is installed; with NEWEST=1 the newest that settings.ini allows"
 	@echo "make lab    open the notebooks in JupyterLab"
