@@ -289,9 +289,11 @@ def noise_leads(
     "Every arm's lead over one, by kind of noise, with 95% intervals over pictures."
     kinds = list(dict.fromkeys(zip(summary["source"], summary["kind"], summary["rate"])))
     arms = [a for a in NOISE_ARMS if a in set(summary["arm"]) and a not in (over, "right labels alone")]
-    size = (2.2 + 2.1*len(kinds), 0.9 + 0.24*len(arms))
-    fig, axes = plt.subplots(1, len(kinds), figsize=size, dpi=90, layout="constrained", sharey=True, squeeze=False)
-    for ax, key in zip(axes[0], kinds):
+    high, wide = -(-len(kinds)//5), min(5, len(kinds))
+    size = (2.2 + 2.1*wide, (0.9 + 0.24*len(arms))*high)
+    fig, axes = plt.subplots(high, wide, figsize=size, dpi=90, layout="constrained", sharey=True, squeeze=False)
+    for ax in axes.flat[len(kinds):]: ax.set_visible(False)
+    for ax, key in zip(axes.flat, kinds):
         part = summary[(summary[["source", "kind", "rate"]] == list(key)).all(axis=1)].set_index("arm")
         for i, arm in enumerate(arms):
             if arm not in part.index or np.isnan(v := part.loc[arm, f"over {over}"]): continue
@@ -301,7 +303,8 @@ def noise_leads(
         ax.axvline(0, color="black", lw=0.6)
         ax.set_title(f"{key[0]}\n{'own noise' if key[1] == 'real' else f'{key[2]:.0%} {key[1]}'}", fontsize=8)
         ax.set_xlabel(f"points over {over}", fontsize=8); ax.tick_params(labelsize=8)
-    axes[0, 0].set_yticks(range(len(arms)), arms); axes[0, 0].invert_yaxis()
+    axes[0, 0].invert_yaxis()
+    for row in axes: row[0].set_yticks(range(len(arms)), arms)
     return fig
 
 # %% ../nbs/07_noise_study.ipynb #07-noise-study-031
