@@ -39,6 +39,7 @@ from fer_nb.starts import load_trainable, open_start, save_trainable, unfold_stu
 from fer_nb.synthetic import make_timeline, write_dataset
 from fer_nb.unlabelled import Prototypes, adapt_norms, follow
 from fer_nb.webcam_sets import Entry, build_webcam_set, deal_parts, load_webcam_set, refuse_same_faces
+from fer_nb.webcams import WebcamAnswers, both_logits, read_webcams, webcam_changes, write_webcams
 from tests.conftest import ROOT, picture
 
 
@@ -128,6 +129,67 @@ def test_lessons_differ_by_epoch_and_not_by_batch(drawn):
     assert (lessons.gather(np.array([7, 3])) == whole[[7, 3]]).all()
     lessons.set_epoch(1)
     assert (lessons.gather(np.arange(10)) != whole).any()
+
+
+def test_what_is_left_out_is_never_shown(drawn):
+    config = FinetuneConfig(left_out=("noise", "jpeg"), webcam_share=1.0)
+    view = LazyFaces(drawn[1].view("train_all").head(8), Geometry(size=64))
+    lessons = WebcamFaces(view, 1.0, 5, config.kinds)
+    shown = set()
+    for epoch in range(40):
+        lessons.set_epoch(epoch)
+        shown |= {lessons.lesson(i)[0] for i in range(8)}
+    assert shown == set(CORRUPTIONS) - {"noise", "jpeg"}
+
+
+# practice for webcams
+
+@pytest.fixture
+def practised():
+    "Answers of two models on 210 faces of 150 pictures, clean and under two corruptions."
+    rng, y = np.random.default_rng(0), np.arange(210) % 7
+    conditions = [("", 0), *((k, s) for k in ("dark", "noise") for s in SEVERITIES)]
+    def said(skill): return np.stack([np.where(rng.random(210) < 0.8 - s/skill, y, rng.integers(0, 7, 210)) for _, s in conditions])
+    return WebcamAnswers(conditions, said(8), said(16), y, np.arange(210) % 150, ("noise",))
+
+
+def test_practice_is_counted_as_scikit_learn_counts(practised):
+    from sklearn.metrics import f1_score
+    def mean(said, at): return np.mean([f1_score(practised.labels, said[k], average="macro") for k in at])
+    rows = {(c.kind, c.name): c for c in webcam_changes(practised, resamples=50)}
+    parts = {("all", "under corruption"): range(1, 11), ("home", "clean"): [0], ("corruptions", "shown in the lessons"): range(1, 6),
+             ("corruptions", "left out of them"): range(6, 11), ("corruption", "noise"): range(6, 11), ("severity", "2"): [2, 7]}
+    for key, at in parts.items():
+        assert rows[key].before == pytest.approx(mean(practised.before, at)) and rows[key].after == pytest.approx(mean(practised.after, at))
+        assert rows[key].change.low <= rows[key].change.value <= rows[key].change.high
+
+
+def test_a_model_that_is_worse_on_clean_faces_closes_nothing_by_that(practised, tmp_path):
+    worse = practised._replace(after=np.r_[(practised.after[:1] + 1) % 7, practised.before[1:]])
+    assert write_webcams(tmp_path, worse, ("a", "b"), resamples=10).closed == 0
+
+
+def test_practice_that_was_touched_up_is_refused(practised, tmp_path):
+    write_webcams(tmp_path, practised, ("a", "b"), resamples=10)
+    gap, table, again = read_webcams(tmp_path)
+    assert all(np.array_equal(x, y) for x, y in zip(again[1:5], practised[1:5])) and len(table) == 11
+    told = json.loads((tmp_path/"gap_closure.json").read_text())
+    told["changes"][0]["after"] += 0.02
+    (tmp_path/"gap_closure.json").write_text(json.dumps(told))
+    with pytest.raises(ArtifactError, match="gap_closure.json.*other scores"): read_webcams(tmp_path)
+    gap.save(tmp_path)
+    practised._replace(after=practised.before).save(tmp_path)
+    with pytest.raises(ArtifactError, match="corruption.csv.*other scores"): read_webcams(tmp_path)
+
+
+def test_a_condition_that_was_answered_is_not_asked_again(drawn, shipped, tmp_path):
+    view = LazyFaces(drawn[1].view("test").head(6), Geometry(**shipped[1]["geometry"]))
+    whole = both_logits(shipped[0], shipped[0], view, tmp_path, names=("dark",))
+    (tmp_path/"dark_3.npz").unlink()
+    again = both_logits(shipped[0], shipped[0], view, tmp_path, names=("dark",))
+    assert all(np.array_equal(whole[k], again[k]) for k in whole)
+    with pytest.raises(AttributeError):  # one that wasn't is
+        both_logits(None, None, view, tmp_path, names=("noise",))
 
 
 # conditions and fairness

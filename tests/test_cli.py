@@ -104,6 +104,7 @@ def test_flags_are_what_the_signature_says():
     (("adapt", "finetune", "--data", "{empty}", "--out", "{tmp}", "--mode", "tail"), ["tail", "full, head, norm"]),
     (("adapt", "finetune", "--data", "{empty}", "--out", "{tmp}", "--epochs", "40"), ["40", "at most 10"]),
     (("adapt", "finetune", "--data", "{empty}", "--out", "{tmp}", "--checkpoint", "weights.bin"), ["weights.bin", ".safetensors"]),
+    (("adapt", "webcams", "--manifest", "{empty}", "--cache", "{empty}", "--out", "{tmp}", "--left-out", "rain"), ["rain", "motion_blur"]),
     (("adapt", "gate", "--out", "{tmp}"), ["--offline"]),
     (("adapt", "gate", "--offline", "a.npz", "--out", "{tmp}"), ["--offline"]),
     (("adapt", "gate", "--offline", "{empty}", "{empty}", "--out", "{tmp}"), ["evaluation.npz", "is missing"]),

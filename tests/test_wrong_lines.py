@@ -172,6 +172,12 @@ WRONG = """
 2 adapt finetune --data {empty} --out {out} --epochs 0
 2 adapt finetune --data {empty} --out {out} --mode tail
 2 adapt finetune --data {empty} --out {file}
+2 adapt webcams --out {out}
+2 adapt webcams --manifest {none} --cache {none} --out {out}
+2 adapt webcams --manifest {empty} --cache {empty} --out {out} --every 0
+2 adapt webcams --manifest {empty} --cache {empty} --out {out} --left-out rain
+2 adapt webcams --manifest {empty} --cache {empty} --out {out} --epochs 40
+2 adapt webcams --manifest {empty} --cache {empty} --out {file}
 2 adapt gate --out {out}
 2 nl smoke
 2 nl smoke --manifest {none} --cache {none} --out {out}
