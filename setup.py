@@ -10,7 +10,7 @@ from setuptools.command.build_py import build_py
 config = ConfigParser(delimiters=["="], interpolation=None)
 config.read("settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
-SHARED = ("nbs/*.ipynb", "workflow/Snakefile", "profiles/*.yaml", "report/*.qmd")  # what `fer-nb run` and `fer-nb report` read besides the modules
+SHARED = ("nbs/*.ipynb", "workflow/Snakefile", "workflow/provenance.rst", "workflow/*/config.yaml", "profiles/*.yaml", "report/*.qmd")  # what `fer-nb run` and `fer-nb report` read besides the modules
 
 
 def bare(notebook: str) -> str:
@@ -36,7 +36,7 @@ class BuildWithShare(build_py):
             target.write_text(bare(text) if source.suffix == ".ipynb" else text, encoding="utf-8")
 
 
-extras = {name: cfg[f"{name}_requirements"].split() for name in ("train", "notebooks", "dev")}
+extras = {name: cfg[f"{name}_requirements"].split() for name in ("train", "slurm", "tensorboard", "notebooks", "dev")}
 
 setup(
     name=cfg["lib_name"],

@@ -18,7 +18,8 @@ from fer_nb.locks import RUN_PID, end_with_run, hold, refuse_held
 NEEDS = {"notebooks": ("pandas", "scipy", "matplotlib", "anywidget", "ipywidgets", "voila"),
          "train": ("torch", "timm", "fastai", "pandas", "pyarrow", "scipy", "sklearn", "matplotlib", "onnx", "onnxscript",
                    "onnxconverter_common", "threadpoolctl", "papermill", "nbformat", "ipykernel", "IPython", "snakemake", "yaml",
-                   "pypandoc", "PIL")}  # what each extra of settings.ini brings, by the names that are imported
+                   "pypandoc", "PIL"),
+         "tensorboard": ("tensorboard",)}  # what each extra of settings.ini brings, by the names that are imported
 CORE = {"bench", "predict", "demo", "score", "gates"}  # commands that need no extra
 TABLES = {"replay", "tune"}  # commands that need pandas, and nothing else that is large
 
@@ -122,7 +123,7 @@ def run(a):
     from fer_nb.progress import span
     from fer_nb.runs import run_profile
     start = time.time()
-    report = run_profile(a.profile, a.data, a.out, a.cores, a.dry_run, a.convention)
+    report = run_profile(a.profile, a.data, a.out, a.cores, a.dry_run, a.convention, a.cluster)
     if a.dry_run: return
     from fer_nb.status import outcome
     print(f"\ndone in {span(time.time() - start)}\n{outcome(report.parent.parent, sys.argv[0])}")
@@ -162,6 +163,7 @@ def _check_training(parameters: dict):
     if weights not in (None, "", "none", "auto") and not Path(weights).is_file():
         raise UsageError(f"weights '{weights}' is no file: give none, auto, or the path of a checkpoint")
     if parameters.get("device"): require_device(parameters["device"])
+    if parameters.get("tensorboard"): require_extra("tensorboard", "-p tensorboard true")
     if arch:
         from fer_nb.runs import SHORT_NAMES
         if arch not in SHORT_NAMES:
@@ -599,7 +601,7 @@ def _validate_flags(c):
 
 
 def _run_flags(c):
-    flags(c, "runs.run_profile", "profile<name! data* convention<conventions* out cores dry_run")
+    flags(c, "runs.run_profile", "profile<name! data* convention<conventions* out cores dry_run cluster")
     c.add_argument("--device", default="auto", metavar="DEVICE", **DEVICES)
 
 

@@ -89,7 +89,7 @@ class Parser(argparse.ArgumentParser):
 
 METAVARS = {"out": "DIR", "manifest": "DIR", "cache": "DIR", "softlabels": "DIR", "model": "FILE", "init_from": "PATH", "truth": "CSV",
             "convention": "NAME", "view": "VIEW", "device": "DEVICE", "source": "NAME", "data": "PATH", "arch": "NAME",
-            "min_face": "PIXELS", "name": "NAME"}
+            "min_face": "PIXELS", "name": "NAME", "cluster": "NAME"}
 RANGES = {"seed": (0, 2**32 - 1), "epochs": (1, 100_000), "val_fraction": (0, 0.9), "test_fraction": (0, 0.9),
           "sample": (0, 10**9), "img_size": (16, 4096), "framing_sample": (0, 10**9), "max_hamming": (0, 64),
           "resamples": (1, 10**7), "ties": (0, 100), "cores": (1, 4096), "batches": (1, 4096), "threads": (1, 4096), "runs": (1, 10**6),

@@ -128,7 +128,8 @@ LEAVES = {
         Leaf("report.html", "render", "the report, one page that works offline"), Leaf("report.pdf", "render", "the same, printed"),
         Leaf("numbers.csv", "render", "every number of the report, with its file and key"),
         Leaf("reproducibility_manifest.json", "render", "commit, environment, and every artifact's sha256"),
-        Leaf("go_no_go.csv", "render", "the gates' checklist")),
+        Leaf("go_no_go.csv", "render", "the gates' checklist"),
+        Leaf("provenance.html", "tell", "Snakemake's own account: rules, commands, times, packages", "chain", kept=False)),
 }
 
 # %% ../nbs/00_artifacts_table.ipynb #00-leaves-t6

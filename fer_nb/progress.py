@@ -278,8 +278,9 @@ TOLD = re.compile(r"^  (started|epoch|done|failed) +(\S+?\.ipynb)(?: (.*))?$")
 
 class Walk:
     "Hears what the stages of a chain say, and tells how far it is."
-    def __init__(self, forecast: Forecast, out=None, live: bool | None = None, clock: Callable[[], float] = time.monotonic, at: str = ""):
-        self.forecast, self.out, self.clock, self.at = forecast, out or sys.stdout, clock, at
+    def __init__(self, forecast: Forecast, out=None, live: bool | None = None, clock: Callable[[], float] = time.monotonic, at: str = "",
+                 queued: bool = False):  # as jobs of a cluster: how long they wait there, nobody knows
+        self.forecast, self.out, self.clock, self.at, self.queued = forecast, out or sys.stdout, clock, at, queued
         self.failed: list[str] = []
         self.live = self.out.isatty() if live is None else live
         self.lock, self.over, self.shown = threading.RLock(), threading.Event(), False
@@ -313,7 +314,7 @@ class Walk:
         return f"[{len(self.forecast.took):>{len(str(n))}}/{n}]"
 
     def _left(self) -> str:
-        over = self.failed or self.forecast.stages.keys() <= self.forecast.took.keys()
+        over = self.queued or self.failed or self.forecast.stages.keys() <= self.forecast.took.keys()
         return "" if over else f", {between(*self.forecast.left(self.clock()))} left"
 
     def _from_here(self, line: str) -> str:

@@ -6,7 +6,8 @@
 __all__ = ['LEAST', 'MOST', 'PLACES', 'WRITES', 'PROFILE_DEFAULTS', 'STUDENT_STARTS', 'PROFILE_KEYS', 'Name', 'Seed',
            'SHORT_NAMES', 'MARKS', 'CHATTER', 'FAILED_JOB', 'ANY_VALUE', 'DECIDES', 'project_root', 'runs_folder',
            'notebook_path', 'Parameter', 'notebook_parameters', 'check_parameters', 'NotebookFailed', 'run_notebook',
-           'Profile', 'complete_profile', 'load_profile', 'source_of', 'chain_config', 'plan_chain', 'run_profile']
+           'Profile', 'complete_profile', 'load_profile', 'source_of', 'chain_config', 'plan_chain', 'write_provenance',
+           'run_profile']
 
 # %% ../nbs/09a_runs.ipynb #09a-runs-002
 import ast
@@ -32,6 +33,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, field_validator
 
 from .artifacts import STAGES, ArtifactError, FerError, GateError, UsageError, write_text
+from .cluster import CHATTER as CLUSTER_CHATTER
+from .cluster import Cluster, JobLogs, fate, load_cluster, require_plugin, require_scheduler
 from .leaves import check_seal, unseal
 from .locks import LOCK, RUN_PID, end_with_parent, hold, life_of, passing_folder, sweep
 from .progress import EpochWatch, Forecast, Stage, Walk, between, expected, read_plan, span, told_failure, why
@@ -441,16 +444,18 @@ def _snakemake(
     command: list[str],
     hear: Callable[[str], Any],  # takes each line that a person needs
     held: int | None = None,  # a descriptor of the folder's lock, which Snakemake is to hold as well
+    cluster: Cluster | None = None,  # where jobs outlive a node, and this process is none of theirs
 ) -> int:  # the exit code
     "Run Snakemake and pass on what a person needs: the stages' own lines, and errors of the workflow itself."
-    env = {**os.environ, "PYTHONUNBUFFERED": "1", RUN_PID: life_of(os.getpid())}
+    env = {**os.environ, "PYTHONUNBUFFERED": "1", RUN_PID: "" if cluster else life_of(os.getpid())}
     env.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait actively starve their neighbours
     with _ended_with_us(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, errors="replace",
                         pass_fds=() if held is None else (held,)) as p:
         block = False  # of a failed job
         for line in p.stdout:
             block = FAILED_JOB.match(line) is not None and (block or not line.startswith(" "))
-            if not (block or CHATTER.match(line)): hear(line)
+            if block and (told := fate(line)): hear(told)
+            if not (block or CHATTER.match(line) or cluster and CLUSTER_CHATTER.match(line)): hear(line)
     return p.returncode
 
 # %% ../nbs/09a_runs.ipynb #09a-runs-k02
@@ -461,10 +466,11 @@ def _require_ours(folder: Path):
         raise UsageError(f"'{folder}' holds something else than a run (no profile.yaml): give an empty or a new folder")
 
 # %% ../nbs/09a_runs.ipynb #09a-runs-w08
-def _command(profile: Path, folder: Path, cores: int | None) -> list[str]:
+def _command(profile: Path, folder: Path, cores: int, cluster: Cluster | None = None) -> list[str]:
     "Snakemake over a profile's file in a folder."
+    where = ["--profile", str(cluster.folder)] if cluster else []
     return [sys.executable, "-m", "snakemake", "--snakefile", str(project_root()/"workflow"/"Snakefile"), "--directory", str(folder),
-            "--configfile", str(profile), "--cores", str(cores or os.cpu_count() or 1)]
+            "--configfile", str(profile), "--cores", str(cores), *where]
 
 # %% ../nbs/09a_runs.ipynb #09a-runs-w09
 def _beside(folder: Path, there: Path, empty: bool) -> Path:
@@ -483,6 +489,7 @@ def plan_chain(
     cores: int | None = None,
     again=(),  # folders in it that are made again whatever they hold
     everything: bool = False,  # as if nothing had been made
+    cluster: Cluster | None = None,  # whose threads and resources jobs get
 ) -> list[Stage]:
     "The stages that Snakemake would run; nothing is written."
     with passing_folder() as aside:
@@ -492,13 +499,14 @@ def plan_chain(
         forced = [str((Path(f)/HashManifest.filename).relative_to(folder)) for f in again]
         asked = ["--dry-run", "--nolock", "--printshellcmds", "--rerun-incomplete", "--quiet", "host"]
         asked += ["--forcerun", *forced] if forced else []
-        done = subprocess.run([*_command(profile, there, cores), *asked], capture_output=True, text=True, errors="replace")
+        command = _command(profile, there, cores or os.cpu_count() or 1, cluster)
+        done = subprocess.run([*command, *asked], capture_output=True, text=True, errors="replace")
     if done.returncode: raise GateError(f"the chain can't be planned: {' '.join((done.stdout + done.stderr).split())[-300:]}")
     return read_plan(done.stdout)
 
 # %% ../nbs/09a_runs.ipynb #09a-runs-w15
 ANY_VALUE = ("device", "amp", "n_images", "init_origin", "nl_smoke", "nl_phase",  # decide no weights, or are proved apart
-             "out", "measure_n", "video_seconds", "sample", "progress")
+             "out", "measure_n", "video_seconds", "sample", "progress", "tensorboard")
 DECIDES = {"images": ("img_size", "clahe", "view")}  # of a stage, where most of its settings decide nothing that is learned from
 
 
@@ -580,30 +588,49 @@ def _size(stage: Stage, faces: int) -> str:
     return f"{faces:,} faces" if stage.rule in ("synthetic", "manifests", "images") else ""
 
 # %% ../nbs/09a_runs.ipynb #09a-runs-w21b
-def _tell_plan(config: dict, folder: Path, cores: int, stages: list[Stage]):
+def _tell_plan(config: dict, folder: Path, cores: int, stages: list[Stage], cluster: Cluster | None = None):
     "Print what would run, why, and for how long, and what is up to date."
     faces, earlier, would = _faces(config, folder), _earlier(folder, stages), {s.log: s for s in stages}
-    every = plan_chain(config, folder, cores, everything=True)
+    every = plan_chain(config, folder, cores, everything=True, cluster=cluster)
     width = max(len(s.log) for s in every)
     for s in every:
         if s.log not in would: print(f"  up to date {s.log}"); continue
         about = (why(would[s.log]), _size(s, faces), f"about {span(expected(s, faces, earlier.get(s.log)))}")
         print(f"  would run  {s.log:<{width}}  {', '.join(x for x in about if x)}")
-    left = between(*Forecast(stages, cores, faces, earlier).left(0))
+    left = f"{between(*Forecast(stages, cores, faces, earlier).left(0))} on {cores} cores"
+    if cluster: left = f"as jobs of {cluster.executor}" + (f" in {' and '.join(sorted(cluster.partitions))}" if cluster.partitions else "")
     print(f"{len(every)} stages: {len(every) - len(stages)} up to date, {len(stages)} would run"
-          f"{f', {left} on {cores} cores' if stages else ''}; nothing was written")
+          f"{f', {left}' if stages else ''}; nothing was written")
+
+# %% ../nbs/09a_runs.ipynb #09a-runs-prov
+def write_provenance(
+    folder,  # of a finished run
+) -> Path | None:  # report/provenance.html; None where Snakemake can't make it
+    "Snakemake's own account of a run, as one page."
+    folder = Path(folder).resolve()
+    if not (folder/"profile.yaml").is_file(): raise UsageError(f"'{folder}' is no run of a profile (no profile.yaml)")
+    with passing_folder() as aside:
+        made = Path(aside)/"provenance.html"
+        command = [*_command(folder/"profile.yaml", folder, os.cpu_count() or 1), "--nolock", "--quiet", "all", "--report", str(made)]
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+        if done.returncode or not made.is_file(): return None
+        return write_text(folder/"report"/made.name, made.read_text(encoding="utf-8"))
 
 # %% ../nbs/09a_runs.ipynb #09a-runs-w23
-def _walk(name: str, config: dict, folder: Path, cores: int, stages: list[Stage], held: int | None, snakemake_profile: str = ""):
+def _walk(name: str, config: dict, folder: Path, cores: int, stages: list[Stage], held: int | None,
+          cluster: Cluster | None = None):
     "Let Snakemake walk the chain in a folder, and say how far it is."
     write_text(folder/"profile.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
-    command, locks = _command(folder/"profile.yaml", folder, cores), folder/".snakemake"/"locks"
+    command, locks = _command(folder/"profile.yaml", folder, cores, cluster), folder/".snakemake"/"locks"
     if locks.is_dir() and any(locks.iterdir()):  # left by a killed run: nobody is here but us, who hold the folder
         subprocess.run([*command, "--unlock", "--quiet", "all"], check=True)
     quiet = ["--rerun-incomplete", "--keep-going", "--quiet", "rules", "host", "progress", "reason"]
     forecast = Forecast(stages, cores, _faces(config, folder), _earlier(folder, stages))
-    if stages: print(f"{len(stages)} stages to run in {os.path.relpath(folder)}, {between(*forecast.left(0))} on {cores} cores", flush=True)
-    with Walk(forecast, at=os.path.relpath(folder)) as walk: failed = _snakemake([*command, *quiet], walk.hear, held)
+    how = f"as jobs of {cluster.executor}" if cluster else f"{between(*forecast.left(0))} on {cores} cores"
+    if stages: print(f"{len(stages)} stages to run in {os.path.relpath(folder)}, {how}", flush=True)
+    walk = Walk(forecast, at=os.path.relpath(folder), queued=bool(cluster))
+    with walk, JobLogs(cluster.logs(folder), walk.hear) if cluster else contextlib.nullcontext():
+        failed = _snakemake([*command, *quiet], walk.hear, held, cluster)
     if failed:
         n = len(walk.failed)
         which = f"{n} stage{'s' if n > 1 else ''} failed, {len(stages) - len(forecast.took)} did not run" if n else "see above"
@@ -614,21 +641,26 @@ def run_profile(
     name: str,  # a profile
     data=(),  # PATH or KIND=PATH
     out: str = "",  # runs/NAME in the current folder where empty
-    cores: int | None = None,  # all where None
+    cores: int | None = None,  # all where None; on a cluster those that may be asked for at once
     dry_run: bool = False,  # only say what would run and why, what is up to date, and how long it would take
     conventions=(),  # whose labels to learn, in place of the profile's
+    cluster: str = "",  # run each stage as a job: slurm, or a folder with a config.yaml of Snakemake's; here where empty
 ) -> Path:  # the report page
     "Walk the chain of a profile; what is up to date is skipped, what was interrupted goes on."
     config = chain_config(load_profile(name), data, conventions)
-    folder, cores = Path(out or runs_folder()/Path(name).stem).resolve(), cores or os.cpu_count() or 1
+    grid = load_cluster(cluster, project_root()/"workflow") if cluster else None
+    if grid: (require_plugin if dry_run else require_scheduler)(grid)
+    folder, cores = Path(out or runs_folder()/Path(name).stem).resolve(), cores or (grid.cores if grid else os.cpu_count() or 1)
     _require_ours(folder)
     with contextlib.nullcontext() if dry_run else hold(folder) as held:
         broken = _broken_seals(folder)
         for line in broken.values(): print(f"{'would' if dry_run else 'will'} run again: {line}")
-        stages = plan_chain(config, folder, cores, broken)
+        stages = plan_chain(config, folder, cores, broken, cluster=grid)
         _require_same_settings(folder, stages)
-        if dry_run: _tell_plan(config, folder, cores, stages); return folder/"report"/"report.html"
+        if dry_run: _tell_plan(config, folder, cores, stages, grid); return folder/"report"/"report.html"
         sweep(folder)
         for at in broken: unseal(at)
-        _walk(name, config, folder, cores, stages, held)
+        _walk(name, config, folder, cores, stages, held, grid)
+        if (stages or not (folder/"report"/"provenance.html").is_file()) and not write_provenance(folder):
+            print("no report/provenance.html: Snakemake could not make it; all else is there")
     return folder/"report"/"report.html"

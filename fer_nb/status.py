@@ -131,7 +131,8 @@ class Outcome(Lines):
 
     def lines(self) -> list:
         here = os.path.relpath
-        out, reports = [], sorted(p for p in (self.folder/"report").glob("*") if p.suffix in (".html", ".pdf"))
+        out, reports = [], [p for p in (self.folder/"report").glob("*") if p.suffix in (".html", ".pdf")]
+        reports.sort(key=lambda p: (p.stem != "report", p.name))
         if self.best:
             run, m = self.best
             f, a = m.macro_f1, m.accuracy

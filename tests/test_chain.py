@@ -100,6 +100,19 @@ def test_leaves_every_artifact_and_all_lines_go(chain):
     assert all(0 < row["loader_bound_fraction"] < 1 for row in history)
 
 
+def test_provenance_is_told_in_one_page_that_asks_no_network(chain):
+    run, command = chain
+    page = run/"report"/"provenance.html"
+    text = page.read_text(encoding="utf-8")
+    assert not re.search(r"""(?:src|href)\s*=\s*["']?(?:https?:)?//""", text) and "import(" not in text
+    for word in ("distilled_student", "teacher_stage_b", "onnx_parity.json", "reliability_metrics.json", "How this run came about"):
+        assert word in text, word
+    page.unlink()
+    assert fer_nb(*command, "--dry-run").returncode == 0 and not page.exists()
+    again = fer_nb(*command)
+    assert again.returncode == 0 and page.is_file() and "provenance.html" in again.stdout, "it is made again after a dry run"
+
+
 def test_second_run_does_nothing_and_a_lost_file_is_made_again(chain):
     run, command = chain
     again = fer_nb(*command)
