@@ -13,6 +13,7 @@ import time
 import urllib.request
 from dataclasses import replace
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import cv2
 import numpy as np
@@ -660,22 +661,28 @@ def test_a_session_on_a_page_of_its_own(chromium, demo_model, tmp_path, how):
     pytest.importorskip("voila", reason="Voilà is not installed: pip install voila")
     told = f"{str(demo_model)!r}, detector='haar', out={str(tmp_path/'demo')!r}, show=False"
     code = f"from fer_nb.page import serve_cell; serve_cell({told})"
-    process = subprocess.Popen([sys.executable, "-u", "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    process = subprocess.Popen([sys.executable, "-u", "-c", code], stdout=subprocess.PIPE, stderr=open(tmp_path/"stderr", "w"), text=True,  # noqa: SIM115
                                env={**os.environ, "OMP_NUM_THREADS": "1"},
                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # it may be ignored where tests run
     try:
         url = process.stdout.readline().strip()
         assert "token=" in url
         with urllib.request.urlopen(url.split("?")[0]) as answer: assert "/login" in answer.url  # without the token: no page
+        asked = []
         with opened(chromium) as page:
+            page.on("request", lambda request: asked.append(request.url))
             page.goto(url)
             page.wait_for_selector(".fer-labels button", timeout=120_000)
+            assert page.inner_text(".fer-cell").count("Window, seconds") == 1
             start_camera(page)
             page.click(".fer-labels button[data-label='6']")
             page.wait_for_selector(".fer-labels button[data-label='6'][aria-pressed=true]")
             seen = logged(page)
             until(lambda: logged(page) > seen + 3, what="more frames")
     finally: ended(process, how)
+    hosts = {urlsplit(x).hostname for x in asked if x.startswith("http")}
+    assert hosts == {"localhost"} and any(x.endswith((".woff2", ".woff", ".ttf")) for x in asked)  # icons and all come from here
+    assert "encrypt" not in (tmp_path/"stderr").read_text().lower()  # no kernel that warns of an open line
     with pytest.raises(OSError): urllib.request.urlopen(url, timeout=2)  # no server is left behind
     [session] = (tmp_path/"demo").iterdir()
     assert "Surprise" in set(rows(session).manual_label)
