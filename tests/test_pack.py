@@ -5,6 +5,7 @@ import shutil
 import sys
 from html import unescape
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -14,6 +15,7 @@ from fer_nb.cli import main
 from fer_nb.material import Material
 from fer_nb.pack import _pandoc, html_page, pdf_page, render_pack, sources, write_sources
 from fer_nb.references import NO_BREAK, filled, typed_numbers
+from fer_nb.surprises import mixed_sizes, session_surprises
 
 ROOT = Path(__file__).parent.parent
 REFERENCE = ROOT/"runs"/"reference"
@@ -234,3 +236,48 @@ def test_a_telephone_shows_it_without_scrolling_sideways(written, tmp_path):
             assert tab.evaluate("Math.min(...[...document.images].map(i => i.getBoundingClientRect().width))") > 0.85*min(width, 576) - 40
             assert tab.evaluate("[...document.images].every(i => i.complete && i.naturalWidth > 800)")
         b.close()
+
+
+def changed(path, *key, to):
+    "Write another value into an artifact."
+    content = read_json(path)
+    at = content
+    for k in key[:-1]: at = at[k]
+    at[key[-1]] = to
+    write_json(path, content)
+
+
+def test_each_surprise_has_its_sentence_and_none_of_them_where_nothing_surprises(run, tmp_path):
+    "int8 beside GO, ECE that rises at T*, one file with two times, no commit, an empty table: what readers of the report stumbled over."
+    told = ("is outside its bar", "it can be GO beside this", "Higher ECE after calibration", "One file, two times", "No commit",
+            "Nothing was left out")
+    latency = run/"onnx"/"latency_benchmarks.csv"
+    t = pd.read_csv(latency).query("not model.str.endswith(' again')")
+    once = t[t["model"] == t["model"].iloc[0]]
+    for calm in (True, False):
+        changed(run/"onnx"/"onnx_parity.json", "variants", "int8", "pass", to=calm)
+        for path in run.rglob("reliability_metrics.json"): changed(path, "uncalibrated", "ece", to=0.5 if calm else 0.001)
+        control = once.assign(model=once["model"] + " again", p50_ms=once["p50_ms"]*(1 if calm else 3))
+        pd.concat([t, control]).to_csv(latency, index=False)
+        for path in run.rglob("environment.json"): changed(path, "commit", to="0123456789abcdef" if calm else None)
+        changed(run/"manifests"/"dataset_index.json", "excluded", to={"a broken file": 3} if calm else {})
+        text = text_of(run, tmp_path/f"pack {calm}")
+        assert [x for x in told if x in text] == ([] if calm else list(told))
+        assert ("Rows that stay in the manifest and are not used: none." in text) != calm
+
+
+@pytest.mark.parametrize(("gain", "low", "high", "said"), [
+    (-0.02, -0.05, 0.01, "an interval that holds zero"), (-0.02, -0.03, -0.01, "costs"), (-0.02, None, None, "costs"),
+    (0.02, -0.01, 0.05, "")])
+def test_a_stabiliser_that_costs_is_told(gain, low, high, said):
+    score = {"gain_macro_f1": {"value": gain, "low": low, "high": high}, "source": "video: talk.mp4", "scored_segments": 30}
+    ledger = SimpleNamespace(names={"demo.gain": SimpleNamespace(path="score")}, value=lambda path, key: score[key],
+                             number=lambda name: name, note=lambda *a: None)
+    found = session_surprises(SimpleNamespace(ledger=ledger, runs=[]))
+    assert [said in x and "Stabilising costs accuracy here" in x for x in found] == [True]*bool(said)
+
+
+def test_runs_of_several_input_sizes_are_told():
+    def one(size): return SimpleNamespace(args=SimpleNamespace(parameters={"img_size": size, "arch": f"net{size}"}), folder=Path("x"))
+    def found(*sizes): return mixed_sizes(SimpleNamespace(runs=[one(s) for s in sizes], ledger=SimpleNamespace(note=lambda *a: None)))
+    assert found(64, 64) == [] and "64 px: net64; 224 px: net224" in found(64, 224)[0]
