@@ -50,7 +50,7 @@ results: install
 	$(BIN)/python -c 'from fer_nb.results import write_results; print(write_results("runs/reference", readme="README.md", guide="docs/USE.md"))'
 
 report: install
-	$(BIN)/fer-nb report --runs runs/reference/gpu runs/reference/fer2013 runs/reference/label_noise runs/reference/nl_matrix --out report/reference --engine pandoc
+	$(BIN)/fer-nb report --runs runs/reference/gpu runs/reference/fer2013 runs/reference/label_noise runs/reference/nl_matrix runs/reference/corruption --out report/reference --engine pandoc
 
 docs: install
 	$(BIN)/python workflow/docs_site.py
