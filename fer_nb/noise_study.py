@@ -289,7 +289,7 @@ def noise_leads(
     "Every arm's lead over one, by kind of noise, with 95% intervals over pictures."
     kinds = list(dict.fromkeys(zip(summary["source"], summary["kind"], summary["rate"])))
     arms = [a for a in NOISE_ARMS if a in set(summary["arm"]) and a not in (over, "right labels alone")]
-    high, wide = -(-len(kinds)//5), min(5, len(kinds))
+    high, wide = -(-len(kinds)//3), min(3, len(kinds))
     size = (2.2 + 2.1*wide, (0.9 + 0.24*len(arms))*high)
     fig, axes = plt.subplots(high, wide, figsize=size, dpi=90, layout="constrained", sharey=True, squeeze=False)
     for ax in axes.flat[len(kinds):]: ax.set_visible(False)
