@@ -124,12 +124,11 @@ LEAVES = {
                 Leaf("tuning_results.csv", "tune", "every setting of the stabiliser that was tried", "tuned"),
                 Leaf("stabiliser.json", "tune", "the setting that was chosen", "tuned")),
     "sessions": (Leaf("demo_results_summary.csv", "score", "a row a scored session"),),
-    "report": (
-        Leaf("report.html", "render", "the report, one page that works offline"), Leaf("report.pdf", "render", "the same, printed"),
-        Leaf("numbers.csv", "render", "every number of the report, with its file and key"),
-        Leaf("reproducibility_manifest.json", "render", "commit, environment, and every artifact's sha256"),
-        Leaf("go_no_go.csv", "render", "the gates' checklist"),
-        Leaf("provenance.html", "tell", "Snakemake's own account: rules, commands, times, packages", "chain", kept=False)),
+    "report": (Leaf("report.html", "render", "the report, one page that works offline"), Leaf("report.pdf", "render", "the same, printed"),
+               Leaf("numbers.csv", "render", "every number of the report, with its file and key"),
+               Leaf("reproducibility_manifest.json", "render", "commit, environment, and every artifact's sha256"),
+               Leaf("go_no_go.csv", "render", "the gates' checklist"),
+               Leaf("provenance.html", "tell", "Snakemake's own account: rules, commands, times, packages", "chain", kept=False)),
 }
 
 # %% ../nbs/00_artifacts_table.ipynb #00-leaves-t6

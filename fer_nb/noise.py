@@ -267,7 +267,7 @@ def fit(
     seed_everything(seed)
     net, rng, loss = small_network(width).train(), np.random.default_rng([seed, 2]), arm_loss(arm, rate, len(data.x), seed, table)
     x, test = data.tensors(data.x), data.tensors(data.test_x)
-    y, true, wrong = (torch.from_numpy(a) for a in (data.given, data.true, data.wrong))
+    y, true, wrong = (torch.from_numpy(a.copy()) for a in (data.given, data.true, data.wrong))
     steps = len(x)//batch_size
     if not steps: raise UsageError(f"{len(x)} faces in batches of {batch_size}: give more faces, or smaller batches")
     opt = torch.optim.AdamW(net.parameters(), lr, weight_decay=0.05)

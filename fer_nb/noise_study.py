@@ -291,7 +291,7 @@ def noise_leads(
     arms = [a for a in NOISE_ARMS if a in set(summary["arm"]) and a not in (over, "right labels alone")]
     high, wide = -(-len(kinds)//3), min(3, len(kinds))
     size = (2.2 + 2.1*wide, (0.9 + 0.24*len(arms))*high)
-    fig, axes = plt.subplots(high, wide, figsize=size, dpi=90, layout="constrained", sharey=True, squeeze=False)
+    fig, axes = plt.subplots(high, wide, figsize=size, dpi=72, layout="constrained", sharey=True, squeeze=False)
     for ax in axes.flat[len(kinds):]: ax.set_visible(False)
     for ax, key in zip(axes.flat, kinds):
         part = summary[(summary[["source", "kind", "rate"]] == list(key)).all(axis=1)].set_index("arm")
@@ -319,7 +319,7 @@ def noise_verdicts(
     bars = (("CE", over_ce), ("label smoothing", over_smoothing), (NOISE_RIVALS[2], 0.0))
     rows = []
     for _, r in part.iterrows():
-        row = {"source": r["source"], "noise": noise_name(r["kind"], r["rate"]), "arm": r["arm"]}
+        row = {"source": r["source"], "noise": noise_name(r["kind"], r["rate"]), "arm": r["arm"], "seeds": r["seeds"]}
         for other, _ in bars: row[f"over {other}"] = f"{100*r[f'over {other}']:+.1f}".replace("-", "−")
         passed = all(r[f"over {o}"] >= b for o, b in bars[:2])
         low, high = (r[f"over {NOISE_RIVALS[2]}, {end}"] for end in ("low", "high"))

@@ -19,7 +19,6 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from fastcore.basics import patch
 from tabulate import tabulate
 from tqdm import tqdm
 
@@ -115,6 +114,8 @@ class PicturePredictions:
     small: int = 0  # pictures without a face that are small and square, as faces are that somebody cut already
     consent: bool = False  # everybody in the pictures has agreed that a notebook shows and keeps their faces
 
+    def _repr_html_(self) -> str: return _told_pictures(self)
+
     @property
     def found(self) -> int: return sum(map(len, self.faces.values()))
 
@@ -181,18 +182,17 @@ def _thumbnail(face: PictureFace, side: int = 56) -> Html:
     return Html(f"<img width='{side}' height='{side}' alt='the face' src='data:image/jpeg;base64,{data}'>")
 
 # %% ../nbs/05d_pictures.ipynb #05d-pictures-h3
-@patch
-def _repr_html_(self: PicturePredictions) -> str:
+def _told_pictures(p: PicturePredictions) -> str:
     "A row a face, for a notebook."
-    every = [(path, k, f) for path, faces in self.faces.items() for k, f in enumerate(faces or [None], 1)]
-    rows = [(as_text(path), "", why, "", "") for path, why in self.problems.items()]
+    every = [(path, k, f) for path, faces in p.faces.items() for k, f in enumerate(faces or [None], 1)]
+    rows = [(as_text(path), "", why, "", "") for path, why in p.problems.items()]
     for n, (path, k, f) in enumerate(every[:ROWS_SHOWN]):
         if f is None: rows.append((as_text(path), "", "(no face)", "", "")); continue
         first, second = np.argsort(-f.probs)[:2]
-        seen = _thumbnail(f) if self.consent and n < THUMBNAILS else ""
+        seen = _thumbnail(f) if p.consent and n < THUMBNAILS else ""
         rows.append((as_text(path), seen or k, f.label, f"{f.probs[first]:.2f}", f"{CLASSES[second]} {f.probs[second]:.2f}"))
     left = f" {len(every) - ROWS_SHOWN:,} more: to_df() has them all." if len(every) > ROWS_SHOWN else ""
-    said = f"{len(self.faces)} pictures, {self.found} faces ({self.detector}, {self.model}).{left}"
+    said = f"{len(p.faces)} pictures, {p.found} faces ({p.detector}, {p.model}).{left}"
     return f"<p>{html.escape(said)}</p>" + html_table(("picture", "face", "label", "probability", "next"), rows)
 
 # %% ../nbs/05d_pictures.ipynb #05d-pictures-010

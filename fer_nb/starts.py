@@ -115,12 +115,13 @@ def fill_folded(
     met = met_layers(model, size)
     shapes = [tuple(c.weight.shape) for c, _ in met]
     if shapes != [w.shape for w, _ in layers]: raise UsageError(f"these {len(layers)} convolutions are not those of {STUDENT_BACKBONE}")
-    for (conv, norm), (weight, bias) in zip(met, layers):
-        conv.weight.copy_(torch.from_numpy(weight))
-        if norm is None and conv.bias is not None: conv.bias.copy_(torch.from_numpy(bias))
+    for (conv, norm), stored in zip(met, layers):
+        weight, bias = (torch.from_numpy(v.copy()) for v in stored)
+        conv.weight.copy_(weight)
+        if norm is None and conv.bias is not None: conv.bias.copy_(bias)
         if norm is None: continue
-        norm.running_mean.zero_(); norm.running_var.fill_(1 - norm.eps); norm.weight.fill_(1); norm.bias.copy_(torch.from_numpy(bias))
-    model.classifier.weight.copy_(torch.from_numpy(head[0])); model.classifier.bias.copy_(torch.from_numpy(head[1]))
+        norm.running_mean.zero_(); norm.running_var.fill_(1 - norm.eps); norm.weight.fill_(1); norm.bias.copy_(bias)
+    for own, v in zip((model.classifier.weight, model.classifier.bias), head): own.copy_(torch.from_numpy(v.copy()))
 
 # %% ../nbs/08f_starts.ipynb #08f-starts-015
 @torch.no_grad()

@@ -107,7 +107,8 @@ def wheel(tmp_path_factory):
 
 def test_the_wheel_carries_what_the_chain_reads(wheel):
     held = {i.filename: i for i in zipfile.ZipFile(wheel).infolist()}
-    shared = [*ROOT.glob("nbs/*.ipynb"), *ROOT.glob("profiles/*.yaml"), *ROOT.glob("report/*.qmd"), ROOT/"workflow"/"Snakefile"]
+    shared = [*ROOT.glob("nbs/*.ipynb"), *ROOT.glob("profiles/*.yaml"), *ROOT.glob("report/*.qmd"), ROOT/"workflow"/"Snakefile",
+              ROOT/"workflow"/"provenance.rst", *ROOT.glob("workflow/*/config.yaml")]
     assert {f"fer_nb/share/{p.relative_to(ROOT).as_posix()}" for p in shared} == {n for n in held if n.startswith("fer_nb/share/")}
     assert {"fer_nb/py.typed", "fer_nb/models/student.onnx", "fer_nb/templates/MODEL_CARD.md"} <= set(held)
     nb = json.loads(zipfile.ZipFile(wheel).read("fer_nb/share/nbs/03_teachers.ipynb"))
