@@ -97,11 +97,11 @@ def faces_of(
 ) -> list[PictureFace]:  # the largest first
     "The faces of a picture."
     if detector is None:
-        found, views = [Detection(Box(0, 0, *image.shape[1::-1]))], [prepare_face(image, predictor.geometry)[None]]
+        found, probs = [Detection(Box(0, 0, *image.shape[1::-1]))], predictor.from_prepared(prepare_face(image, predictor.geometry)[None])
     else:
         found, crop = detector.detect(as_bgr(image)), predictor.crop_for(detector)[0]
-        views = [Views(image, predictor.geometry, d.box, d.landmarks, crop) for d in found]
-    return [PictureFace(name, d, p) for d, p in zip(found, predictor.from_views(views), strict=True)]
+        probs = predictor.from_views([Views(image, predictor.geometry, d.box, d.landmarks, crop) for d in found])
+    return [PictureFace(name, d, p) for d, p in zip(found, probs, strict=True)]
 
 # %% ../nbs/05d_pictures.ipynb #05d-pictures-009
 @dataclass
@@ -113,8 +113,6 @@ class PicturePredictions:
     problems: dict[str, str] = field(default_factory=dict)  # picture -> why it could not be read
     small: int = 0  # pictures without a face that are small and square, as faces are that somebody cut already
     consent: bool = False  # everybody in the pictures has agreed that a notebook shows and keeps their faces
-
-    def _repr_html_(self) -> str: return _told_pictures(self)
 
     @property
     def found(self) -> int: return sum(map(len, self.faces.values()))
@@ -185,7 +183,7 @@ def _thumbnail(face: PictureFace, side: int = 56) -> Html:
 def _told_pictures(p: PicturePredictions) -> str:
     "A row a face, for a notebook."
     every = [(path, k, f) for path, faces in p.faces.items() for k, f in enumerate(faces or [None], 1)]
-    rows = [(as_text(path), "", why, "", "") for path, why in p.problems.items()]
+    rows: list[tuple] = [(as_text(path), "", why, "", "") for path, why in p.problems.items()]
     for n, (path, k, f) in enumerate(every[:ROWS_SHOWN]):
         if f is None: rows.append((as_text(path), "", "(no face)", "", "")); continue
         first, second = np.argsort(-f.probs)[:2]
@@ -194,6 +192,9 @@ def _told_pictures(p: PicturePredictions) -> str:
     left = f" {len(every) - ROWS_SHOWN:,} more: to_df() has them all." if len(every) > ROWS_SHOWN else ""
     said = f"{len(p.faces)} pictures, {p.found} faces ({p.detector}, {p.model}).{left}"
     return f"<p>{html.escape(said)}</p>" + html_table(("picture", "face", "label", "probability", "next"), rows)
+
+
+PicturePredictions._repr_html_ = _told_pictures  # type: ignore[attr-defined]
 
 # %% ../nbs/05d_pictures.ipynb #05d-pictures-010
 def predict_pictures(
