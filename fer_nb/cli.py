@@ -422,7 +422,7 @@ def adapt_webcams(a):
 
     from fer_nb.webcams import PRACTICE, practise_webcams
     config = replace(PRACTICE, left_out=tuple(a.left_out), epochs=a.epochs or PRACTICE.epochs)
-    done = practise_webcams(a.manifest, a.cache, a.out, a.checkpoint, a.rows, a.every, config, bar=sys.stderr.isatty(),
+    done = practise_webcams(a.manifest, a.cache, a.out, a.checkpoint, a.rows, a.softlabels, a.every, config, bar=sys.stderr.isatty(),
                             say=lambda line: print(line, flush=True))
     print(f"\n{done}")
     return 0 if done.gate.promoted else 1
@@ -561,7 +561,7 @@ def _finetune_flags(c):
 
 
 def _webcams_flags(c):
-    flags(c, "webcams.practise_webcams", "manifest! cache! out! checkpoint rows every", checkpoint={"metavar": "PATH"},
+    flags(c, "webcams.practise_webcams", "manifest! cache! out! checkpoint rows softlabels every", checkpoint={"metavar": "PATH"},
           rows={"type": ranged(int, "most")})
     flags(c, "finetune.FinetuneConfig", "epochs? left_out+", left_out={
         "default": ["backlight", "low_resolution"], "nargs": "*", "metavar": "KIND"})

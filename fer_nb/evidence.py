@@ -306,6 +306,7 @@ class ReproducibilityManifest(Artifact):
     devices: list[str]
     seeds: list[int]
     files: dict[str, str]  # path below the run folder -> sha256
+    beside: dict[str, dict[str, str]] = {}  # the same of each folder that the report read beside it, by the folder's name
 
 # %% ../nbs/00_artifacts_stages.ipynb #00-evidence-026
 class VariantParity(BaseModel):

@@ -8,6 +8,7 @@ __all__ = ['MODES', 'own_manifest', 'choose_trainable', 'HoldNorms', 'MixedFaces
 
 # %% ../nbs/08i_finetune.ipynb #08i-finetune-002
 import copy
+import hashlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -123,18 +124,24 @@ class EpochBatches(FaceBatches):
 
 # %% ../nbs/08i_finetune.ipynb #08i-finetune-022
 class ReplayLoss:
-    "Cross-entropy: with the labels of own faces, with the old model's answers of replayed ones."
+    "Cross-entropy: own faces with their labels, or with what a teacher says of them unspoilt; replayed ones with the old model's answers."
     def __init__(self,
         own: int,  # rows from this number on are replayed
         weight: float = 1.0,  # of a replayed row
+        taught: np.ndarray | None = None,  # (own, 7) probabilities: a teacher's answers; None: labels alone teach own rows
+        taught_share: float = 1.0,  # of an own row's target; the label has the rest
     ):
-        self.own, self.weight = own, weight
+        self.own, self.weight, self.taught_share = own, weight, taught_share
+        self.taught = None if taught is None else torch.from_numpy(np.ascontiguousarray(taught, np.float32))
         self.answers = None  # (R, 7) probabilities of a batch's replayed rows; None: labels teach all rows
 
     def __call__(self, logits, y, index=None, view=None):
         if self.answers is None: return F.cross_entropy(logits.float(), y)
         targets = F.one_hot(y, len(CLASSES)).float()
         old = index >= self.own
+        if self.taught is not None:
+            said = self.taught[index[~old].cpu()].to(targets)
+            targets[~old] = torch.lerp(targets[~old], said, self.taught_share)
         targets[old] = self.answers.to(targets)
         return (F.cross_entropy(logits.float(), targets, reduction="none")*torch.where(old, self.weight, 1.0)).mean()
 
@@ -147,8 +154,9 @@ class KeepAnswers(Callback):
     def before_batch(self):
         self.loss.answers = None
         if not self.training: return
-        replayed = self.yb[1] >= self.loss.own
-        with torch.no_grad(): self.loss.answers = self.before(self.xb[0][replayed]).float().softmax(-1)
+        replayed = self.xb[0][self.yb[1] >= self.loss.own]
+        if not len(replayed): self.loss.answers = torch.zeros(0, len(CLASSES)); return
+        with torch.no_grad(): self.loss.answers = self.before(replayed).float().softmax(-1)
 
 # %% ../nbs/08i_finetune.ipynb #08i-finetune-016
 @dataclass(frozen=True)
@@ -166,12 +174,14 @@ class FinetuneConfig:
     ema: float = 0.98  # weights are averaged over steps: share of the past
     hold_norms: bool = True  # the norms' running statistics stay as they are
     step_back: bool = True  # after training, towards the old weights, as far as validation rows ask
+    taught_share: float = 0.8  # of an own face's target, where a teacher's answers are given: theirs; the label has the rest
     balanced: bool = False  # classes in equal shares: moves the answers to old faces, too
     seed: int = 1337
 
     def __post_init__(self):
         if self.mode not in MODES: raise UsageError(f"mode is '{self.mode}': give one of {', '.join(MODES)}")
         if not 1 <= self.epochs <= 10: raise UsageError(f"epochs is {self.epochs}: fine-tuning takes a few, give at most 10")
+        if not 0 <= self.taught_share <= 1: raise UsageError(f"taught_share is {self.taught_share}: give a number from 0 to 1")
         for name in self.left_out: check_corruption(name, 1)
 
     @property
@@ -195,6 +205,7 @@ def finetune_student(
     config: FinetuneConfig = FinetuneConfig(),
     replay=None,  # a view of the training mix
     bar: bool = True,  # progress bars
+    taught: np.ndarray | None = None,  # (N, 7) probabilities: what a teacher says of the own faces before they are spoilt
     **identity,  # whatever else decides the weights, such as the start's sha256
 ) -> tuple[nn.Module, TrainingHistory]:  # a copy with the best epoch's weights, in eval mode
     "Fine-tune a student; resumes where it was interrupted."
@@ -204,14 +215,18 @@ def finetune_student(
     spoilt = WebcamFaces(own, config.webcam_share, config.most_severity, config.kinds, config.seed) if config.webcam_share else own
     mixed = MixedFaces(spoilt, replay, config.replay_share if replay is not None else 0, config.seed)
     batches = EpochBatches(mixed, config.batch_size, train=True, seed=config.seed, augment=Augment(erase=0.1), balanced=config.balanced)
-    loss = ReplayLoss(len(mixed.own), config.replay_weight)
+    if taught is not None and taught.shape != (len(mixed.own), len(CLASSES)):
+        raise UsageError(f"taught is {taught.shape}: give {(len(mixed.own), len(CLASSES))}, a row an own face")
+    loss = ReplayLoss(len(mixed.own), config.replay_weight, taught, config.taught_share)
     held = [HoldNorms()] if config.hold_norms or config.mode == "head" else []
     settings = {k: v for k, v in asdict(config).items() if k != "epochs"}
     identity = dict(finetune=settings, rows=len(mixed), **identity)
+    if taught is not None: identity["taught"] = hashlib.sha256(np.asarray(taught, np.float32).tobytes()).hexdigest()
+    ask = [KeepAnswers(model, loss)] if mixed.replayed or taught is not None else []
     if is_trained(run_dir, config.training, **identity): history = TrainingHistory.load(run_dir)
     else:
         history = train(tuned, batches, eval_loader(check_on), loss, config.training, run_dir, {**meta, "stage": f"CE+{config.mode}"},
-                        [*held, EMA(config.ema), *([KeepAnswers(model, loss)] if mixed.replayed else [])], bar, **identity)
+                        [*held, EMA(config.ema), *ask], bar, **identity)
     best = Path(run_dir)/"best.pt"
     load_whole(tuned, load_checkpoint(best), best)
     for p in tuned.parameters(): p.requires_grad_(True)

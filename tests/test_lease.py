@@ -76,5 +76,7 @@ def test_the_matrix_of_nl_has_every_optimiser_with_every_use_of_negative_labels(
     kd = [r for r in runs if r["name"].startswith("students/")]
     assert {arm_name(r["parameters"]["optimizer"], r["parameters"]["negl"]) for r in kd} == {
         "", "NegL", "NegL_replace", *(f"{o}{n}" for o in ("DeepMomentum", "MultiFrequency") for n in ("", "+NegL", "+NegL_replace"))}
-    alike = [{k: v for k, v in r["parameters"].items() if k not in ("seed", "optimizer", "negl")} for r in kd]
+    alike = [{k: v for k, v in r["parameters"].items() if k not in ("seed", "optimizer", "optimizer_args", "negl")} for r in kd]
     assert all(a == alike[0] for a in alike)  # one start, one cost
+    ramped = {r["parameters"]["optimizer"] for r in kd if r["parameters"]["optimizer_args"]}
+    assert ramped == {"deep_momentum"}  # the one optimiser with a setting of its own

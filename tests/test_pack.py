@@ -35,8 +35,9 @@ def run(tmp_path):
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    "The filled sources of the reference runs."
-    return write_sources(Material(GPU, OLDER, REFERENCE/"label_noise", REFERENCE/"nl_matrix"), tmp_path_factory.mktemp("pack"))
+    "The filled sources of the runs that `make report` names."
+    runs = re.search(r"fer-nb report --runs (.+?) --out", (ROOT/"Makefile").read_text(encoding="utf-8"))[1].split()
+    return write_sources(Material(*(ROOT/r for r in runs)), tmp_path_factory.mktemp("pack"))
 
 
 def text_of(run, out):
