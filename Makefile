@@ -41,7 +41,7 @@ notebooks:
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing
 
 pytest:
-	OMP_WAIT_POLICY=PASSIVE FER_NB_CLEAN_VENV=1 $(BIN)/python -m pytest -q --durations=5 --ignore=tests/benchmarks --ignore=tests/test_export.py
+	OMP_WAIT_POLICY=PASSIVE FER_NB_CLEAN_VENV=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=5 --ignore=tests/benchmarks --ignore=tests/test_export.py
 
 bench: install
 	$(BIN)/python -m pytest -q tests/benchmarks

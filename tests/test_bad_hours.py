@@ -86,7 +86,8 @@ def test_what_a_run_has_started_ends_with_it(tmp_path, sign):
     child = ("import subprocess, sys, time, os\\np = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\\n"
              "print(os.getpid(), p.pid, flush=True)\\ntry: time.sleep(60)\\nfinally: p.kill()")
     say = "lambda line: print(line, end='', flush=True)"
-    parent = python(f"import sys\nfrom fer_nb.runs import _snakemake\n_snakemake([sys.executable, '-c', \"{child}\"], {say})")
+    parent = python(f"import sys\nfrom fer_nb.runs import _snakemake\n_snakemake([sys.executable, '-c', \"{child}\"], {say})",
+                    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # it may be ignored where tests run
     pids = [int(x) for x in parent.stdout.readline().split()]
     parent.send_signal(sign)
     parent.wait(30)
