@@ -45,7 +45,7 @@ def own_manifest(
     "Build, check and freeze the manifest of somebody's own faces."
     if not 0 < test_share < 1 or not 0 < val_share < 1: raise UsageError(f"shares {test_share}, {val_share}: give numbers between 0 and 1")
     built = build_manifest([f"folder:{name}={data}"], out, name=name, seed=seed, val_fraction=0, conventions={name: convention},
-                           mirrored=True).manifest
+                           disguised=True).manifest
     df = built.df.copy()
     have = set(df.split[df.excluded == ""])
     for part, share, salt in (("test", test_share, 1), ("val", val_share/(1 - test_share), 2)):

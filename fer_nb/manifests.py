@@ -454,12 +454,12 @@ def _hex(hashes: np.ndarray) -> list[str]:
     return [text[i:i + 16] for i in range(0, len(text), 16)]
 
 # %% ../nbs/00_manifests.ipynb #00-manifests-051
-def _with_prints(df: pd.DataFrame, prints: Prints, max_hamming: int, mirrored: bool = False) -> pd.DataFrame:
+def _with_prints(df: pd.DataFrame, prints: Prints, max_hamming: int, disguised: bool = False) -> pd.DataFrame:
     "Rows with their fingerprints, groups, and reasons for pictures that cannot be read."
     unreadable = (prints.problem != "") & (df.excluded != "not a picture")
     return df.assign(sha256=prints.sha256, pixel_hash=prints.pixel_hash, width=prints.width, height=prints.height,
                      perceptual_hash=np.where(prints.pixel_hash != "", _hex(prints.perceptual), ""),
-                     group=find_groups(prints, max_hamming, mirrored=mirrored).group,
+                     group=find_groups(prints, max_hamming, mirrored=disguised, cropped=disguised).group,
                      excluded=np.where(unreadable, prints.problem, df.excluded))
 
 # %% ../nbs/00_manifests.ipynb #00-manifests-039
@@ -494,7 +494,7 @@ def build_manifest(
     progress: bool | None = None,  # show a bar; None: only in a terminal
     conventions: dict[str, str] | None = None,  # source -> whose labels it has, where that is not the usual convention of its kind
     test_fraction: float = 0,  # of the rows of sources without a test part, held out as one; 0 holds none
-    mirrored: bool = False,  # mirror images count as copies, too
+    disguised: bool = False,  # mirror images and crops count as copies, too
 ) -> BuildResult:
     "Build and freeze a manifest from sources; wrong arguments and empty sources are usage errors."
     start = time.perf_counter()
@@ -502,7 +502,7 @@ def build_manifest(
     with collection_paused():
         df = with_conventions(_together([read_source(s) for s in sources]), conventions or {})
     prints = fingerprint(df.path, df.box, workers, progress=progress)
-    df = assign_splits(_with_prints(df, prints, max_hamming, mirrored), val_fraction, seed, test_fraction)
+    df = assign_splits(_with_prints(df, prints, max_hamming, disguised), val_fraction, seed, test_fraction)
     if not (df.excluded == "").any():
         raise UsageError(f"none of {len(df)} pictures can be used: {dict(Counter(df.excluded).most_common(3))}")
     df = df[list(COLUMNS)]

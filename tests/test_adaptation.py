@@ -444,14 +444,18 @@ def test_a_film_that_was_cut_in_two_is_refused(tmp_path):
         refuse_same_faces(frames, np.array(["a", "b", "b"]), np.array(["val", "test", "test"]))
 
 
-@pytest.mark.parametrize("how", DISGUISES)
+CROPS = {"cut at all sides": lambda x: x[4:92, 4:92], "cut at one side": lambda x: x[:, 8:],
+         "cut, mirrored and re-encoded": lambda x: jpeg(np.ascontiguousarray(x[2:90, 5:94][:, ::-1]), 60)}
+
+
+@pytest.mark.parametrize("how", DISGUISES | CROPS)
 def test_disguised_own_pictures_stay_on_one_side(portraits, tmp_path, how):
     import cv2
     for k, x in enumerate(portraits[:21]):
         folder = tmp_path/"faces"/("test" if k % 3 == 0 else "train")/CLASSES[k % 7]
         folder.mkdir(parents=True, exist_ok=True)
         cv2.imwrite(str(folder/f"{k}.png"), x[..., ::-1])
-    cv2.imwrite(str(tmp_path/"faces"/"train"/CLASSES[0]/"copy.png"), DISGUISES[how](portraits[0][..., ::-1]))
+    cv2.imwrite(str(tmp_path/"faces"/"train"/CLASSES[0]/"copy.png"), (DISGUISES | CROPS)[how](portraits[0][..., ::-1]))
     df = own_manifest(tmp_path/"faces", tmp_path/"m", "ferplus").df
     copy = df[df.id.str.contains("copy")].iloc[0]
     assert copy.excluded == "near-duplicate of a test image" and (df.excluded != "").sum() == 1
