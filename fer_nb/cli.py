@@ -163,7 +163,9 @@ def _check_training(parameters: dict):
     if weights not in (None, "", "none", "auto") and not Path(weights).is_file():
         raise UsageError(f"weights '{weights}' is no file: give none, auto, or the path of a checkpoint")
     if parameters.get("device"): require_device(parameters["device"])
-    if parameters.get("tensorboard"): require_extra("tensorboard", "-p tensorboard true")
+    if parameters.get("tensorboard"):
+        from fer_nb.scalars import require_tensorboard
+        require_tensorboard()
     if arch:
         from fer_nb.runs import SHORT_NAMES
         if arch not in SHORT_NAMES:
@@ -178,7 +180,8 @@ def teacher_train(a):
     name = f"{a.arch}_seed{a.seed}_stage{'B' if a.init_from else 'A'}"
     out = a.out or f"runs/teachers/{name}_{Path(a.cache).name if a.cache else 'embedded'}"
     given = {"manifest_dir": a.manifest, "cache_dir": a.cache, "arch": a.arch, "seed": a.seed, "init_from": a.init_from,
-             "stage": "B" if a.init_from else "A", "weights": a.weights, "device": a.device, "epochs": a.epochs, "convention": a.convention}
+             "stage": "B" if a.init_from else "A", "weights": a.weights, "device": a.device, "epochs": a.epochs, "convention": a.convention,
+             "tensorboard": a.tensorboard or None}
     if bool(a.manifest) != bool(a.cache): raise UsageError("give --manifest and --cache together, or neither for the embedded faces")
     _stage("03_teachers", out, {k: v for k, v in given.items() if v not in (None, "")} | _parameters(a))
 
@@ -218,7 +221,8 @@ def student_train(a):
         raise UsageError(f"stage {a.stage} {'takes no soft labels: leave out' if a.softlabels else 'needs soft labels: give'} --softlabels")
     out = a.out or f"runs/students/mobilenetv3_large_100_{Path(a.cache).name if a.cache else 'embedded'}_seed{a.seed}_{a.stage}"
     given = {"manifest_dir": a.manifest, "cache_dir": a.cache, "stage": a.stage, "softlabels": a.softlabels, "supervision": a.supervision,
-             "init_from": a.init_from, "seed": a.seed, "epochs": a.epochs, "convention": a.convention, "device": a.device}
+             "init_from": a.init_from, "seed": a.seed, "epochs": a.epochs, "convention": a.convention, "device": a.device,
+             "tensorboard": a.tensorboard or None}
     _stage("05_students", out, {k: v for k, v in given.items() if v not in (None, "")} | _parameters(a))
 
 
@@ -473,7 +477,7 @@ GROUPS = {"manifest": "build, validate and audit the table of all images", "teac
 
 
 def _teacher_flags(c):
-    flags(c, "03_teachers", "arch manifest<manifest_dir cache<cache_dir convention out init_from weights epochs? seed device",
+    flags(c, "03_teachers", "arch manifest<manifest_dir cache<cache_dir convention out init_from weights epochs? seed device tensorboard",
           weights={"default": None}, init_from={"metavar": "RUN_DIR"}, device=DEVICES)
     given(c)
 
@@ -490,7 +494,7 @@ def _export_flags(c):
 
 def _student_flags(c):
     flags(c, "05_students",
-          "stage manifest<manifest_dir cache<cache_dir softlabels supervision init_from convention out epochs? seed device",
+          "stage manifest<manifest_dir cache<cache_dir softlabels supervision init_from convention out epochs? seed device tensorboard",
           stage={"choices": STAGES}, supervision={"choices": ("fused", "split")}, device=DEVICES)
     given(c)
 

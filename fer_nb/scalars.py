@@ -27,7 +27,7 @@ def scalars_of(
 def require_tensorboard():
     "Refuse where TensorBoard isn't installed, with the line that installs it."
     if importlib.util.find_spec("tensorboard"): return
-    raise GateError("tensorboard = true needs tensorboard, which is not installed: pip install 'fer_nb[tensorboard]'")
+    raise GateError("TensorBoard was asked for and is not installed: pip install 'fer_nb[tensorboard]'")
 
 # %% ../nbs/02b_scalars.ipynb #02b-scalars-010
 class Scalars(Callback):

@@ -513,6 +513,18 @@ def test_a_folder_without_the_mix_is_not_promoted(drawn, tmp_path):
     assert {"best.pt", "calibration.json", "dual_gate.json", "gap_closure.json", "hash_manifest.json"} <= left
 
 
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("promoted", "asked"), [(True, True), (True, False), (False, True)])
+def test_what_the_gate_promotes_is_exported_and_nothing_else(drawn, tmp_path, monkeypatch, promoted, asked):
+    from fer_nb import own_faces
+    judge, exported = own_faces._judge, []
+    monkeypatch.setattr(own_faces, "_judge", lambda *args: judge(*args).model_copy(update={"verdict": "PROMOTE" if promoted else "REJECT"}))
+    monkeypatch.setattr(own_faces, "export_checkpoint", lambda run_dir, **how: exported.append((run_dir, how["precisions"])))
+    own_faces.adapt_to_faces(drawn[0], tmp_path/"out", config=FinetuneConfig("head", epochs=1, webcam_share=0, step_back=False),
+                             corruptions=False, export=asked, bar=False, resamples=20)
+    assert exported == [(tmp_path/"out", own_faces.PRECISIONS)]*(promoted and asked)
+
+
 # files that runs left
 
 def test_kept_students_are_gated_by_the_rows_of_their_convention():

@@ -1,6 +1,7 @@
 """TensorBoard gets what history.csv holds, also after an interruption; without it one line says what to install."""
 import importlib.util
 import math
+from itertools import product
 
 import pandas as pd
 import pytest
@@ -50,11 +51,21 @@ def test_without_tensorboard_it_is_one_line(tmp_path, monkeypatch, capsys):
     there = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "tensorboard" else there(name, *a))
     with pytest.raises(GateError, match=r"pip install 'fer_nb\[tensorboard\]'"): Scalars(tmp_path)
-    for stage in ("student", "teacher"):
-        assert main([stage, "train", "--out", str(tmp_path/"run"), "-p", "tensorboard", "true"]) == 1
-        said = capsys.readouterr()
-        assert said.err == "fer-nb: -p tensorboard true needs tensorboard, which is not installed: pip install 'fer_nb[tensorboard]'\n"
+    for stage, asked in product(("student", "teacher"), (["--tensorboard"], ["-p", "tensorboard", "true"])):
+        assert main([stage, "train", "--out", str(tmp_path/"run"), *asked]) == 1
+        assert capsys.readouterr().err == "fer-nb: TensorBoard was asked for and is not installed: pip install 'fer_nb[tensorboard]'\n"
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("asked", "got"), [("", {}), ("--tensorboard", {"tensorboard": True}),
+                                            ("-p tensorboard true", {"tensorboard": True}),
+                                            ("--tensorboard -p tensorboard false", {"tensorboard": False})])
+@pytest.mark.parametrize("stage", ["student", "teacher"])
+def test_the_flag_is_the_notebooks_parameter(stage, asked, got, monkeypatch):
+    seen = []
+    monkeypatch.setattr("fer_nb.cli._stage", lambda name, out, parameters: seen.append(parameters))
+    assert main([stage, "train", *asked.split()]) == 0
+    assert {k: v for k, v in seen[0].items() if k == "tensorboard"} == got
 
 
 def test_only_finite_numbers_are_curves():
