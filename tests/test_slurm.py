@@ -57,9 +57,12 @@ ReturnToService=2
 KillWait=5
 MinJobAge=7200
 SchedulerParameters=sched_interval=2,batch_sched_delay=1
-NodeName={host} NodeAddr=127.0.0.1 CPUs=2 RealMemory=4000 State=UNKNOWN
-PartitionName=one Nodes={host} Default=YES MaxTime=60 State=UP
+GresTypes=gpu
+NodeName={host} NodeAddr=127.0.0.1 CPUs=2 RealMemory=4000 Gres=gpu:2 State=UNKNOWN
+PartitionName=cpu Nodes={host} Default=YES MaxTime=60 State=UP
+PartitionName=gpu Nodes={host} MaxTime=60 State=UP
 """
+GRES_CONF = "Name=gpu File=/dev/null\nName=gpu File=/dev/zero\n"  # two cards for the scheduler to hand out; nobody computes on them
 EPOCHS, SEEDS = 10, (1, 2, 3)
 
 
@@ -84,7 +87,7 @@ def until(true, seconds, what):
 
 @pytest.fixture(scope="module")
 def scheduler(tmp_path_factory):
-    "SLURM with one node of two cores: its daemons on the loopback, in a folder of their own, and gone with this process."
+    "SLURM with one node of two cores and two cards, in two partitions: its daemons on the loopback, in a folder of their own, and gone with this process."
     gone = [d for d in DAEMONS if not shutil.which(d, path=f"{os.environ['PATH']}:/usr/sbin")]
     if gone: pytest.skip(f"SLURM is not installed (no {gone[0]}): apt-get install slurm-wlm")
     pytest.importorskip("snakemake_executor_plugin_slurm", reason="pip install 'fer_nb[slurm]'")
@@ -94,6 +97,7 @@ def scheduler(tmp_path_factory):
     (at/"munge"/"key").chmod(0o400)
     conf = at/"slurm.conf"
     conf.write_text(SLURM_CONF.format(at=at, host=socket.gethostname().partition(".")[0], user=getpass.getuser(), ports=free_ports(2)))
+    (at/"gres.conf").write_text(GRES_CONF)
     # inside a job the plugin forgets SLURM_CONF, which a real cluster has in /etc
     (at/"bin"/"srun").write_text(f'#!/bin/sh\nSLURM_CONF={conf} exec {shutil.which("srun")} "$@"\n')
     (at/"bin"/"srun").chmod(0o755)
@@ -120,11 +124,11 @@ def scheduler(tmp_path_factory):
 
 @pytest.fixture
 def profile(tmp_path):
-    "The profile that ships, cut down to one small node without accounting."
+    "The profile that ships, on one small node without accounting: partitions and cards are as it asks for them."
     settings = yaml.safe_load((ROOT/"workflow"/"slurm"/"config.yaml").read_text())
     settings |= {"cores": 2, "latency-wait": 5, "slurm-status-command": "squeue", "slurm-no-account": True,
-                 "slurm-init-seconds-before-status-checks": 2, "set-resources": {"student": {"mem_mb": 1500, "runtime": 50}},
-                 "default-resources": {"slurm_partition": "one"}}
+                 "slurm-init-seconds-before-status-checks": 2}
+    for at in (settings["default-resources"], settings["set-resources"]["student"]): at |= {"mem_mb": 1500, "runtime": 50}
     settings["set-threads"] = dict.fromkeys(settings["set-threads"], 1)
     write_text(tmp_path/"node"/"config.yaml", yaml.safe_dump(settings))
     return tmp_path/"node"
@@ -181,7 +185,8 @@ def test_three_seeds_are_three_jobs_and_a_preempted_one_goes_on(scheduler, profi
     assert not failed and taken, said[-3000:]
     log, before = taken[0]
     assert len(jobs()) == 3 and set(jobs().values()) == {"COMPLETED"}
-    assert re.search(r"Restarts=1 ", answer("scontrol", "show", "job", log.stem))
+    told = answer("scontrol", "show", "job", log.stem)
+    assert re.search(r"Restarts=1 ", told) and "Partition=gpu" in told and re.search(r"TresPerJob=gres.gpu:1\b", told)
     for seed in SEEDS:
         check_seal(student(run, seed))
         assert list(pd.read_csv(student(run, seed)/"history.csv")["epoch"]) == list(range(EPOCHS))
