@@ -87,7 +87,7 @@ def until(true, seconds, what):
 
 @pytest.fixture(scope="module")
 def scheduler(tmp_path_factory):
-    "SLURM with one node of two cores and two cards, in two partitions: its daemons on the loopback, in a folder of their own, and gone with this process."
+    "SLURM with a node of two cores and two cards in two partitions: on the loopback, in a folder of its own, gone with this process."
     gone = [d for d in DAEMONS if not shutil.which(d, path=f"{os.environ['PATH']}:/usr/sbin")]
     if gone: pytest.skip(f"SLURM is not installed (no {gone[0]}): apt-get install slurm-wlm")
     pytest.importorskip("snakemake_executor_plugin_slurm", reason="pip install 'fer_nb[slurm]'")
