@@ -1,10 +1,11 @@
 # make run    the whole chain on the embedded faces, and where its report lies
 # make quick  the same in a hurry: one seed, two small teachers
-# make test   every notebook as a test, the export check, ruff, mypy, pytest
+# make test   every notebook as a test, the export check, ruff, mypy, pytest (JOBS=2: in two processes)
 # make help   the rest
 
 PYTHON ?= python3
 BIN    := .venv/bin
+JOBS   ?= 0
 
 .PHONY: run quick test install notebooks sync lint pytest bench results report constraints lab clean help gallery docs
 
@@ -41,7 +42,7 @@ notebooks:
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing
 
 pytest:
-	OMP_WAIT_POLICY=PASSIVE FER_NB_CLEAN_VENV=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=5 --ignore=tests/benchmarks --ignore=tests/test_export.py
+	OMP_WAIT_POLICY=PASSIVE FER_NB_CLEAN_VENV=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --durations=25 --ignore=tests/benchmarks --ignore=tests/test_export.py
 
 bench: install
 	$(BIN)/python -m pytest -q tests/benchmarks

@@ -288,12 +288,12 @@ def nl(b: Blocks) -> str:
         parts.append(b.table(["arm", "smoke test", "loss", "time against AdamW"], rows, f"Nested and negative learning, smoke test of "
                              f"{s['epochs']} epochs on {s['rows']:,} rows"))
     for path in _below(b, NLMatrix.filename):
-        table = MatrixReport(path.parent).table.reset_index()[list(MATRIX_SHOWN)]
+        stage, table = b.m.ledger.read(path)["settings"]["stage"], MatrixReport(path.parent).table.reset_index()[list(MATRIX_SHOWN)]
         table["applied"] = table["applied"].str.removesuffix(", kept)").str.replace(" (asked: ", ", asked ")
         b.m.ledger.note("(table)", path, "runs")
         heads, widths = zip(*MATRIX_SHOWN.values())
-        parts.append(b.table(list(heads), table.to_numpy().tolist(), "Ways of learning beside the baseline, test rows: points of macro-F1 "
-                             "with 95% intervals over pictures, time beside AdamW", list(widths)))
+        parts.append(b.table(list(heads), table.to_numpy().tolist(), f"{stage}: ways of learning beside the baseline, test rows: points of "
+                             "macro-F1 with 95% intervals over pictures, time beside AdamW", list(widths)))
     for path in _below(b, PhaseGate.filename):
         g = b.m.ledger.read(path)
         rows = [[n, len(v["seeds"]), f"{100*v['macro_f1_difference']:+.2f} [{100*v['lower']:+.2f}, "
