@@ -290,11 +290,13 @@ def phase_gate(
 # %% ../nbs/07_nl_phase.ipynb #07-nl-phase-030
 def require_phase(
     folder,  # with nl_phase_gate.json
-    parts=("NL", "NegL"),  # that the gate must have judged
+    parts=("NL", "NegL"),  # that the gate must have judged; an arm's, such as DeepMomentum, may stand there as NL or NegL
 ) -> PhaseGate:
     "Stop the arm with everything unless each part alone was non-inferior."
     gate = PhaseGate.load(folder)
+    kinds = {name: "NL" if "optimizer" in about else "NegL" for name, about in ARMS.items()}
     for name in parts:
+        if name not in gate.parts: name = kinds.get(name, name)
         if name not in gate.parts: raise GateError(f"{folder}: the phase gate has not judged '{name}': run it with that part's runs")
         v = gate.parts[name]
         if v.verdict != "non-inferior":
@@ -328,6 +330,6 @@ def require_arm(
     require_smoke(smoke, arm, dataset_index_id)
     if stage == "DKD" and "+" in arm:
         if not phase: raise GateError(f"'{arm}' with DKD needs its parts judged alone: give the folder of `fer-nb nl gate` as nl_phase")
-        judged = require_phase(phase).dataset_index_id
+        judged = require_phase(phase, arm.split("+")).dataset_index_id
         if judged != dataset_index_id: raise GateError(f"{phase}: the parts were judged on {judged}, not on {dataset_index_id}")
     return arm

@@ -108,6 +108,21 @@ def test_the_gate_opens_only_where_each_part_passes(tmp_path):
     with pytest.raises(GateError): phase_gate(plain, {"NL": good})
 
 
+def test_an_arm_with_dkd_asks_for_its_own_parts(tmp_path):
+    "A matrix's gate names its arms, `fer-nb nl gate` may say NL and NegL."
+    runs = {name: [simulate_student(tmp_path/f"{name}_seed{s}", {"stage": "KD", "seed": s}, skill) for s in (1, 2, 3)]
+            for name, skill in (("plain", 2.0), ("DeepMomentum", 2.5), ("NegL_replace", 2.5), ("NegL", 1.0))}
+    plain = runs.pop("plain")
+    index_id = phase_gate(plain, runs, tmp_path/"gate").dataset_index_id
+    smoked = ArmSmoke(loss_curve=[2.0, 1.9], skipped_steps=0, seconds=1.0, time_ratio=1.0, optimizer_state_mb=1.0, go_no_go="GO")
+    arms = dict.fromkeys((*ARMS, "DeepMomentum+NegL", "DeepMomentum+NegL_replace", "MultiFrequency+NegL_replace"), smoked)
+    NLSmoke(dataset_index_id=index_id, stage="KD", rows=64, epochs=2, seed=1, arms=arms).save(tmp_path/"smoke")
+    def ask(optimizer, replace): return require_arm(optimizer, {"replace_ce": replace}, "DKD", index_id, tmp_path/"smoke", tmp_path/"gate")
+    assert ask("deep_momentum", True) == "DeepMomentum+NegL_replace"
+    with pytest.raises(GateError, match="'NegL' alone is inferior"): ask("deep_momentum", False)
+    with pytest.raises(GateError, match="has not judged 'NL'"): ask("multi_frequency", True)
+
+
 @pytest.mark.timeout(600)
 def test_the_students_notebook_runs_with_both(prepared, tmp_path):
     manifest, cache = map(str, prepared)
