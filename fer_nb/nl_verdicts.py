@@ -197,8 +197,8 @@ def verdict_plot(
         mean = 100*v.macro_f1_difference
         ax.errorbar(mean, i, xerr=[[mean - 100*v.lower], [100*v.upper - mean]], fmt="o", ms=4, color=BLUE)
         ax.annotate(v.verdict, (100*v.upper, i), xytext=(6, 0), textcoords="offset points", va="center", fontsize=8)
-    ax.set_yticks(range(len(names)), names); ax.set_ylim(len(names) - 0.5, -0.5); ax.margins(x=0.3)
-    ax.set(xlabel="points of macro-F1 over the baseline, validation rows, 90% interval over seeds")
+    ax.set_yticks(range(len(names)), names); ax.set_ylim(len(names) - 0.5, -0.5); ax.margins(x=0.4)
+    ax.set(xlabel="points of macro-F1 over the baseline, 90% interval over seeds")
     ax.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     return fig
 
