@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'VIEWS', 'SOFTLABEL_FILES', 'package_versions', 'environment', 'write_provenance', 'run_convention',
-           'own_test_rows', 'Softlabels', 'save_softlabels', 'load_softlabels', 'check_alignment', 'require_alignment',
-           'backbone_guard', 'require_backbone', 'require_whole', 'own_calibration', 'require_origin', 'smoke_verdict',
-           'class_order_holds', 'require_go']
+           'own_test_rows', 'Softlabels', 'save_softlabels', 'load_softlabels', 'teacher_folder', 'check_alignment',
+           'require_alignment', 'backbone_guard', 'require_backbone', 'require_whole', 'own_calibration',
+           'require_origin', 'smoke_verdict', 'class_order_holds', 'require_go']
 
 # %% ../nbs/01_integrity_checks.ipynb #01-integrity-002
 import csv
@@ -206,6 +206,14 @@ def load_softlabels(
                    seal.dataset_index_id, z.get("splits"), str(z.get("convention", "")))
     _check_softlabels(s, folder/"softlabels.npz")
     return s
+
+# %% ../nbs/01_integrity_checks.ipynb #01-integrity-teacher_folder
+def teacher_folder(
+    softlabels,  # a folder of soft labels, as a student's args.json names it
+) -> Path:
+    "The folder of the teacher or ensemble that made soft labels: theirs lie in softlabels/ below it, a compact copy is a folder by itself."
+    folder = Path(softlabels)
+    return folder.parent if folder.name == "softlabels" else folder
 
 # %% ../nbs/01_integrity_checks.ipynb #01-integrity-023
 def check_alignment(

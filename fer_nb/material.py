@@ -16,6 +16,7 @@ from .arms import arm_labels
 from .artifacts import GateError, UsageError, convention_of
 from .evidence import EnsembleMetrics, ExportReport
 from .gates import Checklist, gates
+from .integrity import teacher_folder
 from .leaves import leaves_of, travels
 from .records import HashManifest, RunArgs
 from .references import Ledger
@@ -156,7 +157,7 @@ def _by_source(self: Material, m) -> str:
 def best_fused(self: Material, convention: str):  # (folder, metrics), or None
     "The ensemble that taught the reported student; else the best on the rows that chose weights."
     r, fused = self.reported(convention), self.fused(convention)
-    taught = Path(str(r.args.parameters.get("softlabels") or "")).parent.name if r else ""
+    taught = teacher_folder(r.args.parameters.get("softlabels") or "").name if r else ""
     return next((x for x in fused if x[0].name == taught), max(fused, key=lambda x: x[1].benchmark.macro_f1, default=None))
 
 # %% ../nbs/09f_material.ipynb #09f-017

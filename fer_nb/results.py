@@ -34,7 +34,7 @@ from .resampling import paired_interval
 from .run_report import kept_groups
 from .deploy import SHIPPED, STUDENTS, Predictor
 from .detectors import open_detector
-from .integrity import own_test_rows, run_convention
+from .integrity import own_test_rows, run_convention, teacher_folder
 from .pictures import faces_of
 from .shipping import card_of
 from .anatomy import EMOTION_AUS, make_identity, parse_aus
@@ -266,7 +266,7 @@ def taught_by(args: dict) -> str:
     if not args.get("softlabels"): return "–"
     beta = f", β {args['beta']:g}" if args["stage"] == "DKD" else ""
     how = f" (T {args['kd_temperature']:g}, α {args['alpha']:g}{beta})" if "kd_temperature" in args else ""
-    return label(Path(args["softlabels"]).parent.name) + how
+    return label(teacher_folder(args["softlabels"]).name) + how
 
 # %% ../nbs/09c_results.ipynb #09c-arm-row
 def _arm_row(name: str, runs: list[Kept], convention: str, others: list[str]) -> list[str]:
@@ -591,7 +591,7 @@ def _said_detector(name: str) -> str: return {"yunet": "YuNet", "haar": "Haar", 
 # %% ../nbs/09c_results.ipynb #09c-readme-rows
 def _teacher_of(run: Kept, roots) -> Kept:  # folders of runs, to look in
     "The ensemble whose soft labels taught a student."
-    name = Path(run.args["softlabels"]).parent.name
+    name = teacher_folder(run.args["softlabels"]).name
     return next(k for root in roots for k in find_kept(root, "ensembles", run.convention) if k.name == name)
 
 

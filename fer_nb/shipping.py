@@ -21,7 +21,7 @@ from .deploy import SHIPPED, STUDENTS, Predictor
 from .evidence import EnsembleConfig, OnnxParity
 from .exporting import answers_file, in_points, model_file
 from .geometry import Framing, Geometry
-from .integrity import own_test_rows, run_convention
+from .integrity import own_test_rows, run_convention, teacher_folder
 from .latency import show_change
 from .leaves import seal_folder
 from .records import Calibration, ReliabilityMetrics, RunArgs, ThroughDetector
@@ -162,8 +162,10 @@ def _told_training(
     start = f"from {_told_start(p)}" if p.get("init_from") else "from scratch"
     told = f"Stage {p['stage']}, {p['epochs']} epochs {start}, seed {p['seed']}."
     if not p.get("softlabels"): return told
-    root, soft = run.resolve().parents[1], Path(p["softlabels"]).parent  # runs are named from the folder that holds them all
-    teacher = next((t for t in (root/soft, root/"ensembles"/soft.name, root/"teachers"/soft.name) if t.is_dir()), root/soft)
+    root, soft = run.resolve().parents[1], teacher_folder(p["softlabels"])  # runs are named from the folder that holds them all
+    places = [t for t in (root/soft, root/"ensembles"/soft.name, root/"teachers"/soft.name) if t.is_dir()]
+    known = [t for t in places if (t/EnsembleConfig.filename).is_file()]  # a compact copy of soft labels doesn't say who is in it
+    teacher = (known or places or [root/soft])[0]
     try: members = [teacher/m.dir for m in EnsembleConfig.load(teacher).members]
     except ArtifactError: members = [teacher]
     return f"{told} Taught by the soft labels of `{teacher.name}`{_told_teachers(members)}; others' weights keep their own licences."
