@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 REFERENCE = ROOT/"runs"/"reference"
 GPU, OLDER = REFERENCE/"gpu", REFERENCE/"fer2013"
 PARTS = ("manifests", "ensembles/four_ferplus", "teachers/LITE0_ferplus", "teachers/LITE2_ferplus", "onnx",
-         "students/mobilenetv3_large_100_ferplus_img80_seed1337_KD_from_KD")
+         "students/mobilenetv3_large_100_ferplus_img80_seed1337_KD_from_KD_from_KD")
 STUDENT = f"{PARTS[-1]}/"
 DOT = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg==")  # a PNG
 
