@@ -647,7 +647,7 @@ def write_results(
     return page
 
 # %% ../nbs/09c_results.ipynb #09c-053
-GROUP = ((5, "Happy"), (37, "Surprise"), (38, "Neutral"), (9, "Sad"))  # person of seed 1337, what is drawn
+GROUP = ((5, "Happy"), (37, "Surprise"), (38, "Neutral"), (40, "Sad"))  # person of seed 1337, what is drawn
 
 
 def drawn_group(size: int = 200) -> np.ndarray:  # uint8 (h, w, 3) RGB
