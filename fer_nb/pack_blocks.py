@@ -273,7 +273,7 @@ def _below(b: Blocks, name: str) -> list[Path]:
 
 # %% ../nbs/09i_pack_blocks.ipynb #09i-029b
 MATRIX_SHOWN = {  # column -> as shown, its width
-    "arm": ("arm", 17), "macro-F1": ("macro-F1", 16), "points of macro-F1": ("points", 18), "than equal runs": ("beside equal runs", 15),
+    "arm": ("arm", 18), "macro-F1": ("macro-F1", 16), "points of macro-F1": ("points", 18), "than equal runs": ("beside equal runs", 15),
     "time": ("time", 8), "applied": ("applied", 16), "verdict": ("verdict", 14)}
 
 
@@ -287,23 +287,26 @@ def nl(b: Blocks) -> str:
         for a in s["arms"]: b.m.ledger.note("(row)", path, "arms", a)
         parts.append(b.table(["arm", "smoke test", "loss", "time against AdamW"], rows, f"Nested and negative learning, smoke test of "
                              f"{s['epochs']} epochs on {s['rows']:,} rows"))
-    for path in _below(b, NLMatrix.filename):
+    def outer_first(name): return sorted(_below(b, name), key=lambda p: len(p.parts))  # DKD's matrix lies inside of KD's
+    for path in outer_first(NLMatrix.filename):
         stage, table = b.m.ledger.read(path)["settings"]["stage"], MatrixReport(path.parent).table.reset_index()[list(MATRIX_SHOWN)]
+        table["arm"] = table["arm"].str.replace("+", " + ")  # where a narrow column may break it
         table["applied"] = table["applied"].str.removesuffix(", kept)").str.replace(" (asked: ", ", asked ")
         b.m.ledger.note("(table)", path, "runs")
         heads, widths = zip(*MATRIX_SHOWN.values())
         parts.append(b.table(list(heads), table.to_numpy().tolist(), f"{stage}: ways of learning beside the baseline, test rows: points of "
                              "macro-F1 with 95% intervals over pictures, time beside AdamW", list(widths)))
-    for path in _below(b, PhaseGate.filename):
-        g = b.m.ledger.read(path)
+    for k, path in enumerate(outer_first(PhaseGate.filename)):
+        g, beside = b.m.ledger.read(path), path.parent/NLMatrix.filename
+        stage = f"{b.m.ledger.read(beside)['settings']['stage']}: each" if beside.is_file() else "Each"
         rows = [[n, len(v["seeds"]), f"{100*v['macro_f1_difference']:+.2f} [{100*v['lower']:+.2f}, "
                  f"{100*v['upper']:+.2f}]".replace("-", "−"), f"{v['ece_difference']:+.4f}", v["verdict"]] for n, v in g["parts"].items()]
         for n in g["parts"]: b.m.ledger.note("(row)", path, "parts", n)
         parts.append(b.table(["part", "seeds", "points of macro-F1 [90% interval]", "ECE", "verdict"], rows,
-                             f"Each part against the student without it, margin {100*g['margin']:g} points; the gate is "
+                             f"{stage} part against the student without it, margin {100*g['margin']:g} points; the gate is "
                              f"{'open' if g['pass'] else 'shut'}"))
-        parts.append(b.figure(verdict_plot(PhaseGate.load(path.parent)), "nl_verdicts", "Each part's lead over its baseline on "
-                              "validation rows, beside the margin and beside how far equal runs differ."))
+        parts.append(b.figure(verdict_plot(PhaseGate.load(path.parent)), f"nl_verdicts{k or ''}", f"{stage} part's lead over its baseline "
+                              "on validation rows, beside the margin and beside how far equal runs differ."))
     return "\n\n".join(parts) or ("No run of nested learning (NL) or negative learning (NegL) stands in this run folder, so there is no "
                                   "matrix to show: nothing is said of "
                                   "them here (`fer-nb nl smoke`, then `fer-nb nl gate`).")
