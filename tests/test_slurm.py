@@ -205,7 +205,7 @@ def test_a_partition_that_is_not_there_is_refused_before_anything_is_queued(sche
     settings = yaml.safe_load((profile/"config.yaml").read_text())
     settings["set-resources"] = {"teacher": {"slurm_partition": "gpus"}}
     write_text(profile/"config.yaml", yaml.safe_dump(settings))
-    with pytest.raises(UsageError, match=r"no partition 'gpus' \(it has one\): change it in"):
+    with pytest.raises(UsageError, match=r"no partition 'gpus' \(it has cpu, gpu\): change it in"):
         require_scheduler(load_cluster(str(profile), ROOT/"workflow"))
     assert not [s for s in jobs().values() if s != "COMPLETED"]
 
