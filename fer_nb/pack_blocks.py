@@ -332,15 +332,13 @@ def noise(b: Blocks) -> str:
 
 # %% ../nbs/09i_pack_blocks.ipynb #09i-031-table
 CHANGED = {"all": "", "home": "", "corruptions": "corruptions ", "corruption": "", "severity": "severity ", "class": ""}
-
-
 SCREEN = 14  # rows of a table in the body
 
 
 def _shown_changes(changes: list, whole: bool) -> list:
     return changes if whole or len(changes) <= SCREEN else [c for c in changes if c["kind"] != "severity"][:SCREEN]
 
-
+# %% ../nbs/09i_pack_blocks.ipynb #09i-031-table-b
 def closure_table(
     b: Blocks,
     path: Path,  # gap_closure.json
@@ -400,7 +398,7 @@ def _hashes(root: Path) -> dict[str, str]:
     names = {x.file for leaves in LEAVES.values() for x in leaves if Path(x.file).suffix in (".json", ".csv", ".npz", ".txt")}
     return {p.relative_to(root).as_posix(): sha256_file(p) for p in sorted(root.rglob("*")) if p.name in names and p.is_file() and ours(p)}
 
-
+# %% ../nbs/09i_pack_blocks.ipynb #09i-034a
 def manifest_of(
     m: Material,
 ) -> dict:  # for reproducibility_manifest.json

@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
-from .artifacts import BLUE, CLASSES, GREY, ORANGE, ArtifactError, GateError, Lines, UsageError, read_npz, sha256_file, write_csv, write_npz
+from .artifacts import BLUE, CLASSES, GREY, ORANGE, ArtifactError, Lines, UsageError, read_npz, sha256_file, write_csv, write_npz
 from .blending import Blend, blend, find_blend
 from .calibration import group_codes, macro_f1, softmax
 from .callbacks import load_checkpoint, save_checkpoint
@@ -27,7 +27,7 @@ from .corruptions import CORRUPTIONS, SEVERITIES, StressedFaces, WebcamFaces, fa
 from .dual_gate import DualGate, dual_gate, offline_check, stills_check
 from .finetune import FinetuneConfig, finetune_student
 from .geometry import Geometry
-from .integrity import check_alignment, load_softlabels, write_provenance
+from .integrity import check_alignment, load_softlabels, require_alignment, teacher_folder, write_provenance
 from .leaves import seal_folder, unseal
 from .loading import PackedFaces, eval_loader
 from .own_faces import Change, GapClosure, Mix, open_mix
@@ -60,8 +60,7 @@ def answers_for(
     "What a teacher says of faces before they are spoilt."
     if not softlabels: return softmax(predict(before, eval_loader(faces))[0])
     ids, sha256 = (faces.rows[c].to_numpy(str) for c in ("id", "sha256"))
-    report = check_alignment(softlabels, ids, sha256, mix.dataset_index_id, "train", mix.convention)
-    if not report.passed: raise GateError(f"{softlabels} does not fit the training mix: {'; '.join(report.notes)}")
+    require_alignment(check_alignment(softlabels, ids, sha256, mix.dataset_index_id, "train", mix.convention))
     soft = load_softlabels(softlabels)
     return soft.probs()[soft.rows(ids)].mean(1)
 
@@ -266,12 +265,9 @@ def one_condition_each(
     return z[drawn, :, np.arange(z.shape[2])].transpose(1, 0, 2)
 
 # %% ../nbs/09d_webcams.ipynb #09d-webcams-033
-def _learn(before: nn.Module, meta: dict, start: str, mix: Mix, out: Path, rows: int, config: FinetuneConfig, bar, tell,
-           softlabels=""):
+def _learn(before: nn.Module, meta: dict, start: str, mix: Mix, own: PackedFaces, taught, out: Path, config: FinetuneConfig, bar, tell):
     "Train, and go as far as validation rows allow; best.pt holds what came of it."
     seen = WebcamFaces(some_faces(mix.val, 500, config.seed), config.webcam_share, config.most_severity, config.kinds, config.seed + 1)
-    own = some_faces(mix.train, rows, config.seed)
-    taught = answers_for(before, own, mix, softlabels) if config.taught_share else None
     tuned, _ = finetune_student(before, meta, own, seen, out/"training", config, mix.train, bar, taught,
                                 start_sha256=start, dataset_index_id=mix.dataset_index_id, convention=mix.convention)
     tell("trained")
@@ -316,13 +312,15 @@ def practise_webcams(
     before, meta, path = open_start(checkpoint)
     start, old_name = sha256_file(path), str(meta.get("name") or path.parent.name)
     mix = open_mix(manifest, cache, meta.get("convention") or "own", Geometry(**meta["geometry"]), seed=config.seed)
+    own = some_faces(mix.train, rows, config.seed)
+    taught = answers_for(before, own, mix, softlabels) if config.taught_share else None  # refuses before anything is written
     unseal(out)
     write_provenance(out, "adapt", {**asdict(config), "rows": rows, "every": every, "start": path.name, "start_sha256": start,
-                                   "softlabels": Path(softlabels).name if softlabels else ""}, config.seed,
+                                   "softlabels": teacher_folder(softlabels).name}, config.seed,
                      training_environment("cpu"))
     names = old_name, f"{old_name}, practised"
     about = {k: v for k, v in meta.items() if k not in ("temperature", "epoch", "valid_macro_f1")}
-    after, found = _learn(before, about | {"name": names[1]}, start, mix, out, rows, config, bar, tell, softlabels)
+    after, found = _learn(before, about | {"name": names[1]}, start, mix, own, taught, out, config, bar, tell)
     judged = PackedFaces(mix.test.cache, mix.test.rows.iloc[::every].reset_index(drop=True))
     key = hashlib.sha256("\n".join([start, sha256_file(out/"best.pt"), str(config.seed), *judged.rows["id"]]).encode()).hexdigest()[:12]
     logits = both_logits(before, after, judged, out/"answers"/key, seed=config.seed)

@@ -188,6 +188,8 @@ def test_the_manifest_lists_every_artifact_with_its_hash(written):
     assert len(told["files"]) > 300 and all(sha256_file(GPU/f) == told["files"][f] for f in some)
     owed = {p.relative_to(GPU).as_posix() for p in GPU.rglob("reliability_metrics.json")}
     assert owed <= set(told["files"])
+    assert set(told["beside"]) == {"fer2013", "label_noise", "nl_matrix", "corruption"}
+    assert told["beside"]["corruption"]["gap_closure.json"] == sha256_file(REFERENCE/"corruption"/"gap_closure.json")
 
 
 def test_the_kept_report_is_that_of_the_kept_runs(written):
