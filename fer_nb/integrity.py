@@ -238,7 +238,7 @@ def check_alignment(
         count_match, content_match = _compare_rows(s.of(split) if split else s, np.asarray(ids), np.asarray(sha256), notes)
         if s.dataset_index_id != dataset_index_id:
             notes.append(f"{folder}: made for dataset {s.dataset_index_id}, not for {dataset_index_id}: export the softlabels again")
-    theirs = "" if s is None else s.convention or run_convention(Path(folder).parent, known)
+    theirs = "" if s is None else s.convention or run_convention(teacher_folder(folder), known)
     if foreign := bool(convention and theirs) and theirs != convention:
         notes.append(f"{folder}: its teacher learned the labels of {theirs}, and the rows to be taught carry those of {convention}: "
                      f"take a teacher of {convention}")
@@ -246,7 +246,7 @@ def check_alignment(
         convention=theirs or None, convention_match=not foreign,
         dataset_index_id=dataset_index_id, class_order_match=class_order_match, class_order_hash=class_order_hash(),
         sample_count_match=count_match, sample_content_match=content_match, hash_manifest_match=seal_match,
-        teacher_dir=Path(folder).parent.as_posix(), passed=s is not None and not notes, notes=notes)
+        teacher_dir=teacher_folder(folder).as_posix(), passed=s is not None and not notes, notes=notes)
 
 # %% ../nbs/01_integrity_checks.ipynb #01-integrity-024
 def _compare_rows(s: Softlabels, ids: np.ndarray, sha256: np.ndarray, notes: list[str]) -> tuple[bool, bool]:

@@ -18,7 +18,6 @@ import PIL.Image
 from . import pack_figures as figures
 from .artifacts import CLASSES, sha256_file, write_bytes
 from .evidence import EnsembleGate
-from .leaves import LEAVES
 from .material import Material, short_arms
 from .nl_verdicts import MatrixReport, NLMatrix, verdict_plot
 from .noise_study import LabelNoise, noise_leads, noise_verdicts, read_noise
@@ -393,10 +392,11 @@ def adaptation(b: Blocks) -> str:
 
 # %% ../nbs/09i_pack_blocks.ipynb #09i-034
 def _hashes(root: Path) -> dict[str, str]:
-    "Every artifact below a folder of runs with its sha256; a report is none, and what begins with a dot is scaffolding."
-    def ours(p): return not any(x.startswith(".") for x in p.relative_to(root).parts) and p.relative_to(root).parts[0] != "report"
-    names = {x.file for leaves in LEAVES.values() for x in leaves if Path(x.file).suffix in (".json", ".csv", ".npz", ".txt")}
-    return {p.relative_to(root).as_posix(): sha256_file(p) for p in sorted(root.rglob("*")) if p.name in names and p.is_file() and ours(p)}
+    "Every small artifact below a folder of runs with its sha256; a report is none, and what begins with a dot is scaffolding."
+    def ours(p):
+        parts = p.relative_to(root).parts
+        return p.suffix in (".json", ".csv", ".npz", ".txt") and parts[0] != "report" and not any(x.startswith(".") for x in parts)
+    return {p.relative_to(root).as_posix(): sha256_file(p) for p in sorted(root.rglob("*")) if ours(p) and p.is_file()}
 
 # %% ../nbs/09i_pack_blocks.ipynb #09i-034a
 def manifest_of(

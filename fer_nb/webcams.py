@@ -59,10 +59,10 @@ def answers_for(
 ) -> np.ndarray:  # (N, 7) probabilities
     "What a teacher says of faces before they are spoilt."
     if not softlabels: return softmax(predict(before, eval_loader(faces))[0])
-    ids, sha256 = (faces.rows[c].to_numpy(str) for c in ("id", "sha256"))
+    ids, sha256 = (mix.train.rows[c].to_numpy(str) for c in ("id", "sha256"))  # all that they were made for, not only those to be shown
     require_alignment(check_alignment(softlabels, ids, sha256, mix.dataset_index_id, "train", mix.convention))
     soft = load_softlabels(softlabels)
-    return soft.probs()[soft.rows(ids)].mean(1)
+    return soft.probs()[soft.rows(faces.rows["id"])].mean(1)
 
 # %% ../nbs/09d_webcams.ipynb #09d-webcams-011
 def both_logits(
