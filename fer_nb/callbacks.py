@@ -345,8 +345,8 @@ def save_checkpoint(path, **content):
 
 # %% ../nbs/02b_callbacks.ipynb #02b-callbacks-c1
 ARCHITECTURE = frozenset((
-    "depths", "dims", "embed_dim", "depth", "num_heads", "mlp_ratio", "patch_size", "qkv_bias", "ls_init_value", "init_values",
-    "output_stride", "drop_rate", "drop_path_rate", "drop_block_rate", "base_width", "cardinality", "channel_multiplier",
+    "layers", "channels", "depths", "dims", "embed_dim", "depth", "num_heads", "mlp_ratio", "patch_size", "qkv_bias", "ls_init_value",
+    "init_values", "output_stride", "drop_rate", "drop_path_rate", "drop_block_rate", "base_width", "cardinality", "channel_multiplier",
     "depth_multiplier", "stem_width", "reduced_tail", "global_pool", "img_size"))  # of timm's constructors: what a network looks like
 _Number = StrictBool | Annotated[StrictInt, Field(ge=0, le=8192)] | Annotated[StrictFloat, Field(ge=0, le=8192)] | None
 _Value = _Number | Annotated[list[_Number], Field(max_length=16)] | Literal["avg", "max", "token", "map", "catavgmax", ""]

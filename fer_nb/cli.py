@@ -85,7 +85,8 @@ def cache(a):
     from fer_nb.geometry import Geometry
     from fer_nb.images import pack_cache
     from fer_nb.manifests import load_manifest
-    print(pack_cache(load_manifest(a.manifest, valid=True), Geometry(size=a.img_size), a.out, sample=a.framing_sample))
+    manifest, bar = load_manifest(a.manifest, valid=True), sys.stderr.isatty()
+    print(pack_cache(manifest, Geometry(size=a.img_size), a.out, sample=a.framing_sample, progress=bar))
 
 
 def status(a):
@@ -295,11 +296,12 @@ def export(a):
 def bench(a):
     from fer_nb.timing import time_models
     given = {k: v for k in ("batches", "threads", "providers", "runs") if (v := getattr(a, k)) is not None}
+    given["progress"] = sys.stderr.isatty()
     if a.against:
         if not a.manifest: raise UsageError("--against needs test rows: give --manifest")
         require_extra("train", "bench --against")
         from fer_nb.race import race
-        return print(race(a.models, a.against, a.manifest, a.convention, a.view, a.out, a.sample, progress=sys.stderr.isatty()))
+        return print(race(a.models, a.against, a.manifest, a.convention, a.view, a.out, a.sample, progress=given["progress"]))
     if not a.manifest: return print(time_models(a.models, a.out, **given))
     require_extra("train", "bench --manifest")
     from fer_nb.latency import bench

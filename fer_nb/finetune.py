@@ -165,12 +165,12 @@ class FinetuneConfig:
     mode: str = "full"  # full | head | norm
     epochs: int = 8  # passes over the own faces
     lr: float = 1e-3  # peak; of `head` and `norm` twice that
-    batch_size: int = 32
+    batch_size: int = 16  # own faces of a step; the replayed ones come on top
     webcam_share: float = 0.5  # of the own faces that are spoilt
     most_severity: int = 4  # of 5
     left_out: tuple = ()  # corruptions that training does not see
-    replay_share: float = 0.5  # of a batch
-    replay_weight: float = 2.0  # of a replayed face in the loss
+    replay_share: float = 0.875  # of a step's faces
+    replay_weight: float = 1.0  # of a replayed face in the loss
     ema: float = 0.98  # weights are averaged over steps: share of the past
     hold_norms: bool = True  # the norms' running statistics stay as they are
     step_back: bool = True  # after training, towards the old weights, as far as validation rows ask
@@ -214,7 +214,8 @@ def finetune_student(
     choose_trainable(tuned, config.mode)
     spoilt = WebcamFaces(own, config.webcam_share, config.most_severity, config.kinds, config.seed) if config.webcam_share else own
     mixed = MixedFaces(spoilt, replay, config.replay_share if replay is not None else 0, config.seed)
-    batches = EpochBatches(mixed, config.batch_size, train=True, seed=config.seed, augment=Augment(erase=0.1), balanced=config.balanced)
+    step = round(config.batch_size*len(mixed)/len(mixed.own))
+    batches = EpochBatches(mixed, step, train=True, seed=config.seed, augment=Augment(erase=0.1), balanced=config.balanced)
     if taught is not None and taught.shape != (len(mixed.own), len(CLASSES)):
         raise UsageError(f"taught is {taught.shape}: give {(len(mixed.own), len(CLASSES))}, a row an own face")
     loss = ReplayLoss(len(mixed.own), config.replay_weight, taught, config.taught_share)

@@ -144,16 +144,17 @@ class BenchResult(Lines):
 
 # %% ../nbs/09_onnx_latency.ipynb #09-latency-021
 def bench(
-    models: list,  # paths of ONNX files of this project
-    out=None,  # a folder; None: beside the first model
+    models: list,  # paths of ONNX files of this project; ferplus, fer2013: those that come with the package
+    out=None,  # a folder; None: beside the first model, of those that come with the package the current one
     manifest_dir=None,  # a frozen manifest: also compare how often they are right about its test faces
     view: str = "test_all_sources",  # that these come from
+    progress: bool = True,  # bars, if they take longer than two seconds
     **kwargs,  # batches, threads, providers, runs, warmup, seed of measure_latency
 ) -> BenchResult:
     "Time models against each other; writes latency_benchmarks.csv and, with a manifest, accuracy_benchmarks.csv."
     named = named_models(models)
     out = Path(out or Path(models[0]).parent)
-    right = None if manifest_dir is None else compare_accuracy(named, manifest_dir, view)
-    table = measure_latency(named, **kwargs)
+    right = None if manifest_dir is None else compare_accuracy(named, manifest_dir, view, progress=progress)
+    table = measure_latency(named, progress=progress, **kwargs)
     if right is not None: write_csv(out/"accuracy_benchmarks.csv", right)
     return BenchResult(table, write_csv(out/"latency_benchmarks.csv", table), right)

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from .artifacts import CLASSES, GateError, Lines, UsageError, write_csv
 from .calibration import accuracy
-from .deploy import STUDENTS, Predictor
+from .deploy import Predictor
 from .framing import row_image
 from .latency import show_change
 from .exporting import in_points
@@ -40,6 +40,7 @@ class Rival(BaseModel):
     classes: tuple[str, ...]  # of its outputs, in order
     size: int = Field(ge=16, le=1024)  # pixels, the side of the face
     colour: Literal["grey", "rgb", "bgr"] = "grey"
+    resize: Literal["linear", "area", "cubic"] = "linear"  # how a picture comes to that size: OpenCV's own default, and most tools'
     layout: Literal["nchw", "nhwc"] = "nchw"  # where the channel stands
     scale: float = 1.0  # a pixel of 0..255 times this ...
     shift: float = 0.0  # ... plus this
@@ -84,8 +85,7 @@ def prepare_for(
     picture: np.ndarray,  # uint8 (H, W) grey or (H, W, 3) BGR, a face that fills it
 ) -> np.ndarray:  # float32 (1, C, S, S) or (1, S, S, C)
     "One picture as another tool's model expects it."
-    shrinks = max(picture.shape[:2]) > rival.size
-    face = cv2.resize(picture, (rival.size, rival.size), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)
+    face = cv2.resize(picture, (rival.size, rival.size), interpolation=getattr(cv2, f"INTER_{rival.resize.upper()}"))
     if rival.colour == "grey": face = face if face.ndim == 2 else cv2.cvtColor(face, cv2.COLOR_BGR2GRAY)
     elif face.ndim == 2: face = cv2.cvtColor(face, cv2.COLOR_GRAY2RGB)
     elif rival.colour == "rgb": face = cv2.cvtColor(face, cv2.COLOR_BGR2RGB)
@@ -192,9 +192,8 @@ def race(
     progress: bool = True,
 ) -> Race:
     "Set students beside other tools' models on the same rows."
-    paths = [STUDENTS.get(str(m)) or m for m in models]
-    ask = _askers(named_models(paths), read_rivals(against), threads)
-    manifest, judge = load_manifest(manifest_dir, valid=True), convention or Predictor(paths[0]).convention
+    ask = _askers(named_models(models), read_rivals(against), threads)
+    manifest, judge = load_manifest(manifest_dir, valid=True), convention or Predictor(models[0]).convention
     if judge not in manifest.conventions.values():
         raise UsageError(f"{manifest_dir}: has the labels of {', '.join(sorted(set(manifest.conventions.values())))}, not of "
                          f"{judge or 'whom the model learned'}: give convention")

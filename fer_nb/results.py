@@ -6,7 +6,7 @@
 __all__ = ['SAID', 'RARE', 'CHOSEN', 'OPENING', 'PENDING', 'MARKS', 'GROUP', 'COLOURS', 'span', 'points', 'spread', 'reach',
            'md_table', 'said', 'Kept', 'find_kept', 'conventions_in', 'label', 'how_trained', 'how_fused',
            'models_section', 'gains_section', 'chain_of', 'find_arms', 'taught_by', 'students_section',
-           'comparisons_section', 'Shipped', 'find_shipped', 'sets_section', 'shown', 'shipped_section',
+           'comparisons_section', 'Shipped', 'find_shipped', 'sets_section', 'shown', 'shipped_section', 'race_section',
            'tuning_section', 'older_section', 'session_section', 'measured_section', 'results_page', 'readme_table',
            'between_marks', 'write_results', 'drawn_group', 'write_picture']
 
@@ -463,6 +463,22 @@ def shipped_section(reference, root) -> str:
     "All about the students that ship."
     return _section("The students that ship", *(_shipped_section(reference, s) for s in find_shipped(root)))
 
+# %% ../nbs/09c_results.ipynb #09c-race-section
+def race_section(reference) -> str:
+    "The students that ship beside other tools' models, on the same rows."
+    parts = []
+    for path in sorted(Path(reference).glob("race/*/race.csv")):
+        t = pd.read_csv(path)
+        def told(r, k): return span(getattr(r, k), getattr(r, f"{k}_low"), getattr(r, f"{k}_high"))
+        def gain(r): return "" if r.Index == 0 else points(r.change, r.change_low, r.change_high)
+        rows = [[r.model, *(told(r, k) for k in ("accuracy", "macro_f1", "ece")), gain(r), f"{r.p50_ms:.2f}"] for r in t.itertuples()]
+        columns = ["model", "accuracy", "macro-F1", "ECE", "points of accuracy over the first", "ms a face"]
+        parts.append(_section(f"By {said(path.parent.name)}'s labels, n = {t['n'].iloc[0]:,}", md_table(columns, rows), level=3))
+    about = ("Each model gets the dataset's own picture and does all of its own work on one thread, in turn with the others; "
+             "[rivals.yaml](race/rivals.yaml) says how each is fed. Another tool's training rows are not known here: pictures of these "
+             "test parts may have been among them.")
+    return _section("Beside other tools' models", about, *parts) if parts else ""
+
 # %% ../nbs/09c_results.ipynb #09c-041
 def tuning_section(root) -> str:
     "What was tried on validation rows."
@@ -564,7 +580,7 @@ def results_page(reference) -> str:
         own = [_reading_section(reference, c), models_section(reference, root, c), gains_section(reference, root, c),
                students_section(root, c), comparisons_section(root, c), sets_section(root, c)]
         parts.append(_section(f"Models that learned {said(c)}'s labels, judged by them", *own))
-    parts.append(shipped_section(reference, root))
+    parts += [shipped_section(reference, root), race_section(reference)]
     for c in conventions_in(first):
         own = [models_section(reference, first, c), gains_section(reference, first, c), sets_section(first, c)]
         parts.append(_section(f"The teachers of the first loan: {said(c)}'s labels", *own))

@@ -34,10 +34,11 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, f
 
 from .artifacts import STAGES, ArtifactError, FerError, GateError, UsageError, write_text
 from .cluster import CHATTER as CLUSTER_CHATTER
-from .cluster import Cluster, JobLogs, fate, load_cluster, require_plugin, require_scheduler
+from .cluster import Cluster, JobLogs, StuckJobs, fate, load_cluster, require_plugin, require_scheduler
 from .leaves import check_seal, unseal
 from .locks import LOCK, RUN_PID, end_with_parent, hold, life_of, passing_folder, sweep
 from .progress import EpochWatch, Forecast, Stage, Walk, between, expected, read_plan, span, told_failure, why
+from .run_part import run_part
 from .records import DatasetIndex, HashManifest, RunArgs
 from .sources import ADAPTERS, Tree, any_folder, parse_source
 
@@ -141,6 +142,21 @@ def _transport(folder: str):  # traitlets' Config
     way = {"transport": "ipc", "ip": f"{folder}/kernel"} if files else {"transport": "tcp"}
     return Config(KernelManager={**way, "connection_file": f"{folder}/kernel.json"})
 
+# %% ../nbs/09a_runs.ipynb #09a-runs-013b
+def _run_part_engine(path: Path) -> str | None:  # papermill's name of it; None: its usual one
+    "Papermill's engine, for the run part of this project's notebooks; somebody else's are executed whole."
+    if path.resolve().parent != (project_root()/"nbs").resolve(): return None
+    from papermill.engines import NBClientEngine, papermill_engines
+
+    class RunPart(NBClientEngine):
+        @classmethod
+        def execute_managed_notebook(cls, nb_man, *args, **kwargs):
+            nb_man.nb.cells = run_part(nb_man.nb.cells, path.stem)
+            return super().execute_managed_notebook(nb_man, *args, **kwargs)
+
+    papermill_engines.register("fer_nb", RunPart)
+    return "fer_nb"
+
 # %% ../nbs/09a_runs.ipynb #09a-runs-h01
 WRITES = ("out", "session")  # the parameters that name the folder which a stage writes
 
@@ -186,7 +202,7 @@ def run_notebook(
             with _told_epochs(path, parameters, say):
                 papermill.execute_notebook(
                     str(path), str(out), parameters=parameters, progress_bar=bar, kernel_name="python3", autosave_cell_every=5,
-                    extra_arguments=["--IPKernelApp.log_level=50"], config=_transport(sockets))
+                    engine_name=_run_part_engine(path), extra_arguments=["--IPKernelApp.log_level=50"], config=_transport(sockets))
         except papermill.PapermillExecutionError as e:
             kind = e.ename if e.ename in ("UsageError", "GateError", "ArtifactError") else f"unexpected {e.ename}"
             failed = NotebookFailed(f"{path.stem} stopped: {e.evalue} ({kind}; the executed notebook is {out})")
@@ -629,7 +645,9 @@ def _walk(name: str, config: dict, folder: Path, cores: int, stages: list[Stage]
     how = f"as jobs of {cluster.executor}" if cluster else f"{between(*forecast.left(0))} on {cores} cores"
     if stages: print(f"{len(stages)} stages to run in {os.path.relpath(folder)}, {how}", flush=True)
     walk = Walk(forecast, at=os.path.relpath(folder), queued=bool(cluster))
-    with walk, JobLogs(cluster.logs(folder), walk.hear) if cluster else contextlib.nullcontext():
+    watches = [JobLogs(cluster.logs(folder), walk.hear), StuckJobs(folder, walk.say)] if cluster else []
+    with walk, contextlib.ExitStack() as stack:
+        for w in watches: stack.enter_context(w)
         failed = _snakemake([*command, *quiet], walk.hear, held, cluster)
     if failed:
         n = len(walk.failed)

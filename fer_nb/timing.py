@@ -20,7 +20,7 @@ from fastcore.basics import patch
 from tqdm.auto import tqdm
 
 from .artifacts import GateError, Lines, UsageError, write_text
-from .deploy import open_session, read_facts
+from .deploy import STUDENTS, open_session, read_facts
 from .geometry import normalise
 
 # %% ../nbs/05c_timing.ipynb #05c-timing-005
@@ -182,19 +182,20 @@ def measure_times(
 
 # %% ../nbs/05c_timing.ipynb #05c-timing-024
 def named_models(
-    paths,  # ONNX files
+    paths,  # ONNX files; ferplus and fer2013 are those that come with the package
 ) -> dict[str, Path]:
     "Files by a name that tells them apart."
-    paths = [Path(p) for p in paths]
-    if not paths: raise UsageError("no model to time: give at least one ONNX file")
-    stems = [p.stem for p in paths]
-    named = {p.stem if stems.count(p.stem) == 1 else f"{p.parent.name}/{p.stem}": p for p in paths}
-    return named if len(named) == len(paths) else {str(p): p for p in paths}
+    given = {str(p): STUDENTS.get(str(p)) or Path(p) for p in paths}
+    if not given: raise UsageError("no model to time: give at least one ONNX file")
+    stems = [p.stem for p in given.values()]
+    def short(said, p): return said if said in STUDENTS else p.stem if stems.count(p.stem) == 1 else f"{p.parent.name}/{p.stem}"
+    named = {short(said, p): p for said, p in given.items()}
+    return named if len(named) == len(given) else given
 
 # %% ../nbs/05c_timing.ipynb #05c-timing-026
 def time_models(
-    models: list,  # paths of ONNX files of this project
-    out=None,  # a folder; None: beside the first model
+    models: list,  # paths of ONNX files of this project; ferplus, fer2013: those that come with the package
+    out=None,  # a folder; None: beside the first model, of those that come with the package the current one
     **kwargs,  # of measure_times
 ) -> Times:
     "Time models against each other; writes latency_benchmarks.csv."

@@ -37,7 +37,7 @@ from .starts import open_start
 from .training import predict, training_environment
 
 # %% ../nbs/09d_webcams.ipynb #09d-webcams-005
-PRACTICE = FinetuneConfig(epochs=6, lr=1e-3, batch_size=64, webcam_share=0.8, most_severity=5, left_out=("backlight", "low_resolution"),
+PRACTICE = FinetuneConfig(epochs=6, lr=1e-3, batch_size=45, webcam_share=0.8, most_severity=5, left_out=("backlight", "low_resolution"),
                           replay_share=0.3, replay_weight=1.0, ema=0.995)
 
 # %% ../nbs/09d_webcams.ipynb #09d-webcams-007

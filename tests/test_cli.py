@@ -13,6 +13,7 @@ import cv2
 import nbformat
 import numpy as np
 import pytest
+from tqdm.auto import tqdm
 
 from fer_nb import cli
 from fer_nb.artifacts import write_npz
@@ -215,3 +216,15 @@ def test_a_race_without_what_it_needs_is_refused_in_one_line(wrong, words, tmp_p
     assert cli.main(["bench", "fer2013", *wrong]) == 2
     said = capsys.readouterr().err.strip().splitlines()
     assert len(said) == 1 and words in said[0]
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_bench_draws_its_bar_in_a_terminal_alone(terminal, tmp_path, monkeypatch):
+    hidden = []
+    def drawn(*args, disable=False, delay=0, **kwargs):
+        hidden.append(disable)
+        return tqdm(*args, disable=True, **kwargs)
+    monkeypatch.setattr("fer_nb.timing.tqdm", drawn)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: terminal, raising=False)
+    assert cli.main(["bench", "fer2013", "--runs", "1", "--threads", "1", "--out", str(tmp_path)]) == 0
+    assert hidden == [not terminal]

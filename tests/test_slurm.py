@@ -19,7 +19,7 @@ import yaml
 
 from fer_nb import runs
 from fer_nb.artifacts import GateError, UsageError, write_text
-from fer_nb.cluster import JobLogs, load_cluster, require_plugin, require_scheduler, rules_of
+from fer_nb.cluster import JobLogs, StuckJobs, load_cluster, require_plugin, require_scheduler, rules_of
 from fer_nb.geometry import Geometry
 from fer_nb.images import pack_cache
 from fer_nb.leaves import check_seal
@@ -198,6 +198,48 @@ def test_three_seeds_are_three_jobs_and_a_preempted_one_goes_on(scheduler, profi
     assert kept + 1 <= again[0] <= len(before) + 2 and again[-1] == EPOCHS
     assert [len(re.findall(rf"seed{s}_CE/05_students.ipynb  done in", said)) for s in SEEDS] == [1, 1, 1], said
     assert f"seed1_CE/05_students.ipynb: epoch {EPOCHS} of {EPOCHS}" in said and not re.search("slurm|account|Job", said, re.I), said
+
+
+@pytest.mark.timeout(1800)
+def test_a_job_whose_walltime_is_over_goes_on_from_its_last_epoch(scheduler, profile, run, capsys):
+    settings = yaml.safe_load((profile/"config.yaml").read_text())
+    settings["set-resources"]["student"]["runtime"] = "1 if attempt == 1 else 50"  # minutes
+    write_text(profile/"config.yaml", yaml.safe_dump(settings))
+    config = yaml.safe_load((run/"profile.yaml").read_text())
+    config["stages"]["CE"]["epochs"] = 200  # more than a minute's
+    write_text(run/"profile.yaml", yaml.safe_dump(config))
+    cluster, walk = load_cluster(str(profile), ROOT/"workflow"), Walk(Forecast([], 2, 210), queued=True)
+    target = str((student(run, 1)/"hash_manifest.json").relative_to(run))
+    with walk, JobLogs(cluster.logs(run), walk.hear):
+        command = [*runs._command(run/"profile.yaml", run, cluster.cores, cluster), "--quiet", "rules", "host", "progress", "reason", "--"]
+        failed = runs._snakemake([*command, target], walk.hear, cluster=cluster)
+    said = capsys.readouterr().out
+    assert not failed and "its walltime was over (runtime)" in said, said[-3000:]
+    check_seal(student(run, 1))
+    assert list(pd.read_csv(student(run, 1)/"history.csv")["epoch"]) == list(range(200))
+    first, second = sorted((run/".snakemake"/"slurm").rglob("*.log"), key=lambda p: int(p.stem))
+    heard = [[int(n) for n in re.findall(r"epoch (\d+) of 200", p.read_text())] for p in (first, second)]
+    assert 1 < heard[1][0] <= heard[0][-1] + 2, "it began anew"
+
+
+@pytest.mark.timeout(300)
+def test_a_job_that_asks_for_more_time_than_its_partition_gives_is_told_of(scheduler, profile, run, capsys):
+    settings = yaml.safe_load((profile/"config.yaml").read_text())
+    settings["set-resources"]["student"]["runtime"] = 61  # minutes, and the partition gives an hour
+    write_text(profile/"config.yaml", yaml.safe_dump(settings))
+    cluster, told = load_cluster(str(profile), ROOT/"workflow"), []
+    command = [*runs._command(run/"profile.yaml", run, cluster.cores, cluster), "--"]
+    p = subprocess.Popen([*command, str((student(run, 1)/"hash_manifest.json").relative_to(run))], stdout=subprocess.DEVNULL,
+                         stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        with StuckJobs(run, told.append, every=0.5): until(lambda: told, 120, "the word that it will not start")
+    finally:
+        subprocess.run(["scancel", "-u", getpass.getuser()], capture_output=True)
+        os.killpg(p.pid, signal.SIGKILL)
+        p.wait()
+    assert len(told) == 1 and "waits and will not start: it asks for more time than it may have there (runtime)" in told[0]
+    assert "student" in told[0] and "PartitionTimeLimit" in told[0]
+    until(lambda: not answer("squeue", "-h"), 60, "the cancelled job to be gone")
 
 
 @pytest.mark.timeout(300)
