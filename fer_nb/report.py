@@ -22,7 +22,6 @@ from textwrap import fill
 
 import PIL.Image
 import matplotlib.pyplot as plt
-import nbformat
 import numpy as np
 import pandas as pd
 import pypandoc
@@ -44,6 +43,10 @@ from fer_nb.records import (
     TrainingHistory,
 )
 from .reliability import draw_bars, draw_confusion, reliability_table
+from .run_part import without
+
+# %% ../nbs/09b_report.ipynb #09b-report-002b
+with without("rfc3987_syntax"): import nbformat
 
 # %% ../nbs/09b_report.ipynb #09b-report-005
 def _own_test(folder) -> tuple[np.ndarray, np.ndarray]:  # (N, 7) float32, (N,) int64

@@ -38,7 +38,7 @@ from .cluster import Cluster, JobLogs, StuckJobs, fate, load_cluster, require_pl
 from .leaves import check_seal, unseal
 from .locks import LOCK, RUN_PID, end_with_parent, hold, life_of, passing_folder, sweep
 from .progress import EpochWatch, Forecast, Stage, Walk, between, expected, read_plan, span, told_failure, why
-from .run_part import run_part
+from .run_part import run_part, without
 from .records import DatasetIndex, HashManifest, RunArgs
 from .sources import ADAPTERS, Tree, any_folder, parse_source
 
@@ -195,7 +195,7 @@ def run_notebook(
     check_parameters(path, parameters)
     if Path(out).is_dir(): raise UsageError(f"'{out}' is a folder: give the executed notebook's file")
     with _held(parameters), passing_folder() as sockets:
-        import papermill  # takes seconds, for which nobody who is refused should wait
+        with without("rfc3987_syntax"): import papermill  # takes seconds, for which nobody who is refused should wait
         logging.getLogger("papermill").setLevel(logging.ERROR)  # its own parser of parameters warns of lists; ours has checked them
         Path(out).parent.mkdir(parents=True, exist_ok=True)
         try:
