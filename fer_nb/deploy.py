@@ -6,7 +6,7 @@
 __all__ = ['SCHEMA', 'MAX_BIAS', 'OPENERS', 'BATCH', 'SURE', 'SHIPPED', 'STUDENTS', 'ModelFacts', 'read_facts', 'provider_name',
            'node_counts', 'assert_provider', 'open_session', 'class_values', 'probabilities', 'read_class_values',
            'write_class_values', 'require_recorded', 'open_onnx', 'checkpoint_facts', 'open_checkpoint', 'prepared',
-           'check_prepared', 'Predictor']
+           'check_prepared', 'card_of', 'Predictor']
 
 # %% ../nbs/05b_predictor.ipynb #05b-deploy-002
 import copy
@@ -357,6 +357,14 @@ BATCH = 64  # faces that go through the network at once
 SURE = 0.5  # lead of the best class over the next, from which a detected face is not looked at again
 SHIPPED = Path(str(files("fer_nb")))/"models"/"student.onnx"  # the student that comes with the package; MODEL_CARD.md beside it tells of it
 STUDENTS = {"ferplus": SHIPPED, "fer2013": SHIPPED.with_name("student_fer2013.onnx")}  # whose labels it learned -> its file
+
+# %% ../nbs/05b_predictor.ipynb #05b-deploy-050b
+def card_of(
+    model,  # a student's file in the package
+) -> Path:
+    "Its card."
+    path = Path(model)
+    return path.with_name(f"MODEL_CARD{path.stem.removeprefix(SHIPPED.stem)}.md")
 
 # %% ../nbs/05b_predictor.ipynb #05b-deploy-051
 def _check_model_path(path) -> Path:

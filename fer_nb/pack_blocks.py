@@ -19,14 +19,10 @@ from . import pack_figures as figures
 from .artifacts import CLASSES, sha256_file, write_bytes
 from .evidence import EnsembleGate
 from .material import Material, short_arms
-from .nl_verdicts import MatrixReport, NLMatrix, verdict_plot
-from .noise_study import LabelNoise, noise_leads, noise_verdicts, read_noise
-from .phase import NLSmoke, PhaseGate
 from .references import NO_BREAK, account, worded
 from .report import by_source_table, data_tables
 from .results import label, md_table, said
 from .surprises import surprises
-from .webcams import corruption_lines, read_webcams
 
 # %% ../nbs/09i_pack_blocks.ipynb #09i-005
 def small_png(
@@ -279,7 +275,7 @@ MATRIX_SHOWN = {  # column -> as shown, its width
 def nl(b: Blocks) -> str:
     "The matrix of nested and negative learning."
     parts = []
-    for path in _below(b, NLSmoke.filename):
+    for path in _below(b, "nl_smoke.json"):
         s = b.m.ledger.read(path)
         rows = [[a, v["go_no_go"], f"{v['loss_curve'][0]:.3f} → {v['loss_curve'][-1]:.3f}", f"{v['time_ratio']:.2f}×"] for a,
                 v in s["arms"].items()]
@@ -287,7 +283,8 @@ def nl(b: Blocks) -> str:
         parts.append(b.table(["arm", "smoke test", "loss", "time against AdamW"], rows, f"Nested and negative learning, smoke test of "
                              f"{s['epochs']} epochs on {s['rows']:,} rows"))
     def outer_first(name): return sorted(_below(b, name), key=lambda p: len(p.parts))  # DKD's matrix lies inside of KD's
-    for path in outer_first(NLMatrix.filename):
+    for path in outer_first("nl_matrix.json"):
+        from fer_nb.nl_verdicts import MatrixReport  # brings torch, seconds that only a run with a matrix should wait
         stage, table = b.m.ledger.read(path)["settings"]["stage"], MatrixReport(path.parent).table.reset_index()[list(MATRIX_SHOWN)]
         table["arm"] = table["arm"].str.replace("+", " + ")  # where a narrow column may break it
         table["applied"] = table["applied"].str.removesuffix(", kept)").str.replace(" (asked: ", ", asked ")
@@ -295,8 +292,10 @@ def nl(b: Blocks) -> str:
         heads, widths = zip(*MATRIX_SHOWN.values())
         parts.append(b.table(list(heads), table.to_numpy().tolist(), f"{stage}: ways of learning beside the baseline, test rows: points of "
                              "macro-F1 with 95% intervals over pictures, time beside AdamW", list(widths)))
-    for k, path in enumerate(outer_first(PhaseGate.filename)):
-        g, beside = b.m.ledger.read(path), path.parent/NLMatrix.filename
+    for k, path in enumerate(outer_first("nl_phase_gate.json")):
+        from fer_nb.nl_verdicts import verdict_plot
+        from fer_nb.phase import PhaseGate
+        g, beside = b.m.ledger.read(path), path.parent/"nl_matrix.json"
         stage = f"{b.m.ledger.read(beside)['settings']['stage']}: each" if beside.is_file() else "Each"
         rows = [[n, len(v["seeds"]), f"{100*v['macro_f1_difference']:+.2f} [{100*v['lower']:+.2f}, "
                  f"{100*v['upper']:+.2f}]".replace("-", "−"), f"{v['ece_difference']:+.4f}", v["verdict"]] for n, v in g["parts"].items()]
@@ -314,7 +313,8 @@ def nl(b: Blocks) -> str:
 def noise(b: Blocks) -> str:
     "The study of label noise: what each way gains over CE, and whether negative learning passes its bars."
     parts = []
-    for path in _below(b, LabelNoise.filename):
+    for path in _below(b, "label_noise.json"):
+        from fer_nb.noise_study import noise_leads, noise_verdicts, read_noise  # brings torch, as above
         summary = read_noise(path.parent)[1]
         hardest = summary[(summary["kind"] == "real") | (summary["rate"] >= summary["rate"].max() - 1e-9)]
         for name in (path.name, "label_noise.csv"): b.m.ledger.note("(table)", path.parent/name)
@@ -358,6 +358,7 @@ def closure_table(
 # %% ../nbs/09i_pack_blocks.ipynb #09i-031-practice
 def practice(b: Blocks, path: Path) -> list[str]:  # paragraphs
     "What practice on spoilt faces closes of the gap under webcam corruptions, and what it costs on clean ones."
+    from fer_nb.webcams import corruption_lines, read_webcams  # brings torch, as above
     gap, table, _ = read_webcams(path.parent)
     at, show = {c.kind: i for i, c in reversed(list(enumerate(gap.changes)))}, b.m.ledger.show
     def told(kind, key, form=".3f"): return show(path, "changes", at[kind], key, form=form)

@@ -32,11 +32,10 @@ from .calibration import macro_f1
 from .reliability import evaluate
 from .resampling import paired_interval
 from .run_report import kept_groups
-from .deploy import SHIPPED, STUDENTS, Predictor
+from .deploy import SHIPPED, STUDENTS, Predictor, card_of
 from .detectors import open_detector
 from .integrity import own_test_rows, run_convention, teacher_folder
 from .pictures import faces_of
-from .shipping import card_of
 from .anatomy import EMOTION_AUS, make_identity, parse_aus
 from .painting import Shot, paint_background, render_face
 

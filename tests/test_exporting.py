@@ -18,7 +18,7 @@ from fer_nb import artifacts, exporting, timing
 from fer_nb.artifacts import CLASSES, ArtifactError, FerError, GateError, UsageError, sha256_file
 from fer_nb.calibration import softmax
 from fer_nb.callbacks import save_checkpoint
-from fer_nb.deploy import Predictor, prepared
+from fer_nb.deploy import Predictor, card_of, prepared
 from fer_nb.evidence import ExportReport, OnnxParity
 from fer_nb.exporting import (
     PRECISIONS,
@@ -37,7 +37,7 @@ from fer_nb.latency import answers, bench, compare_accuracy, measure_latency, pl
 from fer_nb.manifests import labels_of, load_manifest
 from fer_nb.records import RunArgs
 from fer_nb.run_report import report_run
-from fer_nb.shipping import card_of, ship, told_latency
+from fer_nb.shipping import ship, told_latency
 from fer_nb.teachers import Teacher
 from fer_nb.timing import file_precision, interleaved
 from fer_nb.training import embedded_data
