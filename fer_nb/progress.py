@@ -116,8 +116,8 @@ def why(
     return stage.reason.partition(";")[0][:60] or "asked for"
 
 # %% ../nbs/09a_progress.ipynb #09a-progress-020
-FIXED = {"synthetic": 14, "manifests": 12, "images": 14, "teacher": 32, "student": 36, "ensemble": 17, "student_summary": 18, "onnx": 42,
-         "demo": 16, "score": 18, "report": 18}  # seconds: a kernel, imports, plots
+FIXED = {"synthetic": 7, "manifests": 6, "images": 9, "teacher": 18, "student": 21, "ensemble": 9, "student_summary": 7, "onnx": 28,
+         "demo": 6, "score": 6, "report": 26}  # seconds: a kernel, imports, plots
 A_FACE = {"synthetic": 0.009, "manifests": 0.001, "images": 0.0015}  # seconds for each picture
 SPEED = {"RN18": 45, "B3": 24, "CNXT": 90, "VIT": 90, "RN50": 18}  # pictures a second, trained, at 48 px on one core
 STUDENT_SPEED, OTHER_SPEED = 100, 30
@@ -126,8 +126,11 @@ STUDENT_SPEED, OTHER_SPEED = 100, 30
 def _smaller(stage: Stage) -> float:
     "How much faster a network made smaller is, roughly: by its width."
     args = stage.parameters.get("model_args") or {}
-    width = args.get("embed_dim", 384)/384 if "embed_dim" in args else (args.get("dims") or [96])[0]/96
-    return max(0.05, width**2 * (args.get("depth", 12)/12 if "depth" in args else sum(args.get("depths") or [18])/18))
+    usual = {"embed_dim": 384, "dims": 96, "channels": 64, "depth": 12, "depths": 18, "layers": 8}  # layers: of ResNet-18
+    given = {k: v if isinstance(v, list) else [v] for k, v in args.items() if v}
+    width = next((given[k][0]/usual[k] for k in ("embed_dim", "dims", "channels") if k in given), 1.0)
+    depth = next((sum(given[k])/usual[k] for k in ("depth", "depths", "layers") if k in given), 1.0)
+    return max(0.05, width**2 * depth)
 
 # %% ../nbs/09a_progress.ipynb #09a-progress-021
 def epoch_seconds(
