@@ -203,6 +203,20 @@ def test_kernels_take_no_port_that_another_could_take_first(tmp_path, monkeypatc
     if transport == "ipc": assert Path(answer["ip"]).is_absolute() and not Path(answer["ip"]).parent.exists()  # one kernel's own, and gone
 
 
+def test_a_stage_runs_the_run_of_its_notebook_and_another_notebook_whole(tmp_path):
+    run_notebook("06a_session_scores", tmp_path/"scores.ipynb")
+    cells = nbformat.read(tmp_path/"scores.ipynb", 4).cells
+    whole = nbformat.read(ROOT/"nbs"/"06a_session_scores.ipynb", 4).cells
+    assert len(cells) < len(whole)/2 and cells[0].source == whole[0].source and "Only the run of `06a_session_scores`" in cells[1].source
+    assert all(c.execution_count for c in cells if c.cell_type == "code" and c.source.strip()), "a cell was left out"
+    own = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("print('a story')"),
+                                          nbformat.v4.new_code_cell("x = 1", metadata={"tags": ["parameters"]})],
+                                   metadata={"kernelspec": {"name": "python3", "language": "python", "display_name": "Python 3"}})
+    nbformat.write(own, tmp_path/"own.ipynb")
+    run_notebook(str(tmp_path/"own.ipynb"), tmp_path/"done.ipynb", {"x": 2})
+    assert nbformat.read(tmp_path/"done.ipynb", 4).cells[0].outputs[0].text == "a story\n"
+
+
 # --- beside other tools' models
 
 

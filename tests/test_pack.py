@@ -2,6 +2,7 @@
 import base64
 import re
 import shutil
+import subprocess
 import sys
 from html import unescape
 from pathlib import Path
@@ -101,6 +102,11 @@ def test_a_broken_seal_is_no_go_in_the_report(run, tmp_path):
     path = run/STUDENT/"reliability_metrics.json"
     write_json(path, read_json(path) | {"resamples": 999})
     assert "**NO-GO**" in text_of(run, tmp_path)
+
+
+def test_a_report_begins_without_torch():
+    code = "import sys, fer_nb.pack; sys.exit('torch' in sys.modules or 'timm' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_no_number_is_typed_in_the_sources():
