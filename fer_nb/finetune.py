@@ -170,7 +170,7 @@ class FinetuneConfig:
     most_severity: int = 4  # of 5
     left_out: tuple = ()  # corruptions that training does not see
     replay_share: float = 0.875  # of a step's faces
-    replay_weight: float = 1.0  # of a replayed face in the loss
+    replay_weight: float = 4.0  # of a replayed face in the loss
     ema: float = 0.98  # weights are averaged over steps: share of the past
     hold_norms: bool = True  # the norms' running statistics stay as they are
     step_back: bool = True  # after training, towards the old weights, as far as validation rows ask

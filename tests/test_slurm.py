@@ -206,7 +206,7 @@ def test_a_job_whose_walltime_is_over_goes_on_from_its_last_epoch(scheduler, pro
     settings["set-resources"]["student"]["runtime"] = "1 if attempt == 1 else 50"  # minutes
     write_text(profile/"config.yaml", yaml.safe_dump(settings))
     config = yaml.safe_load((run/"profile.yaml").read_text())
-    config["stages"]["CE"]["epochs"] = 200  # more than a minute's
+    config["stages"]["CE"]["epochs"] = 150  # more than a minute's
     write_text(run/"profile.yaml", yaml.safe_dump(config))
     cluster, walk = load_cluster(str(profile), ROOT/"workflow"), Walk(Forecast([], 2, 210), queued=True)
     target = str((student(run, 1)/"hash_manifest.json").relative_to(run))
@@ -216,9 +216,9 @@ def test_a_job_whose_walltime_is_over_goes_on_from_its_last_epoch(scheduler, pro
     said = capsys.readouterr().out
     assert not failed and "its walltime was over (runtime)" in said, said[-3000:]
     check_seal(student(run, 1))
-    assert list(pd.read_csv(student(run, 1)/"history.csv")["epoch"]) == list(range(200))
+    assert list(pd.read_csv(student(run, 1)/"history.csv")["epoch"]) == list(range(150))
     first, second = sorted((run/".snakemake"/"slurm").rglob("*.log"), key=lambda p: int(p.stem))
-    heard = [[int(n) for n in re.findall(r"epoch (\d+) of 200", p.read_text())] for p in (first, second)]
+    heard = [[int(n) for n in re.findall(r"epoch (\d+) of 150", p.read_text())] for p in (first, second)]
     assert 1 < heard[1][0] <= heard[0][-1] + 2, "it began anew"
 
 
