@@ -469,7 +469,7 @@ def race_section(reference) -> str:
     for path in sorted(Path(reference).glob("race/*/race.csv")):
         t = pd.read_csv(path)
         def told(r, k): return span(getattr(r, k), getattr(r, f"{k}_low"), getattr(r, f"{k}_high"))
-        def gain(r): return "" if r.Index == 0 else points(r.change, r.change_low, r.change_high)
+        def gain(r): return "" if r.Index == 0 else points(r.change/100, r.change_low/100, r.change_high/100)
         rows = [[r.model, *(told(r, k) for k in ("accuracy", "macro_f1", "ece")), gain(r), f"{r.p50_ms:.2f}"] for r in t.itertuples()]
         columns = ["model", "accuracy", "macro-F1", "ECE", "points of accuracy over the first", "ms a face"]
         parts.append(_section(f"By {said(path.parent.name)}'s labels, n = {t['n'].iloc[0]:,}", md_table(columns, rows), level=3))
