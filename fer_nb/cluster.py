@@ -182,7 +182,8 @@ def fate(
 STUCK = {
     **dict.fromkeys(("PartitionTimeLimit", "QOSMaxWallDurationPerJobLimit", "AssocMaxWallDurationPerJobLimit"),
                     "it asks for more time than it may have there (runtime)"),
-    **dict.fromkeys(("PartitionNodeLimit", "PartitionConfig", "BadConstraints", "QOSMaxCpuPerJobLimit", "QOSMaxMemoryPerJob",
+    "PartitionConfig": "it asks for more than its partition gives (runtime, mem_mb, gpu, set-threads)",
+    **dict.fromkeys(("PartitionNodeLimit", "BadConstraints", "QOSMaxCpuPerJobLimit", "QOSMaxMemoryPerJob",
                      "QOSMaxGRESPerJob", "AssocMaxCpuPerJobLimit", "AssocMaxMemPerJob", "AssocMaxGRESPerJob"),
                     "it asks for more than any node there gives (set-threads, mem_mb, gpu)"),
     **dict.fromkeys(("AccountNotAllowed", "InvalidAccount", "AssociationNotFound"), "its account may not run there (slurm_account)"),
