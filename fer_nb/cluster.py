@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -122,12 +123,14 @@ def require_scheduler(cluster: Cluster):
                      f"change it in {cluster.folder/'config.yaml'}, or in a copy of that folder for --cluster")
 
 # %% ../nbs/09a_progress_cluster.ipynb #09a-cluster-018b
-class Watch:
+class Watch(ABC):
     "Looks at something again and again, in a thread of its own, while a run goes on."
     def __init__(self, every: float):  # seconds
         self.every, self.over = every, threading.Event()
 
-    def look(self): raise NotImplementedError
+    @abstractmethod
+    def look(self):
+        "Look once."
 
     def _watch(self):
         while not self.over.wait(self.every): self.look()
