@@ -345,9 +345,9 @@ def closure_table(
 ) -> str:
     "What adaptation changed, a row a class, corruption or stratum."
     g = b.m.ledger.read(path)
-    def closed(c):
+    def closed(c):  # of a gap below a point, a share says nothing
         gap = None if g.get("home_macro_f1") is None or c["kind"] in ("home", "class") else g["home_macro_f1"] - c["before"]
-        return f"{(c['after'] - c['before'])/gap:.0%}".replace("-", "−") if gap and gap > 0 else "–"
+        return f"{(c['after'] - c['before'])/gap:.0%}".replace("-", "−") if gap and gap >= 0.01 else "–"
     rows = [[(CHANGED.get(c["kind"], f"{c['kind']} ") + c["name"]).replace("_", " "), *(worded(c[k]) for k in ("before", "after")),
              worded(c["change"], "pt"), closed(c)] for c in _shown_changes(g["changes"], whole)]
     b.m.ledger.note("(table)", path, "changes")

@@ -155,9 +155,9 @@ def webcam_changes(
 def share_closed(
     change: Change,
     home: float,  # clean macro-F1 of the old model
-) -> float | None:  # None without a gap
+) -> float | None:  # None where the gap is below a point: a share says nothing there
     "The share of a gap that is gone."
-    return (change.after - change.before)/(home - change.before) if home > change.before else None
+    return (change.after - change.before)/(home - change.before) if home - change.before >= 0.01 else None
 
 # %% ../nbs/09d_webcams.ipynb #09d-webcams-025
 def corruption_table(
