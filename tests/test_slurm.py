@@ -231,9 +231,12 @@ def test_a_job_whose_walltime_is_over_goes_on_from_its_last_epoch(scheduler, pro
         told = {p.stem: [int(n) for n in re.findall(r"epoch (\d+) of 10000", p.read_text())] for p in logs}
         return told if len(logs) > 1 and len(told[logs[1].stem]) > 1 else None
 
-    with queued(cluster, run, 1):
-        (first, before), (_, after) = until(heard, 1200, "a second job that trains").items()
+    told = []
+    with queued(cluster, run, 1), JobLogs(cluster.logs(run), told.append):
+        (first, before), (second, after) = until(heard, 1200, "a second job that trains").items()
         assert jobs()[first] == "TIMEOUT"
+    assert [line for line in told if line.startswith("SLURM")] == [
+        f"SLURM's job {first}: its walltime was over (runtime); job {second} goes on with its stage (student mobilenetv3_large_100_1)"]
     assert 1 < after[0] <= before[-1] + 2, "it began anew"
 
 
