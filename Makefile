@@ -1,11 +1,11 @@
 # make run    the whole chain on the embedded faces, and where its report lies
 # make quick  the same in a hurry: one seed, two small teachers
-# make test   every notebook as a test, the export check, ruff, mypy, pytest (JOBS=2: in two processes)
+# make test   every notebook as a test, the export check, ruff, mypy, pytest in two processes (JOBS=0: in one)
 # make help   the rest
 
 PYTHON ?= python3
 BIN    := .venv/bin
-JOBS   ?= 0
+JOBS   ?= 2
 
 .PHONY: run quick test install notebooks sync lint pytest bench results report constraints lab clean help gallery docs
 

@@ -57,9 +57,10 @@ def best_epoch(
 
 # %% ../nbs/02b_callbacks.ipynb #02b-callbacks-010
 AMP_DTYPES = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
-OPTIMISERS = {"adamw": lambda model, config: torch.optim.AdamW(decay_groups(model, config.weight_decay), lr=config.lr, weight_decay=0.0),
-              "sgd": lambda model, config: torch.optim.SGD(decay_groups(model, config.weight_decay), lr=config.lr,
-                                                           momentum=config.momentum, nesterov=config.momentum > 0)}  # 07_nl adds two
+OPTIMISERS = {"adamw": lambda model, config: torch.optim.AdamW(decay_groups(model, config.weight_decay), lr=config.lr, weight_decay=0.0,
+                                                               fused=True),
+              "sgd": lambda model, config: torch.optim.SGD(decay_groups(model, config.weight_decay), lr=config.lr, momentum=config.momentum,
+                                                           nesterov=config.momentum > 0, fused=True)}  # 07_nl adds two
 
 # %% ../nbs/02b_callbacks.ipynb #02b-callbacks-011
 def _later(default):

@@ -37,7 +37,7 @@ def test_a_folder_of_faces_becomes_a_student_a_demo_and_a_report(faces, tmp_path
     given = yaml.safe_load((project_root()/"profiles"/"own.yaml").read_text())
     assert load_profile("own")["notebooks"]["00_manifests"]["test_fraction"] > 0
     del given["teachers"]["RN18"], given["ensembles"]  # the same way in less time: one teacher, which is the one that teaches
-    given["teachers"]["CNXT"]["epochs"], given["notebooks"]["05_students"]["epochs"] = 8, 4
+    given["teachers"]["CNXT"]["epochs"], given["notebooks"]["05_students"]["epochs"] = 8, 2
     given["notebooks"]["06_realtime_demo"] = {"source": "synthetic:4"}
     given["notebooks"]["09_onnx_latency"] = {"precisions": ["fp32"], "runs": 5, "reference_size": 0}
     (tmp_path/"own.yaml").write_text(yaml.safe_dump(given))
