@@ -247,10 +247,12 @@ def _arm_name(run: Kept) -> str:
 
 # %% ../nbs/09c_results.ipynb #09c-chain-of
 def chain_of(run: Kept) -> list[int]:
-    "Epochs of a run and of those that it goes on from, the first one first."
+    "Epochs of a run and of those that it goes on from, the first one first; of one that was stopped, those it had."
     init = Path(str(run.args.get("init_from", "")).removesuffix("/best.pt")).name
-    before = run.folder.parent/init
-    return [*(chain_of(Kept(before)) if init and before.is_dir() else []), run.args["epochs"]]
+    places = [run.folder.parent/init, *(run.folder.parents[1]/kind/init for kind in ("students", "before"))]
+    before = next((p for p in places if init and (p/"args.json").is_file()), None)
+    had = len(pd.read_csv(run.folder/"history.csv"))
+    return [*(chain_of(Kept(before)) if before else []), min(had, run.args["epochs"])]
 
 # %% ../nbs/09c_results.ipynb #09c-find-arms
 def find_arms(root, convention: str) -> dict[str, list[Kept]]:  # arm -> its seeds
@@ -268,12 +270,14 @@ def taught_by(args: dict) -> str:
     return label(teacher_folder(args["softlabels"]).name) + how
 
 # %% ../nbs/09c_results.ipynb #09c-arm-row
-def _arm_row(name: str, runs: list[Kept], convention: str, others: list[str]) -> list[str]:
-    "An arm's means at T*, by the labels that it learned, then agreement with others."
+def _arm_row(name: str, runs: list[Kept], convention: str, others: list[str], px: int) -> list[str]:
+    "An arm's means at T*, by the labels that it learned, then agreement with others; its size where it isn't the usual one."
     seeds = ", ".join(str(s) for s in sorted(k.args["seed"] for k in runs))
     cells = [spread([k.by(convention)[m] for k in runs]) for m in ("accuracy", "macro_f1", *(f"f1_{c}" for c in RARE), "nll", "ece")]
     agreed = [spread([k.by(c)[m] for k in runs]) for c in others for m in ("accuracy", "macro_f1")]
-    return [name, " + ".join(map(str, chain_of(runs[0]))), taught_by(runs[0].args), seeds, *cells, *agreed]
+    size = runs[0].args["img_size"]
+    named, epochs = f"{name}, {size} px" if size != px else name, " + ".join(map(str, chain_of(runs[0])))
+    return [named, epochs, taught_by(runs[0].args), seeds, *cells, *agreed]
 
 # %% ../nbs/09c_results.ipynb #09c-students-section
 def students_section(root, convention: str) -> str:
@@ -284,8 +288,9 @@ def students_section(root, convention: str) -> str:
     columns = ["arm", "epochs", "taught by", "seeds", f"accuracy, n = {int(first.by(convention)['n']):,}", "macro-F1",
                *(f"F1 {c}" for c in RARE), "NLL", "ECE"]
     columns += [f"*no judgement:* {said(c)}'s labels, {m}" for c in others for m in ("accuracy", "macro-F1")]
+    rows = [_arm_row(a, k, convention, others, first.args["img_size"]) for a, k in arms.items()]
     about = f"{first.args['backbone']}, {first.args['img_size']} px, batch {first.args['batch_size']}; mean ± sd over seeds, at T*."
-    return _section("Students", about, md_table(columns, [_arm_row(a, k, convention, others) for a, k in arms.items()]), level=3)
+    return _section("Students", about, md_table(columns, rows), level=3)
 
 # %% ../nbs/09c_results.ipynb #09c-029
 def _comparison_rows(table: pd.DataFrame) -> list[list[str]]:

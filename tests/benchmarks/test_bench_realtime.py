@@ -64,7 +64,7 @@ def seconds(work) -> float:
     return time.process_time() - started
 
 
-@pytest.mark.parametrize("name", ["yunet 320", "haar"])
+@pytest.mark.parametrize("name", ["yunet 320", "yunet 640", "haar"])
 def test_the_whole_way_of_a_frame(name, tmp_path, film_path, benchmark, capsys):
     """Detect, align, CLAHE, the student that ships, stabilise, log on a real video, against the detector alone on the same frames.
 
