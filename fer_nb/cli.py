@@ -652,7 +652,8 @@ COMMANDS = {  # name -> (what is called, whose docstring is its help, its flags)
     "status": (status, "status.status", _status_flags),
     "export": (export, "exporting.export_checkpoint", lambda c: flags(
         c, "exporting.export_checkpoint", ".checkpoint manifest<manifest_dir cache<cache_dir precision<precisions*? out",
-        checkpoint={"metavar": "RUN"}, precision={"choices": ("fp32", "fp16", "w8", "int8"), "metavar": None, "default": None})),
+        checkpoint={"metavar": "RUN"}, precision={"choices": ("fp32", "fp16", "w8", "int8"), "metavar": None, "default": None,
+                                                 "help": "again for each of several; not given: all that can be had"})),
     "bench": (bench, "latency.bench", _bench_flags),
     "predict": (predict, "pictures.predict_pictures", _predict_flags),
     "demo": (demo, "window.run_demo", _demo_flags),

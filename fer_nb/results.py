@@ -635,8 +635,9 @@ def _readme_rows(reference) -> list[list[str]]:
 def _told_other(s: Shipped) -> str:
     "Another student that ships, in a line."
     c, found = s.run.convention, _shipped_scores(s)
-    return (f"The student of {said(c)}'s own labels (`--model {c}`), by those, n = {found['n']:,}: accuracy {shown(found['accuracy'])}, "
-            f"macro-F1 {shown(found['macro_f1'])}, ECE {shown(found['ece'])}.")
+    which = f"The student of {said(c)}'s own labels (`--model {c}`, {s.run.args['img_size']} px, {s.precision})"
+    return (f"{which}, by those, n = {found['n']:,}: accuracy {shown(found['accuracy'])}, macro-F1 {shown(found['macro_f1'])}, "
+            f"ECE {shown(found['ece'])}.")
 
 # %% ../nbs/09c_results.ipynb #09c-readme-table
 def readme_table(reference) -> str:
