@@ -29,7 +29,7 @@ NOW = ROOT/"runs"/"reference"/"gpu"  # what ships, and what taught it; REFERENCE
 RESULTS = (ROOT/"runs"/"reference"/"RESULTS.md").read_text(encoding="utf-8").replace("−", "-")
 PAGE, BEFORE = RESULTS.split("## Before, on processors: FERPlus")
 SHIPS = {"ferplus": ("MODEL_CARD.md", "student.onnx", "onnx/answers_w8.npz"),
-         "fer2013": ("MODEL_CARD_fer2013.md", "student_fer2013.onnx", "onnx_fer2013/answers_int8.npz")}
+         "fer2013": ("MODEL_CARD_fer2013.md", "student_fer2013.onnx", "onnx_fer2013/answers_w8.npz")}
 MODELS = {  # first cell of the page's row -> folder
     "LITE1, seed 1337": "teachers/LITE1_seed1337_stageA_img80", "LITE1, seed 2025": "teachers/LITE1_seed2025_stageA_img80",
     "LITE0, seed 1337": "teachers/LITE0_seed1337_stageA_img80", "RN18, seed 1337": "teachers/RN18_seed1337_stageA_img48",
