@@ -164,7 +164,7 @@ class FinetuneConfig:
     "How a model is fine-tuned."
     mode: str = "full"  # full | head | norm
     epochs: int = 8  # passes over the own faces
-    lr: float = 1e-3  # peak; of `head` and `norm` twice that
+    lr: float = 5e-4  # peak; of `head` and `norm` four times that
     batch_size: int = 16  # own faces of a step; the replayed ones come on top
     webcam_share: float = 0.5  # of the own faces that are spoilt
     most_severity: int = 4  # of 5
@@ -192,7 +192,7 @@ class FinetuneConfig:
     @property
     def training(self) -> TrainConfig:
         "The same for the training loop."
-        lr = self.lr*(1 if self.mode == "full" else 2)
+        lr = self.lr*(1 if self.mode == "full" else 4)
         return TrainConfig(epochs=self.epochs, lr=lr, warmup_epochs=0.3, seed=self.seed, best_by="nll")
 
 # %% ../nbs/08i_finetune.ipynb #08i-finetune-017

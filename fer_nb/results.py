@@ -11,6 +11,7 @@ __all__ = ['SAID', 'RARE', 'CHOSEN', 'OPENING', 'PENDING', 'MARKS', 'GROUP', 'CO
            'between_marks', 'write_results', 'drawn_group', 'write_picture']
 
 # %% ../nbs/09c_results.ipynb #09c-002
+import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -248,11 +249,17 @@ def _arm_name(run: Kept) -> str:
 # %% ../nbs/09c_results.ipynb #09c-chain-of
 def chain_of(run: Kept) -> list[int]:
     "Epochs of a run and of those that it goes on from, the first one first; of one that was stopped, those it had."
-    init = Path(str(run.args.get("init_from", "")).removesuffix("/best.pt")).name
-    places = [run.folder.parent/init, *(run.folder.parents[1]/kind/init for kind in ("students", "before"))]
-    before = next((p for p in places if init and (p/"args.json").is_file()), None)
-    had = len(pd.read_csv(run.folder/"history.csv"))
-    return [*(chain_of(Kept(before)) if before else []), min(had, run.args["epochs"])]
+    epochs, init, before = [run.args["epochs"]], run.args.get("init_from", ""), run.folder.parents[1]/"before"
+    while name := Path(str(init).removesuffix("/best.pt")).name:
+        kept, noted = run.folder.parent/name, before/f"{name}.json"
+        if kept.is_dir(): p = Kept(kept).args
+        elif noted.is_file():
+            p = json.loads(noted.read_text(encoding="utf-8"))["parameters"]
+            p["epochs"] = len(pd.read_csv(noted.with_suffix(".csv")))
+        else: break
+        epochs.insert(0, p["epochs"])
+        init = p.get("init_from", "")
+    return epochs
 
 # %% ../nbs/09c_results.ipynb #09c-find-arms
 def find_arms(root, convention: str) -> dict[str, list[Kept]]:  # arm -> its seeds
