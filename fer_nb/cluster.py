@@ -151,11 +151,11 @@ ENDED = {"TIMEOUT": "its walltime was over (runtime)", "OUT_OF_MEMORY": "its mem
 
 # %% ../nbs/09a_progress_cluster.ipynb #09a-cluster-018d
 def _why_ended(job: str) -> str:
+    state = ""
     with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-        asked = subprocess.run(["squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T"],
-                               capture_output=True, text=True, errors="replace", timeout=60)
-        return ENDED.get(asked.stdout.strip(), "it ended too early")
-    return "it ended too early"
+        state = subprocess.run(["squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T"],
+                               capture_output=True, text=True, errors="replace", timeout=60).stdout.strip()
+    return ENDED.get(state, "it ended too early")
 
 # %% ../nbs/09a_progress_cluster.ipynb #09a-cluster-019
 class JobLogs(Watch):

@@ -75,7 +75,7 @@ def describe(
 # %% ../nbs/09_onnx_export.ipynb #09-exporting-006b
 @contextmanager
 def _out_of_place(model: nn.Module):
-    "Without activations that write over their input: the exporter takes those apart, a third of its time, and comes to the same graph."
+    "Without activations that write over their input: the exporter takes those apart, a quarter of its time, and comes to the same graph."
     inplace = [m for m in model.modules() if getattr(m, "inplace", False) is True]
     for m in inplace: m.inplace = False
     try: yield

@@ -250,7 +250,9 @@ def _arm_name(run: Kept) -> str:
 def chain_of(run: Kept) -> list[int]:
     "Epochs of a run and of those that it goes on from, the first one first; of one that was stopped, those it had."
     epochs, init, before = [run.args["epochs"]], run.args.get("init_from", ""), run.folder.parents[1]/"before"
-    while name := Path(str(init).removesuffix("/best.pt")).name:
+    seen = {run.name}  # weights from a folder of the same name elsewhere are no link of this chain
+    while (name := Path(str(init).removesuffix("/best.pt")).name) and name not in seen:
+        seen.add(name)
         kept, noted = run.folder.parent/name, before/f"{name}.json"
         if kept.is_dir(): p = Kept(kept).args
         elif noted.is_file():
