@@ -616,6 +616,8 @@ def test_a_session_in_jupyterlab(chromium, lab, demo_model, tmp_path):
 
         page.click(".fer-labels button[data-label='4']")  # Happy, on the bar
         page.wait_for_selector(".fer-labels button[data-label='4'][aria-pressed=true]")
+        seen = logged(page)
+        until(lambda: logged(page) > seen + 1, what="frames under that label")
         page.locator(".fer-cell .noUi-handle").first.focus()  # EMA
         for _ in range(3): page.keyboard.press("ArrowRight")
         until(lambda: "0.73" in page.inner_text(".fer-cell .widget-slider >> nth=0"), what="the slider")
