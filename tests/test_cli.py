@@ -29,8 +29,15 @@ def fer_nb(*args, cwd=ROOT):
     return done.returncode, done.stdout, done.stderr
 
 
-def refused(code, *args, says=()):
-    rc, out, err = fer_nb(*args)
+def answered(capsys, *args):
+    "What a command answers, in this process: where a module takes seconds to import, it does so once."
+    try: code = cli.main([str(a) for a in args])
+    except SystemExit as e: code = e.code
+    return code, *capsys.readouterr()
+
+
+def refused(capsys, code, *args, says=()):
+    rc, _, err = answered(capsys, *args)
     assert rc == code, err
     lines = [x for x in err.splitlines() if x.strip()]
     assert len(lines) == 1 and lines[0].startswith("fer-nb: "), err
@@ -110,12 +117,12 @@ def test_flags_are_what_the_signature_says():
     (("adapt", "gate", "--offline", "a.npz", "--out", "{tmp}"), ["--offline"]),
     (("adapt", "gate", "--offline", "{empty}", "{empty}", "--out", "{tmp}"), ["evaluation.npz", "is missing"]),
 ])
-def test_wrong_arguments_exit_with_2_and_one_line(tmp_path, args, says):
+def test_wrong_arguments_exit_with_2_and_one_line(tmp_path, capsys, args, says):
     (tmp_path / "empty").mkdir()
     given = [a.format(tmp=tmp_path / "out", empty=tmp_path / "empty") for a in args]
     shut = {"validate", "export", "evaluate"}  # a folder without its artifacts is a shut gate
     expected = 1 if shut & set(args) or "gate" in args and args.count("{empty}") == 2 else 2
-    refused(expected, *given, says=says)
+    refused(capsys, expected, *given, says=says)
     assert not (tmp_path / "out" / "manifest.parquet").exists()
 
 
@@ -124,8 +131,8 @@ def test_debug_shows_the_traceback():
     assert rc != 0 and "Traceback" in err
 
 
-def test_empty_folder_is_no_pass(tmp_path):
-    refused(1, "gates", tmp_path, says=["nothing to judge"])
+def test_empty_folder_is_no_pass(tmp_path, capsys):
+    refused(capsys, 1, "gates", tmp_path, says=["nothing to judge"])
 
 
 def test_tune_draws_its_heat_map_where_it_is_asked_to(tmp_path):
@@ -171,15 +178,15 @@ def test_the_gate_says_promote_or_reject_with_every_number(judged, tmp_path, nam
     assert "label changes a minute" in out and "≥ -0.01" in out and "≥ -0.02" in out
 
 
-def test_the_gate_refuses_what_it_can_not_compare(judged, tmp_path):
+def test_the_gate_refuses_what_it_can_not_compare(judged, tmp_path, capsys):
     gate = ("adapt", "gate", "--out", tmp_path/"out")
     z, y = simulate_logits(300, seed=1)
     write_npz(tmp_path/"short"/"evaluation.npz", test_logits=z, test_labels=y)
     write_npz(tmp_path/"wide"/"evaluation.npz", test_logits=z[:, :5], test_labels=y)
-    refused(1, *gate, "--offline", judged/"old", tmp_path/"short", says=["300 and 900 rows"])
-    refused(1, *gate, "--offline", judged/"old", tmp_path/"wide", says=["test_logits", "(300, 7)"])
+    refused(capsys, 1, *gate, "--offline", judged/"old", tmp_path/"short", says=["300 and 900 rows"])
+    refused(capsys, 1, *gate, "--offline", judged/"old", tmp_path/"wide", says=["test_logits", "(300, 7)"])
     simulate_session(tmp_path/"other", make_timeline(10, np.random.default_rng(1)))
-    refused(1, *gate, "--offline", judged/"old", judged/"better", "--session", judged/"old_session", tmp_path/"other",
+    refused(capsys, 1, *gate, "--offline", judged/"old", judged/"better", "--session", judged/"old_session", tmp_path/"other",
             says=["not one session"])
     assert not (tmp_path/"out").exists()
 
