@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 
 from .artifacts import UsageError
-from .augment import Augment, augment_faces, batch_generator, draw_augment
+from .augment import Augment, augment_faces, batch_generator, draw_augment, normalise_unit, unit_batch
 from .geometry import Framing, Geometry, check_geometry, luminance
-from .images import ImageCache, cache_positions, normalise_unit, prepare_row, stack_faces, unit_batch
+from .images import ImageCache, cache_positions, prepare_row, stack_faces
 from .manifests import labels_of
 
 # %% ../nbs/02a_images_loading.ipynb #02a-loading-005

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from fer_nb import geometry
 from fer_nb.artifacts import Box, GateError, UsageError
+from fer_nb.augment import normalise_unit, unit_batch
 from fer_nb.geometry import Crop, Geometry, check_geometry, normalise, prepare_face, prepare_pixels, square_crop
-from fer_nb.images import normalise_unit, unit_batch
 from tests.conftest import picture
 
 G = Geometry(size=32)

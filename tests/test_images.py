@@ -21,9 +21,9 @@ from hypothesis import strategies as st
 
 from fer_nb import augment, images
 from fer_nb.artifacts import CLASSES, ArtifactError, Box, FerError, GateError, UsageError, sha256_bytes
-from fer_nb.augment import Augment, augment_faces, batch_generator, draw_augment
+from fer_nb.augment import Augment, augment_faces, batch_generator, draw_augment, normalise_unit, unit_batch
 from fer_nb.geometry import Geometry, normalise, prepare_face, prepare_pixels
-from fer_nb.images import load_cache, normalise_unit, unit_batch
+from fer_nb.images import load_cache
 from fer_nb.loading import FaceBatches, LazyFaces, PackedFaces, epoch_order, eval_loader, make_loaders
 from fer_nb.records import CacheIndex
 from tests.conftest import picture

@@ -18,11 +18,10 @@ from torch.nn import functional as F
 
 from fer_nb import training
 from fer_nb.artifacts import CLASSES, ArtifactError, FerError, GateError, UsageError
-from fer_nb.augment import Augment
+from fer_nb.augment import Augment, normalise_unit, unit_batch
 from fer_nb.calibration import confusion, macro_f1
 from fer_nb.callbacks import EMA, Mixup, TrainConfig, load_checkpoint, save_checkpoint, seed_everything
 from fer_nb.geometry import Geometry
-from fer_nb.images import normalise_unit, unit_batch
 from fer_nb.integrity import VIEWS, check_alignment, load_softlabels
 from fer_nb.leaves import seal_folder
 from fer_nb.loading import FaceBatches, PackedFaces, eval_loader
