@@ -149,10 +149,12 @@ def _epoch(out):
 
 
 def notebook(a):
-    from fer_nb.runs import run_notebook
+    from fer_nb.runs import check_parameters, notebook_path, run_notebook
     end_with_run()
+    parameters = _parameters(a)
+    if not os.environ.get(RUN_PID): check_parameters(notebook_path(a.name), parameters)  # before it is said to have begun
     try:
-        with _told_when_done(a.out): run_notebook(a.name, a.out, _parameters(a), say=_epoch(a.out))
+        with _told_when_done(a.out): run_notebook(a.name, a.out, parameters, say=_epoch(a.out))
     except Exception as e:
         if os.environ.get(RUN_PID) and hasattr(e, "told"): return 1  # a job of a run: it is told already
         raise

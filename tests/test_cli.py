@@ -37,8 +37,9 @@ def answered(capsys, *args):
 
 
 def refused(capsys, code, *args, says=()):
-    rc, _, err = answered(capsys, *args)
+    rc, out, err = answered(capsys, *args)
     assert rc == code, err
+    assert "started" not in out, out
     lines = [x for x in err.splitlines() if x.strip()]
     assert len(lines) == 1 and lines[0].startswith("fer-nb: "), err
     assert "Traceback" not in err
