@@ -1,5 +1,6 @@
 """Rooms stay small, cells hold one idea, and examples show what is public."""
 import json
+import re
 
 import pytest
 
@@ -30,3 +31,10 @@ def test_the_counts_count():
     got = house.count(texts)
     assert (got["public names"], got["public names in an example"], got["cells with one definition, of those with any"]) == (2, 0.5, 0.5)
     assert (got["arrows between modules"], got["module, most lines"]) == (1, 5) and house.unshown(texts) == {"x": ["hidden"]}
+
+
+def test_a_notebooks_first_cell_is_its_title_and_a_sentence():
+    "Quarto's front matter is made of it, and nbdev drops whatever else stands there."
+    firsts = {p: "".join(json.loads(text)["cells"][0]["source"]) for p, text in house.files().items() if p.endswith(".ipynb")}
+    assert len(firsts) > 90
+    assert [p for p, s in firsts.items() if not re.fullmatch(r"# [^\n]+\n\n> [^\n]+", s)] == []
