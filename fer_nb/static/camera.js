@@ -109,7 +109,7 @@ function makeCamera(model) {  // one camera a model, however many views show it
       return;
     }
     if (drawing || now < due - 8 || video.readyState < 2) return;
-    due = Math.max(due + step, now - step);
+    due = Math.max(due + step, now);  // what was late by less than a step is caught up, and no more
     shoot(now);
   }
 
