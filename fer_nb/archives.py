@@ -99,7 +99,7 @@ def _unpack(buffer, info: zipfile.ZipInfo) -> bytes | None:
     try: return _METHODS[info.compress_type](packed, info.file_size + 1)
     except (zlib.error, OSError, EOFError, ValueError, struct.error, lzma.LZMAError): return None
 
-# %% ../nbs/00_data_archives.ipynb #00-archives-i02
+# %% ../nbs/00_data_archives.ipynb #00-archives-i02-text-encoding
 _MARKS = ((b"\xef\xbb\xbf", "utf-8-sig"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"))
 
 
@@ -109,7 +109,7 @@ def text_encoding(head: bytes) -> str:
         if head.startswith(mark): return encoding
     return "utf-16-le" if head[1:2] == b"\0" else "utf-16-be" if head[:1] == b"\0" else "utf-8"
 
-
+# %% ../nbs/00_data_archives.ipynb #00-archives-i02
 def separator(
     head: str,  # the first line of a table
 ) -> str:
@@ -157,14 +157,14 @@ def split_path(path: str) -> tuple[str, str | None]:
     match = _INSIDE.match(path)
     return match.groups() if match else (path, None)
 
-# %% ../nbs/00_data_archives.ipynb #00-archives-i03
+# %% ../nbs/00_data_archives.ipynb #00-archives-i03-as-text
 def as_text(
     name: str,  # a file's name as the system gives it: bytes that are no UTF-8 stand as surrogates
 ) -> str:
     r"A name that every file and terminal can hold: bytes that are no UTF-8 become \xNN."
     return name if name.isascii() else os.fsencode(name).decode("utf-8", "backslashreplace")
 
-
+# %% ../nbs/00_data_archives.ipynb #00-archives-i03
 def _as_named(path: str) -> str:
     r"The file that `as_text` wrote down: \xNN becomes the byte again."
     return os.fsdecode(re.sub(rb"\\x([0-9a-f]{2})", lambda m: bytes([int(m[1], 16)]), os.fsencode(path)))
@@ -200,7 +200,7 @@ def forget_archive(
 class MissingFile(ArtifactError):
     "A picture that a manifest names and the disk does not hold."
 
-# %% ../nbs/00_data_archives.ipynb #00-archives-014
+# %% ../nbs/00_data_archives.ipynb #00-archives-014-file-bytes
 def _file_bytes(path: str) -> bytes:
     "A file's bytes, also where its name had to be escaped."
     try: return Path(path).read_bytes()
@@ -208,7 +208,7 @@ def _file_bytes(path: str) -> bytes:
         if "\\x" not in path: raise
         return Path(_as_named(path)).read_bytes()
 
-
+# %% ../nbs/00_data_archives.ipynb #00-archives-014
 def read_bytes(
     path: str,  # a file, or `archive.zip!member`, or `pixels.csv!row`
     look: bool = True,  # look whether an archive has changed since the last reading

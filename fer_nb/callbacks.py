@@ -62,12 +62,12 @@ OPTIMISERS = {"adamw": lambda model, config: torch.optim.AdamW(decay_groups(mode
               "sgd": lambda model, config: torch.optim.SGD(decay_groups(model, config.weight_decay), lr=config.lr, momentum=config.momentum,
                                                            nesterov=config.momentum > 0, fused=True)}  # 07_nl adds two
 
-# %% ../nbs/02b_callbacks.ipynb #02b-callbacks-011
+# %% ../nbs/02b_callbacks.ipynb #02b-callbacks-011-later
 def _later(default):
     "A setting that came after the first runs."
     return field(default=default, metadata={"later": True})
 
-
+# %% ../nbs/02b_callbacks.ipynb #02b-callbacks-011
 @dataclass(frozen=True)
 class TrainConfig:
     "How a run trains."
@@ -344,7 +344,7 @@ def save_checkpoint(path, **content):
     torch.save(content, buffer)
     write_bytes(path, buffer.getbuffer())
 
-# %% ../nbs/02b_callbacks.ipynb #02b-callbacks-c1
+# %% ../nbs/02b_callbacks.ipynb #02b-callbacks-c1-architecture
 ARCHITECTURE = frozenset((
     "layers", "channels", "depths", "dims", "embed_dim", "depth", "num_heads", "mlp_ratio", "patch_size", "qkv_bias", "ls_init_value",
     "init_values", "output_stride", "drop_rate", "drop_path_rate", "drop_block_rate", "base_width", "cardinality", "channel_multiplier",
@@ -364,7 +364,7 @@ class Architecture(BaseModel):
         if odd: raise ValueError(f"{odd[0]!r} says nothing of the architecture: give some of {', '.join(sorted(ARCHITECTURE))}")
         return v
 
-
+# %% ../nbs/02b_callbacks.ipynb #02b-callbacks-c1
 def check_architecture(model_args: dict | None) -> dict:
     "The arguments, or a refusal that names the odd one."
     try: return Architecture(values=model_args or {}).values
@@ -413,7 +413,7 @@ class CheckpointMeta(BaseModel):
         if lacks: raise ValueError(f"{lacks[0]} is missing, which a teacher's checkpoint has")
         return self
 
-# %% ../nbs/02b_callbacks.ipynb #02b-callbacks-047
+# %% ../nbs/02b_callbacks.ipynb #02b-callbacks-047-check-meta
 def check_meta(
     path,  # of the checkpoint, for the message
     meta,  # what it says of its weights
@@ -425,7 +425,7 @@ def check_meta(
         key = ".".join(("meta", *map(str, first["loc"][:1])))
         raise ArtifactError(path, first["msg"].removeprefix("Value error, ")[:300], key=key) from None
 
-
+# %% ../nbs/02b_callbacks.ipynb #02b-callbacks-047
 def load_checkpoint(
     path,  # a file that this project wrote
     keys=("model", "meta"),  # entries that must be there

@@ -87,11 +87,11 @@ def _numbered(path: Path) -> tuple:
     parts = re.split(r"(\d+)", path.name)
     return [int(x) if k % 2 else x for k, x in enumerate(parts)], path.name
 
-# %% ../nbs/06_demo_frames.ipynb #06-capture-020
+# %% ../nbs/06_demo_frames.ipynb #06-capture-020-is-shown
 def _is_shown(path: Path) -> bool:
     return path.is_file() and not path.name.startswith(".") and is_picture(path.name, lambda: first_bytes(path))
 
-
+# %% ../nbs/06_demo_frames.ipynb #06-capture-020
 class ImageSource(Source):
     "A picture, or the pictures of a folder by name and number, one `1/fps` of a second after the other."
     kind, seekable = "images", True

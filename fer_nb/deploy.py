@@ -263,7 +263,7 @@ def _check_graph(session, size: int, path):
         raise ArtifactError(path, "has another input or output than its metadata say: export the model again", got=got,
                             expected=f"faces tensor(float) [N, 3, {size}, {size}] -> logits tensor(float) [N, {len(CLASSES)}]")
 
-# %% ../nbs/05b_predictor.ipynb #05b-deploy-rec2
+# %% ../nbs/05b_predictor.ipynb #05b-deploy-rec2-on-record
 def _on_record(path: Path) -> tuple[str, str]:  # sha256 and the file that says so; empty where nobody recorded one
     "What a model's folder has on record of it: in the report of its export, or, of the students in the package, in a seal."
     if find_artifact(path.parent, ExportReport.filename):
@@ -272,7 +272,7 @@ def _on_record(path: Path) -> tuple[str, str]:  # sha256 and the file that says 
     if find_artifact(path.parent, HashManifest.filename) is None: return "", ""
     return HashManifest.load(path.parent).files.get(path.name, ""), HashManifest.filename
 
-
+# %% ../nbs/05b_predictor.ipynb #05b-deploy-rec2
 def require_recorded(path):  # an exported .onnx
     "Refuse a file that is not the one that its folder has on record; a file of which there is no record passes."
     told, by = _on_record(Path(path))

@@ -296,10 +296,10 @@ def dataset_fingerprint(
     lines = sorted(f"{i}\t{h}\t{c}\t{'-' + x if x else s}" for i, h, c, s, x in zip(ids, sha, label, split, excluded))
     return hashlib.sha256(("\n".join(lines) + "\n").encode()).hexdigest()
 
-# %% ../nbs/00_manifests.ipynb #00-manifests-031
+# %% ../nbs/00_manifests.ipynb #00-manifests-031-counts
 def _counts(values) -> dict[str, int]: return {str(k): int(v) for k, v in sorted(Counter(values).items())}
 
-
+# %% ../nbs/00_manifests.ipynb #00-manifests-031
 def dataset_index(df: pd.DataFrame, name: str, seed: int, val_fraction: float, max_hamming: int, test_fraction: float = 0) -> DatasetIndex:
     "Counts and identity of a manifest."
     usable, mark = df[df.excluded == ""], dataset_fingerprint(df)
@@ -319,11 +319,11 @@ def _as_arrow(column: pd.Series, kind) -> pa.Array:
     "A column as Arrow; missing numbers and lists are null."
     return pa.array(column.tolist() if pa.types.is_list(kind) else column, from_pandas=True).cast(kind)
 
-# %% ../nbs/00_manifests.ipynb #00-manifests-033
+# %% ../nbs/00_manifests.ipynb #00-manifests-033-numbers-text
 @lru_cache(maxsize=65536)
 def _numbers_text(values: tuple) -> str: return " ".join(f"{x:g}" for x in values)
 
-
+# %% ../nbs/00_manifests.ipynb #00-manifests-033
 def _as_text(column) -> pa.Array:
     "Lists as text of numbers parted by blanks, for people."
     return pa.array([None if v is None else _numbers_text(tuple(v)) for v in column], pa.string())

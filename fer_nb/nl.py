@@ -141,13 +141,13 @@ class DeepMomentum(torch.optim.Optimizer):
         self.learner = torch.optim.Adam(self.memory.parameters(), lr=memory_lr)
         self.rng, self.last, self.t, self.skipped, self.tally = torch.Generator().manual_seed(seed), None, 0, 0, {}
 
-# %% ../nbs/07_nl.ipynb #07-nl-024
+# %% ../nbs/07_nl.ipynb #07-nl-024-deep
 @patch
 def _deep(self: DeepMomentum) -> list[Tensor]:
     "The tensors that the memory moves: matrices and kernels."
     return [p for group in self.param_groups for p in group["params"] if p.ndim >= 2]
 
-
+# %% ../nbs/07_nl.ipynb #07-nl-024
 @patch
 def _draw(self: DeepMomentum) -> list[Tensor]:
     "Positions in each of these tensors."
@@ -196,7 +196,7 @@ def _move(self: DeepMomentum, p: Tensor, group: dict, gamma: float, at: Tensor) 
     p.mul_(1 - group["lr"]*group["weight_decay"]).sub_(d, alpha=group["lr"])
     return found
 
-# %% ../nbs/07_nl.ipynb #07-nl-029
+# %% ../nbs/07_nl.ipynb #07-nl-029-step
 @patch
 def step(self: DeepMomentum,
     closure=None,  # computes the loss again, as for every optimiser of torch
@@ -219,7 +219,7 @@ def step(self: DeepMomentum,
                               "key": torch.cat([k for k, _ in kept]), "scale": torch.cat([s for _, s in kept])} or None
     return loss
 
-
+# %% ../nbs/07_nl.ipynb #07-nl-029
 @patch(as_prop=True)
 def risen(self: DeepMomentum) -> float:
     "The memory's share of the direction at this step."
@@ -242,7 +242,7 @@ def state_bytes(
     held = [v for state in optimizer.state.values() for k, v in state.items() if k != "step" and isinstance(v, Tensor)]
     return sum(v.numel()*v.element_size() for v in held)
 
-# %% ../nbs/07_nl.ipynb #07-nl-046
+# %% ../nbs/07_nl.ipynb #07-nl-046-state-dict
 @patch
 def state_dict(self: DeepMomentum) -> dict:
     "All that decides the next step, plain enough for torch.load(weights_only=True)."
@@ -250,7 +250,7 @@ def state_dict(self: DeepMomentum) -> dict:
            "t": self.t, "skipped": self.skipped}
     return super(DeepMomentum, self).state_dict() | {"memory": own}
 
-
+# %% ../nbs/07_nl.ipynb #07-nl-046-load-state-dict
 @patch
 def load_state_dict(self: DeepMomentum, state_dict: dict):
     "Go on from a `state_dict`; one without a memory, or with another one, is refused."
@@ -265,7 +265,7 @@ def load_state_dict(self: DeepMomentum, state_dict: dict):
     self.last = own["last"] and {k: v.to(device).clone() if isinstance(v, Tensor) else list(v) for k, v in own["last"].items()}
     self.rng.set_state(own["rng"].cpu()); self.t, self.skipped, self.tally = own["t"], own["skipped"], {}
 
-
+# %% ../nbs/07_nl.ipynb #07-nl-046
 @patch
 def __getstate__(self: DeepMomentum) -> dict: return super(DeepMomentum, self).__getstate__() | {k: self.__dict__[k] for k in self._own}
 
@@ -334,14 +334,14 @@ def depth_periods(
         out.setdefault(periods[0 if at <= ends[0] else 1 if at <= ends[1] else 2], []).append(p)
     return out
 
-# %% ../nbs/07_nl.ipynb #07-nl-059
+# %% ../nbs/07_nl.ipynb #07-nl-059-deep-momentum
 def _deep_momentum(model: nn.Module, config: TrainConfig) -> DeepMomentum:
     "For `callbacks.make_optimizer`."
     how = {"seed": config.seed, **(config.optimizer_args or {})}
     try: return DeepMomentum(decay_groups(model, config.weight_decay), config.lr, 0.0, **how)
     except TypeError as e: raise UsageError(f"optimizer_args {how}: {e}") from None
 
-
+# %% ../nbs/07_nl.ipynb #07-nl-059
 def _multi_frequency(model: nn.Module, config: TrainConfig) -> MultiFrequency:
     "For `callbacks.make_optimizer`; `periods` and `ends` are those of `depth_periods`."
     how = dict(config.optimizer_args or {})

@@ -120,7 +120,7 @@ def start_server(
     return subprocess.Popen([sys.executable, "-c", code, f"--port={port}", *VOILA, *kernel_sockets(folder)], cwd=folder,
                             env={**os.environ, TOKEN: token, PROOF: proof}, **ends)
 
-# %% ../nbs/06b_webcam_page.ipynb #06b-page-009
+# %% ../nbs/06b_webcam_page.ipynb #06b-page-009-says-who
 def _says_who(port: int, proof: str) -> bool:
     "Whether the server at a port knows the proof."
     nonce = secrets.token_hex(16)
@@ -128,7 +128,7 @@ def _says_who(port: int, proof: str) -> bool:
         return hmac.compare_digest(answer.read(200).decode("ascii", "replace"), answer_to(proof, nonce))
     return False
 
-
+# %% ../nbs/06b_webcam_page.ipynb #06b-page-009
 def wait_for_page(
     folder,  # the server's
     process: subprocess.Popen,

@@ -230,7 +230,7 @@ class PhaseGate(Lines, Artifact):
                 f"equal runs differ by {100*self.baseline_sd:.2f} points (sd)",
                 (("part", "verdict", "seeds", "macro-F1", "90% interval", "ECE"), rows)]
 
-# %% ../nbs/07_nl_phase.ipynb #07-nl-phase-025
+# %% ../nbs/07_nl_phase.ipynb #07-nl-phase-025-scores
 def _scores(run_dir) -> tuple[int, str, float, float]:  # seed, dataset, macro-F1, ECE
     "What a finished run scored on the validation rows of its own labels."
     check_run_seal(run_dir)
@@ -238,7 +238,7 @@ def _scores(run_dir) -> tuple[int, str, float, float]:  # seed, dataset, macro-F
     z, y, seed = val.logits, val.labels, int(RunArgs.load(run_dir).parameters["seed"])
     return seed, calibration.dataset_index_id, macro_f1(z, y), ece(z, y, calibration.selected_temperature)
 
-
+# %% ../nbs/07_nl_phase.ipynb #07-nl-phase-025
 def _by_seed(runs) -> tuple[dict[int, tuple[float, float]], set[str]]:
     "Scores by seed, and the datasets."
     found = [_scores(r) for r in runs]

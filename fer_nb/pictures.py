@@ -52,12 +52,12 @@ def read_picture(path) -> np.ndarray:  # (H, W) grey or (H, W, 3) BGR, uint8
     except OSError: raise UsageError(f"{path} doesn't exist: give pictures") from None
     except FerError: raise UsageError(f"{path} is no picture that OpenCV can read") from None
 
-# %% ../nbs/05d_pictures.ipynb #05d-pictures-i01
+# %% ../nbs/05d_pictures.ipynb #05d-pictures-i01-by-number
 def _by_number(path: Path) -> list:
     "Names by their numbers: face2 before face10."
     return [[(not x.isdecimal(), int(x) if x.isdecimal() else x) for x in re.split(r"([0-9]+)", part)] for part in path.parts]
 
-
+# %% ../nbs/05d_pictures.ipynb #05d-pictures-i01
 def find_pictures(
     paths,  # files, and folders that are looked through
 ) -> list[str]:

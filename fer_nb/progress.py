@@ -338,7 +338,7 @@ def clear(self: Walk):
     if self.shown: self.out.write("\r\x1b[K"); self.out.flush()
     self.shown = False
 
-# %% ../nbs/09a_progress.ipynb #09a-progress-041
+# %% ../nbs/09a_progress.ipynb #09a-progress-041-tick
 @patch
 def tick(self: Walk):
     "Write the living line again."
@@ -353,7 +353,7 @@ def tick(self: Walk):
         self.out.write(f"\r\x1b[K{line[:shutil.get_terminal_size().columns - 1]}"); self.out.flush()
         self.shown = True
 
-
+# %% ../nbs/09a_progress.ipynb #09a-progress-041-enter
 @patch
 def __enter__(self: Walk):
     def watch():
@@ -361,7 +361,7 @@ def __enter__(self: Walk):
     if self.live: threading.Thread(target=watch, name="fer_nb walk", daemon=True).start()
     return self
 
-
+# %% ../nbs/09a_progress.ipynb #09a-progress-041
 @patch
 def __exit__(self: Walk, *_):
     self.over.set()

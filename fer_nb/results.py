@@ -617,13 +617,13 @@ def _mean_row(text: str, runs: list[Kept], convention: str) -> list[str]:
 # %% ../nbs/09c_results.ipynb #09c-said-detector
 def _said_detector(name: str) -> str: return {"yunet": "YuNet", "haar": "Haar", "dnn": "SSD"}.get(name, name)
 
-# %% ../nbs/09c_results.ipynb #09c-readme-rows
+# %% ../nbs/09c_results.ipynb #09c-readme-rows-teacher-of
 def _teacher_of(run: Kept, roots) -> Kept:  # folders of runs, to look in
     "The ensemble whose soft labels taught a student."
     name = teacher_folder(run.args["softlabels"]).name
     return next(k for root in roots for k in find_kept(root, "ensembles", run.convention) if k.name == name)
 
-
+# %% ../nbs/09c_results.ipynb #09c-readme-rows
 def _readme_rows(reference) -> list[list[str]]:
     "What ships, what is left of it behind a detector, its network taught by labels and by an ensemble at equal cost, and its own teacher."
     root = Path(reference)/"gpu"

@@ -71,20 +71,20 @@ def notebook_path(
     known = sorted(p.stem for p in (project_root()/"nbs").glob("[0-9]*.ipynb"))
     raise UsageError(f"unknown notebook '{name}': give one of {', '.join(known)}")
 
-# %% ../nbs/09a_runs.ipynb #09a-runs-009
+# %% ../nbs/09a_runs.ipynb #09a-runs-009-parameter
 class Parameter(NamedTuple):
     "What a parameters cell says of a name."
     written: str  # its default, as it stands there
     default: Any
     choices: tuple[str, ...] = ()  # empty: anything of its type
 
-
+# %% ../nbs/09a_runs.ipynb #09a-runs-009-choices
 def _choices(comment: str) -> tuple[str, ...]:
     "The words of a comment such as `no | bf16 | fp16: what it is for`; none where one of them is no word."
     words = [w.strip() for w in re.sub(r"\([^)]*\)", "", comment.lstrip("# ")).partition(":")[0].split("|")]
     return tuple(words) if len(words) > 1 and all(re.fullmatch(r"\w+", w) for w in words) else ()
 
-
+# %% ../nbs/09a_runs.ipynb #09a-runs-009
 def notebook_parameters(
     path,  # a notebook
 ) -> dict[str, Parameter]:  # by name
@@ -105,7 +105,7 @@ def notebook_parameters(
             out[node.targets[0].id] = Parameter(ast.unparse(node.value), default, _choices(about.get(node.lineno, "")))
     return out
 
-# %% ../nbs/09a_runs.ipynb #09a-runs-010
+# %% ../nbs/09a_runs.ipynb #09a-runs-010-odd-value
 LEAST = {"epochs": 1, "batch_size": 1, "accumulate": 1, "img_size": 16, "runs": 1, "n": 1, "n_images": 1, "resamples": 2, "folds": 0,
          "fold": 0, "seed": 0, "lr": 1e-12, "weight_decay": 0, "mixup": 0, "ema": 0, "clip": 0, "kd_temperature": 1e-3, "video_seconds": 0}
 MOST = {"epochs": 100_000, "batch_size": 65_536, "accumulate": 4096, "img_size": 4096, "seed": 2**32 - 1,
@@ -125,12 +125,12 @@ def _odd_value(name: str, value, p: Parameter) -> str:  # "" where it may be
     if p.choices and value not in p.choices: return f"give one of {', '.join(p.choices)}"
     return "it does not exist" if name in PLACES and value and not Path(value).exists() else ""
 
-
+# %% ../nbs/09a_runs.ipynb #09a-runs-010
 def check_parameters(path, parameters: dict):
     "Refuse names that the parameters cell does not assign, and values that nothing could run with."
     known = notebook_parameters(path)
-    unknown = [k for k in parameters if k not in known]
-    if unknown: raise UsageError(f"{Path(path).stem} has no parameter '{unknown[0]}': give one of {', '.join(known)}")
+    unknown, take = [k for k in parameters if k not in known], f"give one of {', '.join(known)}" if known else "it takes none"
+    if unknown: raise UsageError(f"{Path(path).stem} has no parameter '{unknown[0]}': {take}")
     for name, value in parameters.items():
         if odd := _odd_value(name, value, known[name]): raise UsageError(f"{Path(path).stem}: {name} is {value!r}: {odd}")
 

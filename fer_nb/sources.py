@@ -60,7 +60,7 @@ def to_class(
 # %% ../nbs/00_data_sources.ipynb #00-sources-005
 _HIDDEN = re.compile(r"(^|/)(\.|__MACOSX(/|$)|Thumbs\.db$|desktop\.ini$)").search  # what systems leave behind
 
-# %% ../nbs/00_data_sources.ipynb #00-sources-i01
+# %% ../nbs/00_data_sources.ipynb #00-sources-i01-members
 def _members(archive: str):
     "(name with slashes, manifest path) of a zip's members; one that is locked is refused."
     opened = open_archive(archive)
@@ -69,7 +69,7 @@ def _members(archive: str):
         name = as_text(member.replace("\\", "/"))
         if not name.endswith("/"): yield name, f"{archive}!{member}"
 
-
+# %% ../nbs/00_data_sources.ipynb #00-sources-i01-folder-behind
 def _folder_behind(entry: os.DirEntry) -> str | None:
     "The folder that an entry is or leads to: a folder, a link, or the text that some systems keep in a link's place."
     if entry.is_dir(): return entry.path
@@ -80,7 +80,7 @@ def _folder_behind(entry: os.DirEntry) -> str | None:
     if target and os.path.isdir(target): return os.path.normpath(target)
     raise UsageError(f"{as_text(entry.path)}: leads to no folder, and is called as a class is; mend or remove it")
 
-
+# %% ../nbs/00_data_sources.ipynb #00-sources-i01
 def _walk(folder: str, inside: str = "", above: frozenset = frozenset()):
     "(name, another one where two are the same, path) of every file below a folder and of every member of a zip; loops of links end."
     above |= {os.path.realpath(folder)}
@@ -178,7 +178,7 @@ def table(
                              "fetch the file again, or mend the line")
         yield tuple([None if i is None or i >= len(r) else r[i].strip() for i in at])
 
-# %% ../nbs/00_data_sources.ipynb #00-sources-i03
+# %% ../nbs/00_data_sources.ipynb #00-sources-i03-locate
 @patch
 def locate(
     self: Tree,
@@ -199,7 +199,7 @@ def locate(
         raise UsageError(f"{self.root.name}: {file} may be {hits[-2][1]} or {hits[-1][1]}: keep one, or name its whole path in the table")
     return hits[-1][1] if hits else None
 
-
+# %% ../nbs/00_data_sources.ipynb #00-sources-i03
 def _agree(name: str, parts: list[str]) -> int:
     "How many parts of two paths agree, from the end."
     pairs = zip(reversed(name.lower().split("/")), reversed(parts))
@@ -221,11 +221,11 @@ SPLITS = ("train", "val", "test")
 PARTS = {p: s for s, names in {"train": "train training trainset trainingset", "val": "val valid validation valset validset validationset",
                                "test": "test testing testset testingset publictest privatetest"}.items() for p in names.split()}
 
-# %% ../nbs/00_data_sources.ipynb #00-sources-i06
+# %% ../nbs/00_data_sources.ipynb #00-sources-i06-plain
 @lru_cache(1 << 12)  # a dataset has few names of parts, and a row each
 def _plain(part: str) -> str: return re.sub(r"[\s_.-]", "", part).lower()
 
-
+# %% ../nbs/00_data_sources.ipynb #00-sources-i06
 def split_of(
     part: str,  # the source's own name, in any case: Training, train_set, Public Test
     where: str,  # the file or folder that says so

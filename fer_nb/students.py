@@ -50,14 +50,14 @@ def start_from(
     load_matching(model, ckpt["model"], guard)
     return guard
 
-# %% ../nbs/05_students.ipynb #05-students-009
+# %% ../nbs/05_students.ipynb #05-students-009-network
 def _network(meta: dict) -> nn.Module:
     "The network that a checkpoint's meta describes."
     if meta.get("head") != "arcface": return make_student(stem_stride=meta.get("stem_stride", 2))
     return Teacher(meta["backbone"], meta.get("scale", 30.0), img_size=meta["geometry"]["size"], model_args=meta.get("model_args"),
                    stem_stride=meta.get("stem_stride", 0))
 
-
+# %% ../nbs/05_students.ipynb #05-students-009
 def load_model(
     checkpoint,  # a best.pt of a student or a teacher
 ) -> tuple[nn.Module, dict]:  # the network in eval mode, and its meta
