@@ -84,7 +84,7 @@ def test_a_broken_profile_is_named(tmp_path, capsys, content, says):
 def test_what_a_run_has_started_ends_with_it(tmp_path, sign):
     "The child is asked to end when its parent ends, even by kill -9; it then has its own child, which it ends as Snakemake does."
     child = ("import subprocess, sys, time, os\\np = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\\n"
-             "print(os.getpid(), p.pid, flush=True)\\ntry: time.sleep(60)\\nfinally: p.kill()")
+             "try: print(os.getpid(), p.pid, flush=True); time.sleep(60)\\nfinally: p.kill()")
     say = "lambda line: print(line, end='', flush=True)"
     parent = python(f"import sys\nfrom fer_nb.runs import _snakemake\n_snakemake([sys.executable, '-c', \"{child}\"], {say})",
                     preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # it may be ignored where tests run
