@@ -117,8 +117,13 @@ def test_batch_normalisation_is_folded_and_numbers_are_what_they_should_be(expor
         assert w.dtype == np.int8 and np.abs(w.astype(int)).max() <= 64  # seven bits
         assert scale.shape == (w.shape[0],)  # a scale a channel
     held, plain = ({t.name: numpy_helper.to_array(t) for t in kinds[k].initializer} for k in ("w8", "fp32"))
-    for name, w in plain.items():  # a whole number and a scale a channel, within half a step of the weight
-        if w.size <= 1000: continue
+    rounded = {name: w for name, w in plain.items() if f"{name}_whole" in held}
+    exact = {name: w for name, w in plain.items() if name not in rounded}
+    assert all(np.array_equal(held[name], w) for name, w in exact.items())
+    assert max(w.size for w in exact.values()) <= min(w.size for w in rounded.values())  # the smallest ones
+    whole = sum(w.size for w in plain.values())
+    assert 0.95 <= sum(w.size for w in rounded.values())/whole < 0.96
+    for name, w in rounded.items():  # a whole number and a scale a channel, within half a step of the weight
         assert held[f"{name}_whole"].dtype == np.int8 and held[f"{name}_scale"].size == len(w)
         assert (np.abs(held[f"{name}_whole"]*held[f"{name}_scale"] - w) <= 0.501*held[f"{name}_scale"]).all()
 
