@@ -173,8 +173,11 @@ def calibration(m: Material, convention: str, most: int = 14):
     models = [(f.name, f) for f, _ in m.fused(convention)] + [(label(r.folder.name), r.folder) for r in m.of("teacher", convention)]
     models += [(name, r.folder) for name, runs in arm_runs(m, convention).items() for r in runs[:1]] if m.of("student", convention) else []
     short = short_arms([n for n in arm_runs(m, convention)]) if m.of("student", convention) else {}
+    names = [fill(f"{short.get(n, n)}, seed {m.ledger.read(f/'args.json')['parameters']['seed']}" if n in short else n, 26)
+             for n, f in models[:most]]
+    lines = max(2, *(n.count("\n") + 1 for n in names))
     with style():
-        fig, (ax,) = _axes(1.2 + 0.32*len(models[:most]))
+        fig, (ax,) = _axes(1.2 + 0.16*lines*len(names))
         for y, (_, folder) in enumerate(models[:most]):
             path = folder/"reliability_metrics.json"
             r = m.ledger.read(path)
@@ -184,9 +187,7 @@ def calibration(m: Material, convention: str, most: int = 14):
             ax.plot(now["value"], y, "o", color=BLUE, ms=6.5, label="T*" if not y else None)
             ax.plot(null, y, "|", color="black", ms=11, mew=1.6, label="a calibrated model" if not y else None)
             m.ledger.note(worded(raw), path, "uncalibrated", "ece"); m.ledger.note(worded(now), path, "ece")
-        names = [f"{short.get(n, n)}, seed {m.ledger.read(f/'args.json')['parameters']['seed']}" if n in short else n for n,
-                 f in models[:most]]
-        ax.set_yticks(range(len(names)), [fill(n, 26) for n in names])
+        ax.set_yticks(range(len(names)), names)
         ax.invert_yaxis(); ax.set_xlim(left=0); ax.margins(y=0.06)
         ax.set_xlabel(f"ECE on test rows, labels of {said(convention)}")
         return _legend(fig, ax, 3)
