@@ -175,7 +175,7 @@ def calibration(m: Material, convention: str, most: int = 14):
     short = short_arms([n for n in arm_runs(m, convention)]) if m.of("student", convention) else {}
     names = [fill(f"{short.get(n, n)}, seed {m.ledger.read(f/'args.json')['parameters']['seed']}" if n in short else n, 26)
              for n, f in models[:most]]
-    lines = max(2, *(n.count("\n") + 1 for n in names))
+    lines = max([2, *(n.count("\n") + 1 for n in names)])
     with style():
         fig, (ax,) = _axes(1.2 + 0.16*lines*len(names))
         for y, (_, folder) in enumerate(models[:most]):
