@@ -113,7 +113,11 @@ def test_the_wheel_carries_what_the_chain_reads(wheel):
     assert {"fer_nb/py.typed", "fer_nb/models/student.onnx", "fer_nb/templates/MODEL_CARD.md"} <= set(held)
     nb = json.loads(zipfile.ZipFile(wheel).read("fer_nb/share/nbs/03_teachers.ipynb"))
     assert not any(c.get("outputs") for c in nb["cells"]) and any("parameters" in c["metadata"].get("tags", []) for c in nb["cells"])
-    assert sum(i.file_size for i in held.values()) < 15e6
+    students = {n: i.file_size for n, i in held.items() if n.endswith(".onnx")}
+    assert set(students) == {"fer_nb/models/student.onnx", "fer_nb/models/student_fer2013.onnx"}
+    assert all(size < 5e6 for size in students.values()), students
+    assert sum(i.file_size for i in held.values()) - sum(students.values()) < 6.5e6  # code, templates, notebooks without their outputs
+    assert wheel.stat().st_size < 11e6  # what is downloaded
 
 
 def test_the_chain_is_found_without_a_checkout(wheel, tmp_path):
