@@ -83,10 +83,12 @@ def manifest_audit(a):
 
 def cache(a):
     from fer_nb.geometry import Geometry
-    from fer_nb.images import pack_cache
+    from fer_nb.images import pack_cache, unseen_by
     from fer_nb.manifests import load_manifest
     manifest, bar = load_manifest(a.manifest, valid=True), sys.stderr.isatty()
-    print(pack_cache(manifest, Geometry(size=a.img_size), a.out, sample=a.framing_sample, progress=bar))
+    print(packed := pack_cache(manifest, Geometry(size=a.img_size), a.out, sample=a.framing_sample, progress=bar))
+    if names := unseen_by(packed): print(f"not measured: how {' and '.join(names)} cut these faces (a detector's file lies in the folder "
+                                         f"that FER_NB_MODELS names); fer-nb framing {a.out} does it later")
 
 
 def status(a):

@@ -47,8 +47,8 @@ from .images import load_cache
 from .integrity import package_versions
 from .loading import PackedFaces
 from .manifests import load_manifest
-from .leaves import leaves_of, reseal
-from .records import HashManifest, Interval
+from .leaves import leaves_of, reseal, seal_folder, unseal
+from .records import HashManifest, Interval, RunArgs
 from .resampling import paired_interval
 from .run_report import groups_of
 from .students import load_model
@@ -565,12 +565,16 @@ def export_checkpoint(
         test = _packed_view(manifest_dir, cache_dir, view, geometry, faces, seed, facts.convention)
         shown = _every_face(test)
         what = f"{load_manifest(manifest_dir).dataset_index_id}, {view}{f', labels of {facts.convention}' if facts.convention else ''}"
+    if find_artifact(out, RunArgs.filename): raise UsageError(f"'{out}' is a run's own folder: export into another, such as '{out}/onnx'")
+    unseal(out)
     report = export_model(path, out, precisions, train)
     labels, groups = (None, None) if test is None else (test.labels, groups_of(test.rows))
     parity = check_parity(out, path, shown, labels, what, seed=seed, groups=groups)
     require_parity(parity, out)
     if test is not None:
         for p in parity.variants: _keep_answers(out/model_file(p), test, out)
+    made = [report.filename, parity.filename, *(f for p in report.files for f in (model_file(p), answers_file(p)))]
+    seal_folder(out, report.dataset_index_id, [f for f in made if (out/f).is_file()])
     notes = [] if precisions or "int8" in report.files else ["no int8: it needs training faces; give a manifest and its cache"]
     rounded = [p for p in ("w8", "int8") if p in parity.variants]
     good = [p for p in rounded if parity.variants[p].passed]

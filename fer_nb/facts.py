@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['JUDGED_APART', 'BACKBONE', 'on_disk', 'unsealed', 'untrue_scores', 'mixed_datasets', 'other_seed', 'checkpoint_words',
            'other_network', 'broken_line', 'uncounted_softlabels', 'partly_validated', 'other_rows', 'changed_cache',
-           'broken_session', 'chain_folders', 'lost_folders', 'links_below', 'nameless']
+           'broken_session', 'untrue_session', 'chain_folders', 'lost_folders', 'links_below', 'nameless']
 
 # %% ../nbs/01_integrity_facts.ipynb #01-facts-002
 import csv
@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from .artifacts import Artifact, find_artifact, read_npz, sha256_file
-from .evidence import AlignmentReport, EnsembleGate, ExportReport, OnnxParity, SessionInfo
+from .evidence import AlignmentReport, EnsembleGate, ExportReport, OnnxParity, ScoreResults, SessionInfo
 from .integrity import load_softlabels, own_test_rows
 from .leaves import LEAVES, SEAL, leaves_of, travels
 from fer_nb.records import (
@@ -223,6 +223,23 @@ def broken_session(folder) -> str:  # "" where it holds
     if not frames or not all(str(x).isdigit() for x in frames): return "per_frame.csv holds no frames"
     order = [int(x) for x in frames]  # type: ignore[arg-type]
     return "" if order == sorted(order) else "per_frame.csv is not in the order of its frames"
+
+# %% ../nbs/01_integrity_facts.ipynb #01-facts-s02
+def untrue_session(folder) -> str:  # "" where they agree
+    "Whether a session's scores are those of its frames."
+    from fer_nb.scoring import score_results
+    from fer_nb.sessions import load_session
+    kept, now = ScoreResults.load(folder), score_results(load_session(folder), resamples=2)[0]
+    def value(x): return None if x is None else x.value
+    def counted(r): return {"frames": r.frames, "scored_frames": r.scored_frames, "confusion": r.confusion} | {
+        f"{kind}.{k}": value(getattr(getattr(r, kind), k)) for kind in ("shown", "raw") for k in ("accuracy", "macro_f1")}
+    said, found = counted(kept), counted(now)
+    if kept.truth != now.truth:
+        total, right = sum(map(sum, kept.confusion)), sum(row[c] for c, row in enumerate(kept.confusion))
+        said, found = {"shown.accuracy": value(kept.shown.accuracy)}, {"shown.accuracy": right/total if total else None}
+    def other(a, b): return a != b and not (isinstance(a, float) and isinstance(b, float) and abs(a - b) < 1e-6)
+    wrong = [k for k in said if other(said[k], found[k])]
+    return f"{wrong[0]} is {said[wrong[0]]}, and its frames say {found[wrong[0]]}: score the session again" if wrong else ""
 
 # %% ../nbs/01_integrity_facts.ipynb #01-facts-061
 BACKBONE = "mobilenetv3_large_100"  # the students', as their folders name it

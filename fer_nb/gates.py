@@ -13,17 +13,17 @@ from pathlib import Path
 
 from .artifacts import FerError, GateError, UsageError, find_artifact, read_npz, sha256_file
 from fer_nb.evidence import (
-    AlignmentReport, BackboneGuard, DKDUnitTest, EnsembleGate, ExportReport, OnnxParity, SessionInfo, SmokeTest,
+    AlignmentReport, BackboneGuard, DKDUnitTest, EnsembleGate, ExportReport, OnnxParity, ScoreResults, SessionInfo, SmokeTest,
 )
 from fer_nb.facts import (
     broken_line, broken_session, changed_cache, links_below, lost_folders, mixed_datasets, nameless, other_network, other_rows, other_seed,
-    partly_validated, uncounted_softlabels, unsealed, untrue_scores,
+    partly_validated, uncounted_softlabels, unsealed, untrue_scores, untrue_session,
 )
 from .integrity import load_softlabels, own_calibration, run_convention
 from .leaves import check_run_seal, check_seal, is_small_copy, leaves_of, travels
 from fer_nb.records import (
     CacheIndex, Calibration, ClassOrder, DatasetIndex, HashManifest, LeakageReport, ManifestValidation, ReliabilityMetrics,
-    RunArgs, SelectiveReport, TrainingHistory,
+    RunArgs, SelectiveReport, ThroughDetector, TrainingHistory,
 )
 
 # %% ../nbs/01_integrity_gates.ipynb #01-gates-005
@@ -200,6 +200,18 @@ def _judge_whole(j: _Judge, owed: list[str]) -> bool:  # whether it is a small c
     j.ask("scores are those of its own answers", "evaluation.npz", untrue_scores, lambda f: ReliabilityMetrics.load(f).n)
     return small
 
+# %% ../nbs/01_integrity_gates.ipynb #01-gates-w02t
+def _weights(folder: Path) -> str | None:
+    "The sha256 of a run's weights, by its seal."
+    seal = HashManifest.load(folder)
+    return (seal.files | seal.original).get("best.pt")
+
+# %% ../nbs/01_integrity_gates.ipynb #01-gates-w02u
+def _foreign_through(folder: Path, hashed: str | None) -> str | None:
+    "Whether the scores behind a detector are of other weights than those that stand here."
+    judged = ThroughDetector.load(folder).checkpoint_sha256
+    return f"is of the weights {judged[:12]}…, and here are {hashed[:12]}…: judge this model" if hashed and judged != hashed else None
+
 # %% ../nbs/01_integrity_gates.ipynb #01-gates-017
 def _judge_training(j: _Judge, datasets: set[str]):
     "A training run: complete, of a known dataset, calibrated off the bound, reported on rows it was not fitted on."
@@ -216,6 +228,8 @@ def _judge_training(j: _Judge, datasets: set[str]):
     j.ask("reported on rows that T was not fitted on", "reliability_metrics.json", _reported_elsewhere)
     j.ask("judged by the labels that it learned", "reliability_metrics.json", _judged_by_its_own)
     j.ask("prediction sets keep their promise", "selective.json", _promise_kept)
+    if find_artifact(j.folder, ThroughDetector.filename):
+        j.ask("it is the model that was judged behind detectors", ThroughDetector.filename, lambda f: _foreign_through(f, _weights(f)))
     if args.stage == "teacher" and not small: _judge_softlabels(j)
     if args.stage == "student":
         j.ask("checkpoint is the student's", "backbone_guard.json", _says(BackboneGuard, "passed"))
@@ -257,8 +271,7 @@ def _foreign_export(folder: Path, root: Path) -> str | None:
     "Whether an export is of a run that stands here."
     hashed, proved = ExportReport.load(folder).checkpoint_hash, OnnxParity.load(folder).checkpoint_hash
     if hashed != proved: return f"exported from {hashed[:12]}…, compared with {proved[:12]}…"
-    sealed = [p.parent for p in root.rglob(RunArgs.filename) if find_artifact(p.parent, HashManifest.filename)]
-    runs = [(seal.files | seal.original).get("best.pt") for seal in map(HashManifest.load, sealed)]
+    runs = [_weights(p.parent) for p in root.rglob(RunArgs.filename) if find_artifact(p.parent, HashManifest.filename)]
     return None if hashed in runs or not any(runs) else f"no run here has the weights {hashed[:12]}… that it was exported from"
 
 # %% ../nbs/01_integrity_gates.ipynb #01-gates-027
@@ -270,6 +283,17 @@ def _judge_export(j: _Judge):
     j.ask("fp32 and fp16 answer as the checkpoint on faces", OnnxParity.filename, _says(OnnxParity, "passed"),
           lambda f: OnnxParity.load(f).n)
     j.ask("the files are those that were compared", OnnxParity.filename, lambda f: _proved_files(f, j.root))
+    j.ask("no file changed since it was exported", HashManifest.filename, lambda f: check_run_seal(f) and None)
+    if find_artifact(j.folder, ThroughDetector.filename):
+        j.ask("it is the model that was judged behind detectors", ThroughDetector.filename,
+              lambda f: _foreign_through(f, ExportReport.load(f).checkpoint_hash))
+
+# %% ../nbs/01_integrity_gates.ipynb #01-gates-s02
+def _judge_session(j: _Judge):
+    "A live session: whole, and with the scores of its own frames."
+    j.ask("the session is whole, frame after frame", "per_frame.csv", broken_session)
+    if find_artifact(j.folder, ScoreResults.filename):
+        j.ask("its scores are those of its frames", ScoreResults.filename, untrue_session)
 
 # %% ../nbs/01_integrity_gates.ipynb #01-gates-w04
 def _judge_root(j: _Judge, manifests, trainings):
@@ -310,7 +334,7 @@ def gates(
     asked = {"manifest": _judge_manifest, "ensemble": lambda j: _judge_ensemble(j, datasets), "export": _judge_export,
              "cache": lambda j: j.ask("its pictures are those that were packed", CacheIndex.filename, changed_cache,
                                       lambda f: CacheIndex.load(f).n),
-             "session": lambda j: j.ask("the session is whole, frame after frame", "per_frame.csv", broken_session),
+             "session": _judge_session,
              "training": lambda j: _judge_training(j, datasets)}
     judges = [_Judge(root, root)]
     _judge_root(judges[0], found["manifest"], found["training"])

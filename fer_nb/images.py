@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CACHE_FILES', 'show_faces', 'prepare_row', 'stack_faces', 'row_hash', 'ImageCache', 'cache_positions', 'load_cache',
-           'pack_cache', 'measure_cache']
+           'pack_cache', 'measure_cache', 'unseen_by']
 
 # %% ../nbs/02a_images.ipynb #02a-images-002
 import os
@@ -363,3 +363,11 @@ def measure_cache(
     framing = measure_framing(rows, sample, models=models, margin=cache.geometry.margin, crops=crops, **kwargs)
     cache.index.model_copy(update={"framing": framing.to_dict()}).save(folder)
     return framing
+
+# %% ../nbs/02a_images.ipynb #02a-images-n19
+def unseen_by(
+    cache: ImageCache,
+) -> list[str]:
+    "The usual detectors that have not looked at a cache's pictures."
+    looked = {s.detector for s in cache.framing.sights} if cache.framing else set()
+    return [name for name in ("yunet", "haar") if name not in looked]

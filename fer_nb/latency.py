@@ -21,6 +21,7 @@ from .deploy import ModelFacts, Predictor
 from .distillation import make_student
 from .exporting import in_colour, in_points, save_checked, to_fp32
 from .geometry import Geometry
+from .leaves import follow_seal
 from .loading import LazyFaces
 from .manifests import labels_of, load_manifest
 from .records import Interval
@@ -157,4 +158,6 @@ def bench(
     right = None if manifest_dir is None else compare_accuracy(named, manifest_dir, view, progress=progress)
     table = measure_latency(named, progress=progress, **kwargs)
     if right is not None: write_csv(out/"accuracy_benchmarks.csv", right)
-    return BenchResult(table, write_csv(out/"latency_benchmarks.csv", table), right)
+    path = write_csv(out/"latency_benchmarks.csv", table)
+    follow_seal(out, path.name, *(["accuracy_benchmarks.csv"] if right is not None else []))
+    return BenchResult(table, path, right)

@@ -6,7 +6,7 @@
 __all__ = ['SEAL', 'MANIFEST_LEAVES', 'CACHE_LEAVES', 'SOFTLABEL_LEAVES', 'TRAINED_LEAVES', 'THROUGH', 'REPORTED_LEAVES',
            'LEAVES', 'RESUMED', 'FOLDERS', 'OTHER_NAMES', 'Leaf', 'leaves_of', 'declared', 'leaves_table',
            'leaves_markdown', 'seal_folder', 'unseal', 'check_seal', 'travels', 'is_small_copy', 'check_run_seal',
-           'reseal_copy', 'reseal', 'artifact_models', 'inventory']
+           'reseal_copy', 'reseal', 'follow_seal', 'artifact_models', 'inventory']
 
 # %% ../nbs/00_artifacts_table.ipynb #00-leaves-002
 from pathlib import Path
@@ -273,6 +273,15 @@ def reseal(
     seal = seal.model_copy(update={"files": seal.files | now, "rewritten": before | seal.rewritten})
     seal.save(folder)
     return seal
+
+# %% ../nbs/00_artifacts_table.ipynb #00-leaves-012f
+def follow_seal(
+    folder,  # sealed, or not
+    *files: str,  # names of files that were written again
+):
+    "Take files that were written again into the folder's seal, those that it lists."
+    if find_artifact(folder, HashManifest.filename) is None: return
+    if listed := [f for f in files if f in HashManifest.load(folder).files]: reseal(folder, listed)
 
 # %% ../nbs/00_artifacts_table.ipynb #00-leaves-015
 def artifact_models() -> dict[str, type[Artifact]]:

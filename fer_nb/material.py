@@ -4,12 +4,15 @@
 
 # %% auto #0
 __all__ = ['SCORES', 'folders_of', 'require_whole', 'exported_run', 'Material', 'short_arms', 'arm_runs', 'name_data',
-           'name_model', 'name_export', 'name_gain', 'name_session', 'name_date', 'name_all']
+           'name_model', 'name_export', 'require_own_arms', 'name_gain', 'name_session', 'name_date', 'name_all']
 
 # %% ../nbs/09f_material.ipynb #09f-002
+from collections.abc import Iterator
 from functools import cached_property
+from itertools import combinations
 from pathlib import Path
 
+import pandas as pd
 from fastcore.basics import patch
 
 from .arms import arm_labels
@@ -215,19 +218,71 @@ def name_model(
 def name_export(m: Material, folder: Path):
     "Names of an export: size, parity, time, and what is left behind a detector."
     name, parity, report = m.ledger.name, folder/"onnx_parity.json", ExportReport.load(folder)
-    ships = next(p for p in ("w8", "fp32", *report.precision) if p in report.precision)
+    judged = m.ledger.read(parity)["variants"]
+    ships = next((p for p in ("w8", "fp32", *report.precision) if p in report.precision and judged[p]["pass"]), "fp32")
     name("export.precision", folder/"onnx_export_report.json", "files", ships, "file", form="text")
     name("export.bytes", folder/"onnx_export_report.json", "files", ships, "bytes", form=",")
     name("export.agreement", parity, "variants", ships, "argmax_agreement", form=".2%")
     name("export.n", parity, "n", form=",")
     if not (folder/"through_detector.json").is_file(): return
-    first = m.ledger.read(folder/"through_detector.json")["rows"][0]
+    rows = m.ledger.read(folder/"through_detector.json")["rows"]
+    first = next((r for r in rows if r["convention"] == report.convention), rows[0])
     at = {"detector": first["detector"], "width": first["width"], "source": first["source"]}
     for way in ("direct", "through_found", "through_all"):
         for k in ("accuracy", "macro_f1"): name(f"through.{way}.{k}", folder/"through_detector.json", "rows", at, way, k)
     for k, form in (("n", ","), ("missed", ","), ("detector", "text"), ("width", "d")): name(f"through.{k}",
                                                                                              folder/"through_detector.json", "rows", at,
                                                                                              k, form=form)
+
+# %% ../nbs/09f_material.ipynb #09f-025b
+_TABLES = ("results_summary_students.csv", "comparisons_students.csv")
+_NUMBERS = (("n_seeds", "n", "mean"), ("n_seeds", "n", "mean_a", "mean_b", "difference", "low", "high"))
+
+
+def _of_all(ledger: Ledger, path: Path, needs) -> pd.DataFrame:
+    "A table's rows over all sources, with a convention; where a number is none, the table is refused."
+    t = ledger.read(path)
+    try: t = t[(t["source"] == "all") & t["metric"].isin(["accuracy", "macro_f1"]) & (pd.to_numeric(t["n_seeds"]) > 0)]
+    except (KeyError, ValueError) as e: raise GateError(f"the report's reference '{ledger.told(path)}' can't be read: {e}") from None
+    t = t.assign(convention=t["convention"].fillna("") if "convention" in t else "", seeds=t["seeds"].astype(str))
+    for k in needs:
+        if k not in t: raise GateError(f"the report's reference '{ledger.told(path)}' is missing: the table has no {k}")
+        t[k] = pd.to_numeric(t[k], errors="coerce")
+        if t[k].isna().any(): raise GateError(f"the report's reference '{ledger.told(path)}' holds no number as {k} of a row")
+    return t
+
+# %% ../nbs/09f_material.ipynb #09f-025c
+def _means_here(m: Material, row) -> Iterator[float]:
+    "What every arm that could be meant has over a row's seeds."
+    for runs in arm_runs(m, row.convention).values():
+        seeds = {str(r.seed): getattr(r.metrics, row.metric).value for r in runs if r.args.parameters["stage"] == str(row.arm).split()[0]}
+        wanted = row.seeds.split(";")
+        if set(wanted) <= set(seeds): yield sum(seeds[s] for s in wanted)/len(wanted)
+
+# %% ../nbs/09f_material.ipynb #09f-025g
+def require_own_arms(m: Material):
+    "Refuse a comparison of students that is not of the runs that stand here."
+    folder = m.root/"students"
+    if not (folder/_TABLES[0]).is_file(): return
+    means, pairs = (_of_all(m.ledger, folder/name, needs) for name, needs in zip(_TABLES, _NUMBERS))
+    def refuse(name, why):
+        raise GateError(f"the report's reference '{m.ledger.told(folder/name)}' is of other runs: {why}; "
+                        "run fer-nb student summarise again")
+    for r in means.itertuples():
+        if not any(abs(v - r.mean) < 2e-3 for v in _means_here(m, r)):
+            refuse(_TABLES[0], f"no students here have {r.mean:.3f} {r.metric} over the seeds {r.seeds}, as it says of {r.arm}")
+    said = {(r.convention, r.arm, r.metric, r.seeds): r.mean for r in means.itertuples()}
+    for r in pairs.itertuples():
+        arms = [(r.convention, a, r.metric, r.seeds) for a in (r.arm_a, r.arm_b)]
+        off = [a for a, mean in zip(arms, (r.mean_a, r.mean_b)) if abs(said.get(a, mean) - mean) > 1e-6]
+        if off or abs(r.mean_b - r.mean_a - r.difference) > 1e-6 or not r.low <= r.difference <= r.high:
+            refuse(_TABLES[1], f"what it says of {r.arm_a} and {r.arm_b} is not their difference")
+    held = {(r.convention, r.arm_a, r.arm_b) for r in pairs.itertuples()}
+    arms = means.drop_duplicates(["convention", "arm"])
+    for a, b in combinations(arms.itertuples(), 2):
+        shared = set(str(a.seeds).split(";")) & set(str(b.seeds).split(";"))
+        if a.convention == b.convention and shared and not held & {(a.convention, a.arm, b.arm), (a.convention, b.arm, a.arm)}:
+            refuse(_TABLES[1], f"it lacks {a.arm} beside {b.arm}")
 
 # %% ../nbs/09f_material.ipynb #09f-025
 def name_gain(m: Material, convention: str):
@@ -288,6 +343,7 @@ def name_all(m: Material) -> set[str]:  # stages that are there
     if e := m.export_of(first) or next(iter(m.exports), None):
         name_export(m, e)
         there |= {"onnx"} | ({"through"} if (e/"through_detector.json").is_file() else set())
+    require_own_arms(m)
     name_gain(m, first)
     there |= {s for s in ("kd", "dkd") if f"{s}.seeds" in m.ledger.names}
     if scored := [s for s in m.found["session"] if (s/"score_results.json").is_file()]: name_session(m, scored[0]); there.add("demo")

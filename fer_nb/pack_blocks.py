@@ -495,11 +495,11 @@ def verdict(b: Blocks) -> str:
     "The verdict in a sentence."
     lines = b.m.checklist.lines
     bad = [x for x in lines if not x.go]
-    files = [f for e in b.m.exports for f, v in b.m.ledger.read(e/"onnx_parity.json")["variants"].items() if not v["pass"]]
+    files = [b.m.ledger.told(e/v["file"]) for e in b.m.exports
+             for v in b.m.ledger.read(e/"onnx_parity.json")["variants"].values() if not v["pass"]]
     several = len(files) > 1
-    aside = (f" The verdict leaves out {len(files)} exported file{'s'*several} outside {'their' if several else 'its'} bar (int8), which "
-             f"must not "
-             "ship.") if files and not bad else ""
+    aside = (f" The verdict leaves out {len(files)} exported file{'s'*several} outside {'their' if several else 'its'} bar, which "
+             f"must not ship: {', '.join(f'`{f}`' for f in files)}.") if files and not bad else ""
     return f"**{'NO-GO' if bad else 'GO'}**: {len(lines) - len(bad)} of {len(lines)} lines of the checklist hold.{aside}"
 
 # %% ../nbs/09i_pack_blocks.ipynb #09i-041b

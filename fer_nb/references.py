@@ -209,6 +209,8 @@ def filled(
             if isinstance(e, AttributeError) and "'Pandas'" not in str(e): raise  # a row of a table is named so
             lost = e.args[0] if isinstance(e, KeyError) else e.name
             raise GateError(f"the report's reference '{m[2]}' is missing: a table behind this block has no {lost}") from None
+        except (TypeError, ValueError) as e:
+            raise GateError(f"the report's reference '{m[2]}' can't be made of what its artifacts hold: {e}") from None
     out = []
     for line in chosen(text, there).split("\n"):  # a heading names the section of the numbers below it
         if heading := re.match(r"#+ +(.*?)(?: *\{[^}]*\})?$", line): ledger.section = heading[1]

@@ -282,8 +282,9 @@ def ship(
     write_text(card_of(path), card)
     if (Path(run_dir)/"best.pt").is_file():
         network, meta = load_model(Path(run_dir)/"best.pt")
-        shipped = Predictor(path)  # whose file may know more of its pictures than the checkpoint, such as that they were grey
+        shipped = Predictor(path)  # whose file may know more of its pictures than the checkpoint: that they were grey, how they were cut
         t = Calibration.load(run_dir).selected_temperature
-        about = {"temperature": t, "name": shipped.name, "geometry": shipped.geometry.to_dict()}
+        about = {"temperature": t, "name": shipped.name, "geometry": shipped.geometry.to_dict(),
+                 "framing": shipped.framing and shipped.framing.to_dict()}
         save_trainable(network, meta | about, path.with_suffix(".safetensors"))
     return path

@@ -29,10 +29,10 @@ def outside_bars(m: Material) -> list[str]:
             bars = " and ".join(_BARS[k].format(x) for k, x in v["limits"].items() if k in _BARS)
             agreed = m.ledger.show(path, "variants", name, "argmax_agreement", form=".1%")
             lost = worded(v.get("macro_f1_change"), "+.2f")
-            verdict = (" The verdict counts fp32 and fp16 alone, so it can be GO beside this; " if name == "int8" else " ")
-            out.append(f"**{v['file']} is outside its bar.** It gives the same label on {agreed} of the faces and changes macro-F1 by "
-                       f"{lost} "
-                       f"points; its bar is {bars}.{verdict}don't ship this file.")
+            whose = f" of the student of {said(run.convention)}'s labels" if (run := m.exports[folder]) and len(m.exports) > 1 else ""
+            verdict = "The verdict counts fp32 and fp16 alone, so it can be GO beside this; don't" if name in ("w8", "int8") else "Don't"
+            out.append(f"**{v['file']}{whose} is outside its bar.** It gives the same label on {agreed} of the faces and changes "
+                       f"macro-F1 by {lost} points; its bar is {bars}. {verdict} ship this file.")
     return out
 
 # %% ../nbs/09g_surprises.ipynb #09g-008

@@ -16,6 +16,7 @@ from .calibration import accuracy, confusion, prf
 from .deploy import Predictor
 from .framing import WIDTHS, Through, draw_sample, faces_through, row_box, row_crop, row_image
 from .geometry import prepare_face
+from .leaves import follow_seal
 from .manifests import labels_of, load_manifest
 from .records import ThroughDetector, ThroughRow, ThroughScores
 from .resampling import bootstrap_intervals, paired_interval
@@ -123,5 +124,7 @@ def judge_through(
                                    **compare(predictor, part, through, **how)))
     artifact = ThroughDetector(model_name=predictor.name, checkpoint_sha256=predictor.checkpoint_sha256,
                                dataset_index_id=manifest.dataset_index_id, rows=done, **how)
-    if out: _merge(artifact, Path(out)).save(out)
+    if out:
+        _merge(artifact, Path(out)).save(out)
+        follow_seal(out, artifact.filename)
     return ThroughReport(artifact, list(dict.fromkeys(notes)))
