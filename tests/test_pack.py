@@ -294,9 +294,9 @@ def test_runs_of_several_input_sizes_are_told():
 
 
 @pytest.mark.parametrize(("name", "said"), [
-    ("_summary.qmd", ("of the model <demo.model>", "The live session is from another run folder", "The scores above are the checkpoint's",
+    ("_summary.qmd", ("of the model <demo.model>", "The live session is from another run folder", "in this report are its checkpoint's",
                       "changes macro-F1 by <export.macro_f1_change> points")),
-    ("_summary_zh.qmd", ("模型為 <demo.model>", "取自另一個執行資料夾", "上列成績屬於匯出前的原模型",
+    ("_summary_zh.qmd", ("模型為 <demo.model>", "取自另一個執行資料夾", "都屬於匯出前的原模型",
                          "F1 變動 <export.macro_f1_change> 個百分點"))])
 def test_the_summary_says_whose_session_and_whose_scores_it_shows(name, said):
     def text(*there):
