@@ -234,9 +234,11 @@ def odd_verdicts(
             f"{100*margin:g} points. One asks about other pictures, the other about another seed."] if told else []
 
 # %% ../nbs/09g_surprises.ipynb #09g-029i
-def _apart(a: float, b: float) -> bool: return max(a, b) > 2*min(a, b)
+def _apart(a: float, b: float) -> bool:
+    "More than a factor of two."
+    return max(a, b) > 2*min(a, b)
 
-
+# %% ../nbs/09g_surprises.ipynb #09g-029o
 def _odd_ratios(times: dict, smoke: dict) -> list[str]:  # arm -> ratio, of the matrix and of the smoke test
     "Times of an arm that another of its times contradicts."
     told = [f"{arm} takes {smoke[arm]:.2f}× in the smoke test and {t:.2f}× in the matrix" for arm, t in times.items()
