@@ -224,6 +224,7 @@ def name_export(m: Material, folder: Path):
     name("export.bytes", folder/"onnx_export_report.json", "files", ships, "bytes", form=",")
     name("export.agreement", parity, "variants", ships, "argmax_agreement", form=".2%")
     name("export.n", parity, "n", form=",")
+    if judged[ships].get("macro_f1_change"): name("export.macro_f1_change", parity, "variants", ships, "macro_f1_change", form="+.2f")
     if not (folder/"through_detector.json").is_file(): return
     rows = m.ledger.read(folder/"through_detector.json")["rows"]
     first = next((r for r in rows if r["convention"] == report.convention), rows[0])
@@ -343,6 +344,7 @@ def name_all(m: Material) -> set[str]:  # stages that are there
     if e := m.export_of(first) or next(iter(m.exports), None):
         name_export(m, e)
         there |= {"onnx"} | ({"through"} if (e/"through_detector.json").is_file() else set())
+        if "export.macro_f1_change" in m.ledger.names: there.add("onnx.change")
     require_own_arms(m)
     name_gain(m, first)
     there |= {s for s in ("kd", "dkd") if f"{s}.seeds" in m.ledger.names}

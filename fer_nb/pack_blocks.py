@@ -22,7 +22,7 @@ from .material import Material, short_arms
 from .references import NO_BREAK, account, worded
 from .report import by_source_table, data_tables
 from .results import label, md_table, said
-from .surprises import surprises
+from .surprises import below, surprises
 
 # %% ../nbs/09i_pack_blocks.ipynb #09i-005
 def small_png(
@@ -261,11 +261,6 @@ def demo(b: Blocks) -> str:
              b.table(["", "shown (stabilised)", "raw"], rows + once, about), b.told("demo")]
     return "\n\n".join(filter(None, parts))
 
-# %% ../nbs/09i_pack_blocks.ipynb #09i-029
-def _below(b: Blocks, name: str) -> list[Path]:
-    "Artifacts of a name in the run folder, else in those beside it."
-    return next((found for root in (b.m.root, *b.m.beside) if (found := sorted(root.rglob(name)))), [])
-
 # %% ../nbs/09i_pack_blocks.ipynb #09i-029b
 MATRIX_SHOWN = {  # column -> as shown, its width
     "arm": ("arm", 18), "macro-F1": ("macro-F1", 16), "points of macro-F1": ("points", 18), "than equal runs": ("beside equal runs", 15),
@@ -275,14 +270,14 @@ MATRIX_SHOWN = {  # column -> as shown, its width
 def nl(b: Blocks) -> str:
     "The matrix of nested and negative learning."
     parts = []
-    for path in _below(b, "nl_smoke.json"):
+    for path in below(b.m, "nl_smoke.json"):
         s = b.m.ledger.read(path)
         rows = [[a, v["go_no_go"], f"{v['loss_curve'][0]:.3f} → {v['loss_curve'][-1]:.3f}", f"{v['time_ratio']:.2f}×"] for a,
                 v in s["arms"].items()]
         for a in s["arms"]: b.m.ledger.note("(row)", path, "arms", a)
         parts.append(b.table(["arm", "smoke test", "loss", "time against AdamW"], rows, f"Nested and negative learning, smoke test of "
                              f"{s['epochs']} epochs on {s['rows']:,} rows"))
-    def outer_first(name): return sorted(_below(b, name), key=lambda p: len(p.parts))  # DKD's matrix lies inside of KD's
+    def outer_first(name): return sorted(below(b.m, name), key=lambda p: len(p.parts))  # DKD's matrix lies inside of KD's
     for path in outer_first("nl_matrix.json"):
         from fer_nb.nl_verdicts import MatrixReport  # brings torch, seconds that only a run with a matrix should wait
         stage, table = b.m.ledger.read(path)["settings"]["stage"], MatrixReport(path.parent).table.reset_index()[list(MATRIX_SHOWN)]
@@ -298,22 +293,23 @@ def nl(b: Blocks) -> str:
         g, beside = b.m.ledger.read(path), path.parent/"nl_matrix.json"
         stage = f"{b.m.ledger.read(beside)['settings']['stage']}: each" if beside.is_file() else "Each"
         rows = [[n, len(v["seeds"]), f"{100*v['macro_f1_difference']:+.2f} [{100*v['lower']:+.2f}, "
-                 f"{100*v['upper']:+.2f}]".replace("-", "−"), f"{v['ece_difference']:+.4f}", v["verdict"]] for n, v in g["parts"].items()]
+                 f"{100*v['upper']:+.2f}]".replace("-", "−"), worded(v["ece_difference"], "+.4f"), v["verdict"]]
+                for n, v in g["parts"].items()]
         for n in g["parts"]: b.m.ledger.note("(row)", path, "parts", n)
         parts.append(b.table(["part", "seeds", "points of macro-F1 [90% interval]", "ECE", "verdict"], rows,
                              f"{stage} part against the student without it, margin {100*g['margin']:g} points; the gate is "
                              f"{'open' if g['pass'] else 'shut'}"))
         parts.append(b.figure(verdict_plot(PhaseGate.load(path.parent)), f"nl_verdicts{k or ''}", f"{stage} part's lead over its baseline "
                               "on validation rows, beside the margin and beside how far equal runs differ."))
-    return "\n\n".join(parts) or ("No run of nested learning (NL) or negative learning (NegL) stands in this run folder, so there is no "
-                                  "matrix to show: nothing is said of "
-                                  "them here (`fer-nb nl smoke`, then `fer-nb nl gate`).")
+    if parts: return "\n\n".join(filter(None, [*parts, b.told("nl")]))
+    return ("No run of nested learning (NL) or negative learning (NegL) stands in this run folder, so there is no matrix to show: nothing "
+            "is said of them here (`fer-nb nl smoke`, then `fer-nb nl gate`).")
 
 # %% ../nbs/09i_pack_blocks.ipynb #09i-030
 def noise(b: Blocks) -> str:
     "The study of label noise: what each way gains over CE, and whether negative learning passes its bars."
     parts = []
-    for path in _below(b, "label_noise.json"):
+    for path in below(b.m, "label_noise.json"):
         from fer_nb.noise_study import noise_leads, noise_verdicts, read_noise  # brings torch, as above
         summary = read_noise(path.parent)[1]
         hardest = summary[(summary["kind"] == "real") | (summary["rate"] >= summary["rate"].max() - 1e-9)]
@@ -375,15 +371,15 @@ def practice(b: Blocks, path: Path) -> list[str]:  # paragraphs
 def adaptation(b: Blocks) -> str:
     "What adaptation to other faces changed, and whether the gate let it through."
     parts, ledger = [], b.m.ledger
-    for path in _below(b, "gap_closure.json"):
+    for path in below(b.m, "gap_closure.json"):
         if (path.parent/"corruption.csv").is_file(): parts += practice(b, path)
         parts.append(closure_table(b, path, whole=False))
-    for path in _below(b, "dual_gate.json"):
+    for path in below(b.m, "dual_gate.json"):
         g = ledger.read(path)
         ledger.note(g["verdict"], path, "verdict")
         parts.append(f"The dual gate says **{g['verdict']}** of {g['candidate']} in place of "
                      f"{g['incumbent']}." + (f" {'; '.join(g['reasons'])}." if g.get("reasons") else ""))
-    for path in _below(b, "fairness.csv"):
+    for path in below(b.m, "fairness.csv"):
         t = ledger.read(path)
         ledger.note("(table)", path)
         parts.append(b.table(list(t.columns[:5]), [[worded(v) for v in r[:5]] for r in t.head(12).to_numpy().tolist()],
@@ -504,10 +500,13 @@ def verdict(b: Blocks) -> str:
 
 # %% ../nbs/09i_pack_blocks.ipynb #09i-041b
 def verdict_zh(b: Blocks) -> str:
-    "The same in Chinese."
+    "The same in Chinese, with the files that failed."
     lines = b.m.checklist.lines
     bad = sum(not x.go for x in lines)
-    return f"**{'不通過（NO-GO）' if bad else '通過（GO）'}**：檢查表共 {len(lines)} 項，其中 {len(lines) - bad} 項成立。"
+    failed = [v["file"] for e in b.m.exports for v in b.m.ledger.read(e/"onnx_parity.json")["variants"].values() if not v["pass"]]
+    aside = (f"另有 {len(failed)} 個輸出檔案（{'、'.join(dict.fromkeys(failed))}）超出容許範圍，不計入此結論，也不得交付。"
+             if failed and not bad else "")
+    return f"**{'不通過（NO-GO）' if bad else '通過（GO）'}**：檢查表共 {len(lines)} 項，其中 {len(lines) - bad} 項成立。{aside}"
 
 # %% ../nbs/09i_pack_blocks.ipynb #09i-044
 def all_runs(b: Blocks) -> str:
@@ -552,7 +551,7 @@ def all_sources(b: Blocks) -> str:
 # %% ../nbs/09i_pack_blocks.ipynb #09i-046b
 def all_changes(b: Blocks) -> str:
     "What adaptation changed, where the body shows a part of it."
-    long = [p for p in _below(b, "gap_closure.json") if len(b.m.ledger.read(p)["changes"]) > SCREEN]
+    long = [p for p in below(b.m, "gap_closure.json") if len(b.m.ledger.read(p)["changes"]) > SCREEN]
     return "\n\n".join(closure_table(b, p) for p in long) or "The body shows all that adaptation changed."
 
 # %% ../nbs/09i_pack_blocks.ipynb #09i-046c

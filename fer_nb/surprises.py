@@ -4,10 +4,15 @@
 
 # %% auto #0
 __all__ = ['FEW', 'outside_bars', 'noisy_clock', 'worse_calibrated', 'mixed_sizes', 'few_seeds', 'short_trainings', 'no_gain',
-           'weak_classes', 'session_surprises', 'lost_faces', 'provenance_surprises', 'data_surprises', 'surprises']
+           'weak_classes', 'session_surprises', 'lost_faces', 'below', 'read_off', 'odd_verdicts', 'odd_times',
+           'learning_surprises', 'provenance_surprises', 'data_surprises', 'surprises']
 
 # %% ../nbs/09g_surprises.ipynb #09g-002
+import math
+import re
 from pathlib import Path
+
+import pandas as pd
 
 from .material import Material, arm_runs
 from .references import worded
@@ -192,6 +197,93 @@ def lost_faces(m: Material) -> list[str]:
             f"({share:.0%}); "
             f"counted as errors, they take accuracy from {number('through.direct.accuracy')} to {number('through.through_all.accuracy')}."]
 
+# %% ../nbs/09g_surprises.ipynb #09g-029b
+def below(
+    m: Material,
+    name: str,  # of a file
+) -> list[Path]:
+    "Artifacts of a name in the run folder, else in those beside it."
+    return next((found for root in (m.root, *m.beside) if (found := sorted(root.rglob(name)))), [])
+
+# %% ../nbs/09g_surprises.ipynb #09g-029d
+def read_off(
+    shown: str,  # points with their interval: "+2.7 [+1.5, +3.9]"
+    margin: float,  # points that may be lost
+) -> str:  # non-inferior | inferior | not shown
+    "What an interval alone would say."
+    low, high = (float(v.replace("−", "-")) for v in re.findall(r"[+−-]?[\d.]+", shown)[-2:])
+    return "non-inferior" if low >= -margin else "inferior" if high < -margin else "not shown"
+
+# %% ../nbs/09g_surprises.ipynb #09g-029g
+def odd_verdicts(
+    stage: str,
+    table: pd.DataFrame,  # as `nl_verdicts.matrix_table` gives it
+    gate: dict,  # nl_phase_gate.json
+) -> list[str]:
+    "Verdicts that the interval beside them doesn't say."
+    points, margin, told = table["points of macro-F1"], gate["margin"], []
+    for arm, v in gate["parts"].items():
+        if not points.get(arm) or read_off(points[arm], 100*margin) == v["verdict"]: continue
+        seeds = worded({"value": 100*v["macro_f1_difference"], "low": 100*v["lower"], "high": 100*v["upper"]}, "+.2f")
+        ece = v["verdict"] == "inferior" and v["upper"] >= -margin  # then it is calibration that judged
+        over = f", with ECE {worded(v['ece_difference'], '+.4f')}" if ece else ""
+        told.append(f"{arm.replace('+', ' + ')}, {points[arm]} over pictures, is {v['verdict']}: {seeds} over {len(v['seeds'])} "
+                    f"seeds{over}")
+    return [f"**Verdicts beside other intervals.** {stage}: {'; '.join(told)}. Points are of test rows and their intervals are over "
+            f"pictures, with these networks; a verdict is of validation rows, its 90% interval over seeds, with a margin of "
+            f"{100*margin:g} points. One asks about other pictures, the other about another seed."] if told else []
+
+# %% ../nbs/09g_surprises.ipynb #09g-029i
+def _apart(a: float, b: float) -> bool:
+    "More than a factor of two."
+    return max(a, b) > 2*min(a, b)
+
+# %% ../nbs/09g_surprises.ipynb #09g-029o
+def _odd_ratios(times: dict, smoke: dict) -> list[str]:  # arm -> ratio, of the matrix and of the smoke test
+    "Times of an arm that another of its times contradicts."
+    told = [f"{arm} takes {smoke[arm]:.2f}× in the smoke test and {t:.2f}× in the matrix" for arm, t in times.items()
+            if arm in smoke and _apart(smoke[arm], t)]
+    for arm, t in times.items():
+        parts = [times[p] for p in arm.split("+") if p in times]
+        if 1 < len(parts) == arm.count("+") + 1 and _apart(math.prod(parts), t):
+            told.append(f"{arm.replace('+', ' + ')} takes {t:.2f}×, its parts {' and '.join(f'{p:.2f}×' for p in parts)}")
+    return told
+
+# %% ../nbs/09g_surprises.ipynb #09g-029j
+def odd_times(
+    stage: str,
+    table: pd.DataFrame,  # as `nl_verdicts.matrix_table` gives it
+    epochs: pd.DataFrame,  # nl_matrix_epochs.csv
+    smoke: dict | None = None,  # nl_smoke.json
+) -> list[str]:
+    "Times of one arm that contradict each other."
+    smoke = smoke or {"arms": {}}
+    told = _odd_ratios({arm: float(t.rstrip("×")) for arm, t in table["time"].items() if t},
+                       {arm: v["time_ratio"] for arm, v in smoke["arms"].items()})
+    if not told: return []
+    took = epochs.groupby(["arm", "seed"])["train_seconds"].sum().groupby("arm").agg(["min", "max"])
+    arm = (took["max"]/took["min"]).idxmax()
+    low, high = took.loc[arm]
+    seeds = f"Runs of {arm.replace('+', ' + ')} that differ in the seed alone took {low:,.0f} to {high:,.0f} s."
+    why = [seeds] if _apart(low, high) else []
+    if smoke["arms"]: why.append(f"The smoke test is {smoke['epochs']} epochs of {smoke['rows']:,} rows, once.")
+    return [f"**One arm, two times.** {stage}, beside {table.index[0]}: {'; '.join(told)}. {' '.join(why)} Such times tell how busy the "
+            f"machine was more than what an arm costs."]
+
+# %% ../nbs/09g_surprises.ipynb #09g-029l
+def learning_surprises(m: Material) -> list[str]:
+    "Verdicts and times of nested and negative learning that another number contradicts."
+    smoke, out = next(map(m.ledger.read, below(m, "nl_smoke.json")), None), []
+    for path in sorted(below(m, "nl_matrix.json"), key=lambda p: len(p.parts)):
+        from fer_nb.nl_verdicts import matrix_table  # brings torch, seconds that only a run with a matrix should wait
+        stage, table, epochs, gate = (m.ledger.read(path)["settings"]["stage"], matrix_table(path.parent),
+                                      path.parent/"nl_matrix_epochs.csv", path.parent/"nl_phase_gate.json")
+        found = [odd_verdicts(stage, table, m.ledger.read(gate)) if gate.is_file() else [],
+                 odd_times(stage, table, m.ledger.read(epochs), smoke)]
+        if found[1]: m.ledger.note("(seconds by seed)", epochs, "train_seconds")
+        out += sum(found, [])
+    return out
+
 # %% ../nbs/09g_surprises.ipynb #09g-030
 def provenance_surprises(m: Material) -> list[str]:
     "Runs of no known code, of several versions of it, and from other folders."
@@ -210,8 +302,8 @@ def provenance_surprises(m: Material) -> list[str]:
     stages = {"training": "training runs", "session": "the live session", "export": "the exported files", "students": "comparisons of "
               "students", "ensemble": "ensembles"}
     lent = [k for k in m.lent if k in stages]
-    return out + [f"**From another run folder.** {stages[k][0].upper() + stages[k][1:]} come from `{m.lent[k].name}`: this folder has "
-                  f"none of its own." for k in lent]
+    return out + [f"**From another run folder.** {stages[k][0].upper() + stages[k][1:]} come{'s'*(k == 'session')} from "
+                  f"`{m.lent[k].name}`: this folder has none of its own." for k in lent]
 
 # %% ../nbs/09g_surprises.ipynb #09g-032
 def data_surprises(m: Material) -> list[str]:
@@ -229,13 +321,13 @@ def data_surprises(m: Material) -> list[str]:
 # %% ../nbs/09g_surprises.ipynb #09g-035
 def surprises(
     m: Material,  # with its names
-    section: str,  # data, students, calibration, onnx, demo, through, provenance, or a convention's models
+    section: str,  # data, students, calibration, onnx, demo, through, nl, provenance, or a convention's models
     convention: str = "",
 ) -> list[str]:
     "The sentences of a section."
     asked = {"data": [data_surprises], "training": [mixed_sizes, short_trainings], "onnx": [outside_bars, noisy_clock],
              "demo": [session_surprises],
-             "through": [lost_faces], "provenance": [provenance_surprises]}
+             "through": [lost_faces], "nl": [learning_surprises], "provenance": [provenance_surprises]}
     if section in asked: return [s for f in asked[section] for s in f(m)]
     by = {"students": [no_gain, few_seeds, weak_classes], "calibration": [worse_calibrated]}
     return [s for f in by[section] for s in f(m, convention)]

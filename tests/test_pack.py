@@ -15,8 +15,9 @@ from fer_nb.artifacts import FerError, GateError, UsageError, read_json, write_j
 from fer_nb.cli import main
 from fer_nb.material import Material
 from fer_nb.pack import _pandoc, html_page, pdf_page, render_pack, sources, write_sources
+from fer_nb.pack_blocks import verdict_zh
 from fer_nb.references import NO_BREAK, filled, typed_numbers
-from fer_nb.surprises import mixed_sizes, session_surprises
+from fer_nb.surprises import mixed_sizes, odd_times, odd_verdicts, provenance_surprises, session_surprises
 
 ROOT = Path(__file__).parent.parent
 REFERENCE = ROOT/"runs"/"reference"
@@ -290,3 +291,69 @@ def test_runs_of_several_input_sizes_are_told():
     def one(size): return SimpleNamespace(args=SimpleNamespace(parameters={"img_size": size, "arch": f"net{size}"}), folder=Path("x"))
     def found(*sizes): return mixed_sizes(SimpleNamespace(runs=[one(s) for s in sizes], ledger=SimpleNamespace(note=lambda *a: None)))
     assert found(64, 64) == [] and "64 px: net64; 224 px: net224" in found(64, 224)[0]
+
+
+@pytest.mark.parametrize(("name", "said"), [
+    ("_summary.qmd", ("of the model <demo.model>", "The live session is from another run folder", "in this report are its checkpoint's",
+                      "changes macro-F1 by <export.macro_f1_change> points")),
+    ("_summary_zh.qmd", ("模型為 <demo.model>", "取自另一個執行資料夾", "都屬於匯出前的原模型",
+                         "F1 變動 <export.macro_f1_change> 個百分點"))])
+def test_the_summary_says_whose_session_and_whose_scores_it_shows(name, said):
+    def text(*there):
+        ledger = SimpleNamespace(number=lambda n, form="": f"<{n}>", section="")
+        return filled(sources()[name], ledger, {"verdict": str, "verdict_zh": str}, there)
+    assert [x in text("demo", "lent.session", "onnx", "onnx.change") for x in said] == [True]*4
+    assert [x in text("demo", "onnx") for x in said] == [True, False, True, False] and not any(x in text() for x in said)
+
+
+@pytest.mark.parametrize(("kind", "said"), [("session", "The live session comes from `older`"), ("training", "Training runs come from"),
+                                            ("export", "The exported files come from")])
+def test_what_comes_from_another_folder_is_told_in_good_grammar(kind, said):
+    assert said in provenance_surprises(SimpleNamespace(runs=[], lent={kind: Path("older")}))[0]
+
+
+def part(verdict, value, lower, upper, ece=0.0):
+    return {"seeds": [1, 2, 3], "macro_f1_difference": value, "lower": lower, "upper": upper, "ece_difference": ece, "verdict": verdict}
+
+
+@pytest.mark.parametrize(("shown", "judged", "said"), [
+    ("+2.7 [+1.5, +3.9]", part("not shown", 0.0202, -0.0127, 0.0531), f"is not shown: +2.02 [−1.27,{NO_BREAK}+5.31] over 3 seeds."),
+    ("−0.1 [−0.9, +1.1]", part("inferior", -0.011, -0.0163, -0.0057), f"is inferior: −1.10 [−1.63,{NO_BREAK}−0.57] over 3 seeds."),
+    ("+2.7 [+1.5, +3.9]", part("inferior", 0.02, 0.01, 0.03, ece=0.0123), "with ECE +0.0123."),
+    ("−2.0 [−3.0, −1.0]", part("non-inferior", 0.02, 0.01, 0.03), "is non-inferior"),
+    ("+2.7 [+1.5, +3.9]", part("non-inferior", 0.02, 0.01, 0.03), ""), ("−0.1 [−0.9, +1.1]", part("not shown", 0.0, -0.01, 0.01), ""),
+    ("−2.0 [−3.0, −1.0]", part("inferior", -0.02, -0.03, -0.01), ""), ("", part("inferior", -0.02, -0.03, -0.01), "")])
+def test_a_verdict_beside_an_interval_that_says_otherwise_is_told(shown, judged, said):
+    table = pd.DataFrame({"points of macro-F1": ["", shown]}, index=["AdamW", "Deep+NegL"])
+    found = odd_verdicts("KD", table, {"margin": 0.005, "parts": {"Deep+NegL": judged}})
+    assert [said in x and "Deep + NegL" in x and "margin of 0.5 points" in x for x in found] == [True]*bool(said)
+
+
+def test_times_of_one_arm_that_contradict_each_other_are_told():
+    def found(smoked, joined, longest):
+        table = pd.DataFrame({"time": ["1.00×", "1.50×", "1.04×", f"{joined:.2f}×"]}, index=["AdamW", "Deep", "NegL", "Deep+NegL"])
+        epochs = pd.DataFrame({"arm": ["AdamW", "AdamW", "Deep", "Deep"], "seed": [1, 2, 1, 2], "train_seconds": [10, 10, 20, longest]})
+        smoke = {"epochs": 3, "rows": 640, "arms": {"AdamW": {"time_ratio": 1}, "NegL": {"time_ratio": smoked}}}
+        return odd_times("KD", table, epochs, smoke)
+    assert found(2.0, 1.6, 90) == []
+    smoked, joined = found(9.06, 1.6, 90)[0], found(1.1, 9.62, 30)[0]
+    assert "NegL takes 9.06× in the smoke test and 1.04× in the matrix" in smoked
+    assert "Runs of Deep that differ in the seed alone took 20 to 90 s" in smoked
+    assert "Deep + NegL takes 9.62×, its parts 1.50× and 1.04×" in joined and "seed alone" not in joined and "smoke test and" not in joined
+
+
+@pytest.mark.parametrize(("go", "failed", "aside"), [(True, ("int8", "w8"), True), (False, ("int8",), False), (True, (), False)])
+def test_the_chinese_verdict_names_the_files_that_must_not_ship(go, failed, aside):
+    files = {p: {"file": f"model_{p}.onnx", "pass": p not in failed} for p in ("fp32", "w8", "int8")}
+    m = SimpleNamespace(checklist=SimpleNamespace(lines=[SimpleNamespace(go=go)]), exports=[Path("onnx")],
+                        ledger=SimpleNamespace(read=lambda path: {"variants": files}))
+    told = verdict_zh(SimpleNamespace(m=m))
+    assert ("2 個輸出檔案（model_w8.onnx、model_int8.onnx）" in told and "不得交付" in told) == aside and ("model_" in told) == aside
+
+
+def test_sentences_stand_beside_the_tables_of_nested_and_negative_learning(written):
+    text = written.read_text(encoding="utf-8")
+    learned = text.split("Nested and negative learning, smoke test")[1].split("# ")[0]
+    for said in ("**Verdicts beside other intervals.** KD", "**Verdicts beside other intervals.** DKD", "NegL_replace takes 9.06×",
+                 "DeepMomentum + NegL takes 9.62×"): assert said in learned, said
+    assert not re.search(r"\| -\d", learned)
