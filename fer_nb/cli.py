@@ -739,8 +739,9 @@ def _check_places(a):
         given = getattr(a, name, None)
         for path in given if isinstance(given, list) else [given]:
             if path and not Path(path).exists(): raise UsageError(f"'{path}' does not exist ({name.replace('_', ' ')})")
-    out = getattr(a, "out", None)
-    if out and a.func not in (replay, notebook, predict) and Path(out).is_file(): raise UsageError(f"'{out}' is a file: give a folder")
+    if not (out := getattr(a, "out", None)): return
+    above = Path(out).parents if a.func in (replay, notebook, predict) else (Path(out), *Path(out).parents)  # those three write a file
+    if at := next((p for p in above if p.is_file()), None): raise UsageError(f"'{at}' is a file: give a folder")
 
 
 def _speak_plainly():

@@ -82,9 +82,18 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
     def parse_known_args(self, args=None, namespace=None):
-        if self.fill: self.fill(self); Parser.last = self
-        self.fill = None
+        if self.fill:
+            self.fill(self)
+            self.fill, Parser.last = None, self
+            self._refuse_unknown(args or ())
         return super().parse_known_args(args, namespace)
+
+    def _refuse_unknown(self, args):
+        "Answer a misspelt flag before what is missing: it may be the very one."
+        for word in args:
+            if word == "--": return
+            known = any(o.startswith(word.partition("=")[0]) for o in self._option_string_actions)
+            if word.startswith("--") and " " not in word and not known: self.error(f"unrecognized arguments: {word}")
 
 
 METAVARS = {"out": "DIR", "manifest": "DIR", "cache": "DIR", "softlabels": "DIR", "model": "FILE", "init_from": "PATH", "truth": "CSV",

@@ -6,7 +6,8 @@
 __all__ = ['COLUMNS', 'VIEWS', 'MANIFEST_FILE', 'MANIFEST_CSV', 'POLICY', 'conventions_in', 'Manifest', 'majority_share',
            'conflicting', 'label_sources', 'labels_of', 'votes_of', 'draw_validation', 'exclude_copies', 'hold_out',
            'assign_splits', 'dataset_fingerprint', 'dataset_index', 'freeze_manifest', 'require_valid', 'load_manifest',
-           'check_rows', 'validation', 'with_conventions', 'collection_paused', 'BuildResult', 'build_manifest']
+           'check_rows', 'validation', 'with_conventions', 'collection_paused', 'BuildResult', 'build_manifest',
+           'parts_by_name']
 
 # %% ../nbs/00_manifests.ipynb #00-manifests-002
 import gc
@@ -509,3 +510,15 @@ def build_manifest(
     manifest = freeze_manifest(df, out, dataset_index(df, name, seed, val_fraction, max_hamming, test_fraction))
     if validate: validation(manifest, df, prints).save(out)
     return BuildResult(manifest, time.perf_counter() - start, validate)
+
+# %% ../nbs/00_manifests.ipynb #00-manifests-named
+def parts_by_name(
+    sources,  # "kind=path" or "kind:name=path", several
+    val_fraction: float = 0.1,  # as `build_manifest` has them
+    test_fraction: float = 0,
+    seed: int = 1337,
+) -> pd.DataFrame:  # rows with label, split, excluded
+    "The parts that a manifest would have if no picture were a copy of another; none is read."
+    df = _together([read_source(s) for s in sources])
+    own = df.id.where(df.excluded != "not a picture", "")
+    return assign_splits(df.assign(pixel_hash=own, group=own), val_fraction, seed, test_fraction)

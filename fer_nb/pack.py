@@ -155,7 +155,7 @@ def last_run(
 # %% ../nbs/09j_pack.ipynb #09j-024
 def the_last_run() -> Path:
     "The run folder that was written last, of all that stand where `fer-nb run` puts them."
-    return last_run(runs_folder(project_root()))
+    return last_run(runs_folder())
 
 # %% ../nbs/09j_pack.ipynb #09j-024a
 def render_pack(

@@ -12,6 +12,7 @@ __all__ = ['LEAST', 'MOST', 'PLACES', 'WRITES', 'PROFILE_DEFAULTS', 'STUDENT_STA
 # %% ../nbs/09a_runs.ipynb #09a-runs-002
 import ast
 import contextlib
+import difflib
 import io
 import json
 import logging
@@ -23,6 +24,7 @@ import subprocess
 import sys
 import tokenize
 import zipfile
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from importlib.resources import files
@@ -32,15 +34,15 @@ from typing import Annotated, Any, Literal, NamedTuple
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, field_validator
 
-from .artifacts import STAGES, ArtifactError, FerError, GateError, UsageError, write_text
+from .artifacts import CLASSES, STAGES, ArtifactError, FerError, GateError, UsageError, write_text
 from .cluster import CHATTER as CLUSTER_CHATTER
 from .cluster import Cluster, JobLogs, StuckJobs, fate, load_cluster, require_plugin, require_scheduler
 from .leaves import check_seal, unseal
 from .locks import LOCK, RUN_PID, end_with_parent, hold, life_of, passing_folder, sweep
 from .progress import EpochWatch, Forecast, Stage, Walk, between, expected, read_plan, span, told_failure, why
 from .run_part import run_part, without
-from .records import DatasetIndex, HashManifest, RunArgs
-from .sources import ADAPTERS, Tree, any_folder, parse_source
+from .records import FEW_ROWS, DatasetIndex, HashManifest, RunArgs
+from .sources import ADAPTERS, ALIASES, Tree, any_folder, parse_source
 
 # %% ../nbs/09a_runs.ipynb #09a-runs-005
 def project_root(
@@ -60,16 +62,25 @@ def runs_folder(
     "The folder of all runs."
     return Path(here).resolve()/"runs"
 
+# %% ../nbs/09a_runs.ipynb #09a-runs-meant
+def _meant(
+    word: str,
+    known: list[str],
+) -> str:
+    "What a wrong name is answered with: the nearest known one, or all of them."
+    near = difflib.get_close_matches(word, known, 1)
+    return f"did you mean {near[0]}?" if near else f"give one of {', '.join(known)}"
+
 # %% ../nbs/09a_runs.ipynb #09a-runs-006
 def notebook_path(
     name: str,  # 03_teachers, or a path
 ) -> Path:
-    "A stage's notebook; an unknown name is answered with the known ones."
+    "A stage's notebook; an unknown name is answered with known ones."
     path = Path(name) if name.endswith(".ipynb") else project_root()/"nbs"/f"{name}.ipynb"
     if path.is_file(): return path
     if name.endswith(".ipynb"): raise UsageError(f"'{name}' does not exist: give a notebook, or the name of a stage")
     known = sorted(p.stem for p in (project_root()/"nbs").glob("[0-9]*.ipynb"))
-    raise UsageError(f"unknown notebook '{name}': give one of {', '.join(known)}")
+    raise UsageError(f"unknown notebook '{name}': {_meant(name, known)}")
 
 # %% ../nbs/09a_runs.ipynb #09a-runs-009-parameter
 class Parameter(NamedTuple):
@@ -319,8 +330,8 @@ def load_profile(
     folder = project_root()/"profiles"
     path = Path(name) if name.endswith((".yaml", ".yml")) else folder/f"{name}.yaml"
     if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in folder.glob("*.yaml")))
-        raise UsageError(f"unknown profile '{name}': give one of {known}, or a path to a .yaml file")
+        meant = _meant(name, sorted(p.stem for p in folder.glob("*.yaml")))
+        raise UsageError(f"unknown profile '{name}': {meant}{'' if '?' in meant else ', or a path to a .yaml file'}")
     try: profile = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, RecursionError) as e: raise UsageError(f"{path} is no YAML: {' '.join(str(e).split())[:200]}") from None
     except UnicodeDecodeError: raise UsageError(f"{path} is not UTF-8: save it so") from None
@@ -399,24 +410,77 @@ def _require_sources(
         raise UsageError(f"this profile trains on the source '{name}' ({where}), and the data have {', '.join(here)}: "
                          "change it there, or take the profile 'own', which trains on what is given")
 
-# %% ../nbs/09a_runs.ipynb #09a-runs-w06
-def _require_test_rows(
+# %% ../nbs/09a_runs.ipynb #09a-runs-own-shares
+def _shares(
+    profile: dict,  # as `load_profile` gives it
+) -> dict:
+    "What the manifest of a profile makes its parts by."
+    given, known = profile["notebooks"].get("00_manifests") or {}, notebook_parameters(notebook_path("00_manifests"))
+    return {k: given.get(k, known[k].default) for k in ("val_fraction", "test_fraction", "seed")}
+
+# %% ../nbs/09a_runs.ipynb #09a-runs-own-odd
+def _odd_folders(
+    rows,  # as `parts_by_name` gives them
+) -> str:
+    "A line on folders whose names are no class; empty where there are none."
+    reason, names = "unmapped label: ", [a for a in ALIASES if len(a) > 2]
+    odd = Counter(x.removeprefix(reason) for x in rows.excluded if x.startswith(reason))
+    def told(name, n):
+        near = difflib.get_close_matches(name, names, 1, 0.7)
+        return f"{name} ({n:,} picture{'s' if n > 1 else ''}{f': did you mean {near[0]}?' if near else ''})"
+    most = [told(*x) for x in odd.most_common(5)] + ([f"{len(odd) - 5} more"] if len(odd) > 5 else [])
+    return f"left out, for the folder's name is no class: {', '.join(most)}" if odd else ""
+
+# %% ../nbs/09a_runs.ipynb #09a-runs-own-few
+def _few_pictures(
+    rows,  # as `parts_by_name` gives them
+) -> str:
+    "A line on classes with few pictures to learn from; empty where each has enough."
+    n = Counter(rows.label[(rows.excluded == "") & (rows.split == "train")])
+    few = [f"{c} {n[c]}" for c in CLASSES if n[c] < FEW_ROWS]
+    return f"few pictures to train on (fewer than {FEW_ROWS}): {', '.join(few)}" if few else ""
+
+# %% ../nbs/09a_runs.ipynb #09a-runs-own-parts
+def _require_parts(
+    rows,  # as `parts_by_name` gives them, of all sources
+    shares: dict,  # as `_shares` gives them
+    where: str,  # the folder, for the message
+):
+    "Refuse folders of one's own that leave nothing to judge by, nothing to choose by, or one class alone to learn."
+    use, words = rows[rows.excluded == ""], {"test": "test", "val": "validation"}
+    empty = [part for part in words if not (use.split == part).any()]
+    if never := next((part for part in empty if not shares[f"{part}_fraction"]), None):
+        raise UsageError(f"'{where}' has no {words[never]} part, so nothing could judge a model: add a folder {never}/ beside train/, take "
+                         f"the profile 'own', which sets a part aside, or give {never}_fraction to 00_manifests in the profile")
+    taught = sorted(set(use.label[use.split == "train"]))
+    remedy = "add pictures, or adapt the model that ships to your faces: fer-nb adapt finetune"
+    if len(taught) < 2: raise UsageError(f"'{where}' has pictures of {''.join(taught) or 'no class'} alone to train on: {remedy}")
+    if not empty: return
+    raise UsageError(f"the {words[empty[0]]} part of '{where}' would be empty ({len(use):,} usable pictures, at most "
+                     f"{use.label.value_counts().max():,} of a class): {remedy}")
+
+# %% ../nbs/09a_runs.ipynb #09a-runs-own
+def _require_own(
     profile: dict,  # as `load_profile` gives it
     sources: list[str],  # KIND=PATH
+    say: Callable[[str], Any],
 ):
-    "Refuse folders of one's own where nothing would judge what they teach."
-    parsed = [parse_source(s) for s in sources]
-    held_out = (profile["notebooks"].get("00_manifests") or {}).get("test_fraction")
-    if not parsed or held_out or any(kind != "folder" for kind, *_ in parsed): return
-    if any(row.split == "test" for *_, path in parsed for row in any_folder(Tree(path))): return
-    raise UsageError(f"'{parsed[0][2]}' has no test part, so nothing could judge a model: add a folder test/ beside train/, take the "
-                     "profile 'own', which sets a part aside, or give test_fraction to 00_manifests in the profile")
+    "Say what is odd about folders of one's own, and refuse them where they can't teach and judge a model."
+    own = [s for s in sources if parse_source(s)[0] == "folder"]
+    if not own: return
+    from fer_nb.manifests import parts_by_name  # takes a second, which other data need not
+    shares = _shares(profile)
+    rows, alone = parts_by_name(own, **shares), len(own) == len(sources)
+    for line in (_odd_folders(rows), _few_pictures(rows) if alone else ""):
+        if line: say(line)
+    if alone: _require_parts(rows, shares, parse_source(own[0])[2])
 
 # %% ../nbs/09a_runs.ipynb #09a-runs-030
 def chain_config(
     profile: dict,  # as `load_profile` gives it
     data=(),  # PATH or KIND=PATH
     conventions=(),  # in place of the profile's
+    say: Callable[[str], Any] = str,  # hears what is odd about folders of one's own
 ) -> dict:  # Snakemake's configuration
     "The profile with its sources; the embedded faces are drawn where the profile asks for no data."
     sources = [source_of(d) for d in data]
@@ -426,7 +490,7 @@ def chain_config(
     profile = {**profile, "conventions": _check_conventions(list(conventions), "--convention") or profile["conventions"]}
     _require_conventions(profile, kinds)
     _require_sources(profile, sources)
-    _require_test_rows(profile, sources)
+    _require_own(profile, sources, say)
     return {**profile, "sources": [f"{k}={Path(p).resolve().as_posix()}" for k, p in (s.split("=", 1) for s in sources)]}
 
 # %% ../nbs/09a_runs.ipynb #09a-runs-032
@@ -477,7 +541,7 @@ def _snakemake(
 # %% ../nbs/09a_runs.ipynb #09a-runs-k02
 def _require_ours(folder: Path):
     "Refuse to walk in a folder that holds something else than a run."
-    if folder.is_file(): raise UsageError(f"--out '{folder}' is a file: give a folder")
+    if at := next((p for p in (folder, *folder.parents) if p.is_file()), None): raise UsageError(f"--out: '{at}' is a file: give a folder")
     if folder.is_dir() and any(p.name != LOCK for p in folder.iterdir()) and not (folder/"profile.yaml").is_file():
         raise UsageError(f"'{folder}' holds something else than a run (no profile.yaml): give an empty or a new folder")
 
@@ -665,7 +729,7 @@ def run_profile(
     cluster: str = "",  # run each stage as a job: slurm, or a folder with a config.yaml of Snakemake's; here where empty
 ) -> Path:  # the report page
     "Walk the chain of a profile; what is up to date is skipped, what was interrupted goes on."
-    config = chain_config(load_profile(name), data, conventions)
+    config = chain_config(load_profile(name), data, conventions, print)
     grid = load_cluster(cluster, project_root()/"workflow") if cluster else None
     if grid: (require_plugin if dry_run else require_scheduler)(grid)
     folder, cores = Path(out or runs_folder()/Path(name).stem).resolve(), cores or (grid.cores if grid else os.cpu_count() or 1)

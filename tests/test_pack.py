@@ -1,5 +1,6 @@
 """The report: what is missing stops it, what changed changes it, nothing is typed, both engines say the same, and it fits a telephone."""
 import base64
+import os
 import re
 import shutil
 import subprocess
@@ -11,10 +12,10 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 
-from fer_nb.artifacts import FerError, GateError, UsageError, read_json, write_json
+from fer_nb.artifacts import FerError, GateError, UsageError, read_json, write_json, write_text
 from fer_nb.cli import main
 from fer_nb.material import Material
-from fer_nb.pack import _pandoc, html_page, pdf_page, render_pack, sources, write_sources
+from fer_nb.pack import _pandoc, html_page, pdf_page, render_pack, sources, the_last_run, write_sources
 from fer_nb.pack_blocks import verdict_zh
 from fer_nb.references import NO_BREAK, filled, typed_numbers
 from fer_nb.surprises import mixed_sizes, odd_times, odd_verdicts, provenance_surprises, session_surprises
@@ -219,6 +220,14 @@ def test_wrong_words_are_answered(words, said, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path); monkeypatch.setenv("PATH", "/nowhere")
     assert main([*words, *(["--out", str(tmp_path/"out")] if "--runs" in words else [])]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_without_runs_it_is_the_last_below_the_current_folder(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["report"]) == 2 and f"'{tmp_path/'runs'}' holds no run" in capsys.readouterr().err
+    for name in ("older", "newer"): write_text(tmp_path/"runs"/name/"manifests"/"dataset_index.json", "{}")
+    os.utime(tmp_path/"runs"/"older"/"manifests", (0, 0))
+    assert the_last_run() == tmp_path/"runs"/"newer"
 
 
 def test_quarto_is_used_where_it_is_there(run, tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fer_nb.artifacts import UsageError, write_text
-from fer_nb.cli import main
+from fer_nb.cli import main, parser
 from fer_nb.images import load_cache
 from fer_nb.leaves import seal_folder
 from fer_nb.manifests import load_manifest
@@ -118,7 +118,7 @@ def test_a_failed_stage_is_told_in_three_lines_with_its_notebook(tmp_path):
 def test_class_folders_are_recognised_and_wrong_profiles_refused(tmp_path, capsys):
     for part in ("train/happy", "train/sad"):
         (tmp_path/"faces"/part).mkdir(parents=True)
-        (tmp_path/"faces"/part/"1.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+        for k in range(3): (tmp_path/"faces"/part/f"{k}.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     faces = str(tmp_path/"faces")
     assert source_of(faces) == f"folder={faces}"
     assert main(["run", "--profile", "embedded", "--data", faces, "--out", str(tmp_path/"run")]) == 2
@@ -142,10 +142,35 @@ def test_a_cache_is_packed_by_one_command(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("line", "near"), [("predct face.png", "predict"), ("teacher trian", "train"),
-                                            ("student train --epocs 3", "--epochs"), ("run --profile quick --dry-rum", "--dry-run")])
+                                            ("student train --epocs 3", "--epochs"), ("run --profile quick --dry-rum", "--dry-run"),
+                                            ("run --porfile quick", "--profile"), ("run --porfile=quick", "--profile"),
+                                            ("manifest build --out m --sauce folder=x", "--source")])
 def test_a_misspelt_word_is_answered_with_the_one_that_was_meant(line, near, capsys):
     with pytest.raises(SystemExit) as e: main(line.split())
     assert e.value.code == 2 and f"did you mean {near}?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("line", "near"), [("run --profile quik", "quick"), ("notebook 03_techers out.ipynb", "03_teachers")])
+def test_a_misspelt_name_is_answered_with_the_one_that_was_meant(line, near, capsys):
+    assert main(line.split()) == 2
+    said = capsys.readouterr().err
+    assert said.endswith(f": did you mean {near}?\n") and len(said) < 120
+
+
+def test_shortened_flags_and_values_that_look_odd_are_still_read(capsys):
+    a = parser().parse_args(["run", "--prof", "quick", "--dry", "--out=a--b"])
+    assert (a.profile, a.dry_run, a.out) == ("quick", True, "a--b")
+    with pytest.raises(SystemExit): main(["run", "--dry-run"])
+    assert "required: --profile" in capsys.readouterr().err
+
+
+def test_a_folder_below_a_file_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/"afile").write_text("mine")
+    for line in (["run", "--profile", "quick", "--dry-run", "--out", "afile/x"], ["cache", "--manifest", "m", "--out", "afile/x/y"],
+                 ["notebook", "00_artifacts", "afile/x.ipynb"]):
+        assert main(line) == 2 and "afile' is a file: give a folder" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="afile' is a file"): run_profile("quick", out=str(tmp_path/"afile"/"x"), dry_run=True)
 
 
 def test_a_device_that_is_not_there_is_refused_before_anything_starts(tmp_path, capsys, monkeypatch):
