@@ -565,7 +565,8 @@ def export_checkpoint(
         test = _packed_view(manifest_dir, cache_dir, view, geometry, faces, seed, facts.convention)
         shown = _every_face(test)
         what = f"{load_manifest(manifest_dir).dataset_index_id}, {view}{f', labels of {facts.convention}' if facts.convention else ''}"
-    if find_artifact(out, RunArgs.filename): raise UsageError(f"'{out}' is a run's own folder: export into another, such as '{out}/onnx'")
+    if find_artifact(out, RunArgs.filename) or (out/"best.pt").is_file():
+        raise UsageError(f"'{out}' is a run's own folder: export into another, such as '{out}/onnx'")
     unseal(out)
     report = export_model(path, out, precisions, train)
     labels, groups = (None, None) if test is None else (test.labels, groups_of(test.rows))

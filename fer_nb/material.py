@@ -226,7 +226,11 @@ def name_export(m: Material, folder: Path):
     name("export.n", parity, "n", form=",")
     if judged[ships].get("macro_f1_change"): name("export.macro_f1_change", parity, "variants", ships, "macro_f1_change", form="+.2f")
     if not (folder/"through_detector.json").is_file(): return
-    rows = m.ledger.read(folder/"through_detector.json")["rows"]
+    seen = m.ledger.read(folder/"through_detector.json")
+    if seen["checkpoint_sha256"] != report.checkpoint_hash:
+        raise GateError(f"the report's reference '{m.ledger.told(folder/'through_detector.json')}' is of another model than the export "
+                        "beside it: judge this one behind its detector")
+    rows = seen["rows"]
     first = next((r for r in rows if r["convention"] == report.convention), rows[0])
     at = {"detector": first["detector"], "width": first["width"], "source": first["source"]}
     for way in ("direct", "through_found", "through_all"):

@@ -8,7 +8,7 @@ import pandas as pd
 
 from fer_nb.artifacts import read_npz, write_npz
 from fer_nb.leaves import seal_folder
-from fer_nb.records import HashManifest
+from fer_nb.records import HashManifest, ThroughDetector
 
 ATTACKS: dict = {}  # name -> (what is done to the folder, words of the line that must be NO-GO)
 
@@ -241,3 +241,21 @@ def a_session_without_its_times(run): (run/"demo"/"first"/"latency.csv").unlink(
 
 @attack("evaluation.npz")
 def an_archive_that_is_none(run): (student(run)/"evaluation.npz").write_bytes(np.random.default_rng(0).bytes(1000))
+
+
+@attack("was changed after its folder was sealed")
+def a_latency_of_ones_own(run):
+    path = run/"onnx"/"latency_benchmarks.csv"
+    path.write_text(path.read_text().replace("fp32", "FP32"))
+
+
+@attack("is of the weights 000000000000")
+def another_model_behind_the_detector(run):
+    report = json.loads((run/"onnx"/"onnx_export_report.json").read_text())
+    seen = ThroughDetector(model_name="another", checkpoint_sha256="0"*64, dataset_index_id=report["dataset_index_id"], rows=[],
+                           resamples=2, seed=0)
+    seen.save(run/"onnx")
+
+
+@attack("shown.accuracy is 0.99, and its frames say")
+def a_session_that_scored_better(run): edit(run/"demo"/"first"/"score_results.json", shown__accuracy__value=0.99)

@@ -14,17 +14,17 @@ import pytest
 
 from fer_nb.artifacts import FerError, GateError, UsageError, read_json, write_json, write_text
 from fer_nb.cli import main
-from fer_nb.material import Material
+from fer_nb.material import Material, name_all
 from fer_nb.pack import _pandoc, html_page, pdf_page, render_pack, sources, the_last_run, write_sources
 from fer_nb.pack_blocks import verdict_zh
 from fer_nb.references import NO_BREAK, filled, typed_numbers
-from fer_nb.surprises import mixed_sizes, odd_times, odd_verdicts, provenance_surprises, session_surprises
+from fer_nb.surprises import mixed_sizes, odd_times, odd_verdicts, outside_bars, provenance_surprises, session_surprises
 
 ROOT = Path(__file__).parent.parent
 REFERENCE = ROOT/"runs"/"reference"
 GPU, OLDER = REFERENCE/"gpu", REFERENCE/"fer2013"
 PARTS = ("manifests", "ensembles/four_ferplus", "teachers/LITE0_ferplus", "teachers/LITE2_ferplus", "onnx",
-         "students/mobilenetv3_large_100_ferplus_img80_seed1337_KD_from_KD_from_KD")
+         "students/mobilenetv3_large_100_ferplus_img80_seed1337_KD_from_KD_from_KD_from_KD")
 STUDENT = f"{PARTS[-1]}/"
 DOT = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg==")  # a PNG
 
@@ -366,3 +366,73 @@ def test_sentences_stand_beside_the_tables_of_nested_and_negative_learning(writt
     for said in ("**Verdicts beside other intervals.** KD", "**Verdicts beside other intervals.** DKD", "NegL_replace takes 9.06×",
                  "DeepMomentum + NegL takes 9.62×"): assert said in learned, said
     assert not re.search(r"\| -\d", learned)
+
+
+# ---- files that are whole, and of something else ----
+
+ARMS = tuple(f"students/mobilenetv3_large_100_ferplus_img80_seed{s}_{stage}" for s in (42, 1337, 2025) for stage in ("CE", "KD", "DKD"))
+
+
+@pytest.fixture
+def compared(run):
+    "The same with the students that were compared, and the comparison of their convention."
+    for part in ARMS: shutil.copytree(GPU/part, run/part)
+    for name in ("results_summary_students.csv", "comparisons_students.csv", "class_gains_students.csv"):
+        t = pd.read_csv(GPU/"students"/name)
+        t[t["convention"] == "ferplus"].to_csv(run/"students"/name, index=False)
+    return run
+
+
+def refused(run):
+    "What is said of a run folder that can't be reported."
+    with pytest.raises(GateError) as e: name_all(Material(run))
+    return str(e.value)
+
+
+def spoil(run, name, change):
+    path = run/"students"/name
+    change(pd.read_csv(path)).to_csv(path, index=False)
+    return refused(run)
+
+
+def test_a_comparison_is_of_the_runs_that_stand_here(compared):
+    assert "kd" in name_all(Material(compared))
+    shutil.rmtree(compared/ARMS[0])
+    assert "results_summary_students.csv' is of other runs: no students here have" in refused(compared)
+
+
+@pytest.mark.parametrize("name, change, says", [
+    ("results_summary_students.csv", lambda t: pd.read_csv(GPU/"students"/"results_summary_students.csv"), "is of other runs"),
+    ("results_summary_students.csv", lambda t: t.assign(mean=t["mean"] + 0.01), "is of other runs"),
+    ("results_summary_students.csv", lambda t: t.drop(columns="mean"), "the table has no mean"),
+    ("comparisons_students.csv", lambda t: t.head(0), "it lacks CE"),
+    ("comparisons_students.csv", lambda t: t.head(len(t)//2), "it lacks"),
+    ("comparisons_students.csv", lambda t: t.assign(low=float("nan")), "holds no number as low"),
+    ("comparisons_students.csv", lambda t: t.assign(low="oops"), "holds no number as low"),
+    ("comparisons_students.csv", lambda t: t.assign(n_seeds="three"), "can't be read"),
+    ("comparisons_students.csv", lambda t: t.assign(difference=t["difference"] + 0.01), "is not their difference"),
+    ("comparisons_students.csv", lambda t: t.assign(high=t["low"]), "is not their difference")])
+def test_a_table_that_was_changed_is_refused_by_name(compared, name, change, says):
+    text = spoil(compared, name, change)
+    assert says in text and name in text
+
+
+def test_what_ships_is_a_file_within_its_bar(run):
+    changed(run/"onnx"/"onnx_parity.json", "variants", "w8", "pass", to=False)
+    m = Material(run)
+    name_all(m)
+    assert m.ledger.number("export.precision") == "model_fp32.onnx"
+    assert any("**model_w8.onnx is outside its bar.**" in s and "points; its bar is" in s for s in outside_bars(m))
+
+
+def test_scores_behind_a_detector_are_of_the_export(run):
+    shutil.copy(GPU/"onnx_fer2013"/"through_detector.json", run/"onnx")
+    m = Material(run)
+    assert "is of the weights" in {x.file: x.reason for x in m.checklist.lines if not x.go}["through_detector.json"]
+    with pytest.raises(GateError, match="onnx/through_detector.json' is of another model"): name_all(m)
+
+
+def test_what_no_block_can_use_is_told_with_the_block(run, tmp_path):
+    path = run/"onnx"/"latency_benchmarks.csv"
+    pd.read_csv(path).assign(p50_ms="fast").to_csv(path, index=False)
+    with pytest.raises(GateError, match="the report's reference '.*' can't be made of what its artifacts hold"): text_of(run, tmp_path)

@@ -150,7 +150,7 @@ def test_the_page_tells_the_range_of_coverage():
     assert f"p ≥ {min(s.promise.p_value for s in reports):.3f} in each" in BEFORE and f"stops at p < {selective.CHANCE:g}" in BEFORE
     by_others = [o.coverage.value for s in reports for o in s.others]
     assert f"they cover {min(by_others):.2f} to {max(by_others):.2f}." in BEFORE
-    shipped = SelectiveReport.load(NOW/"students"/"mobilenetv3_large_100_ferplus_img80_seed1337_KD_from_KD_from_KD").by_class
+    shipped = SelectiveReport.load(NOW/"students"/"mobilenetv3_large_100_ferplus_img80_seed1337_KD_from_KD_from_KD_from_KD").by_class
     assert f"| coverage | {' | '.join(f'{shipped[c].coverage:.2f}' for c in CLASSES)} |" in PAGE
 
 
