@@ -302,7 +302,7 @@ class Teacher(nn.Module):
         self.backbone, self.weights_loaded = make_backbone(arch, weights, img_size, model_args)
         self.stem_stride = set_stem_stride(self.backbone, stem_stride)
         self.drop = nn.Dropout(drop_rate)
-        self.head = ArcFaceHead(self.backbone.num_features, s=s)
+        self.head = ArcFaceHead(getattr(self.backbone, "head_hidden_size", None) or self.backbone.num_features, s=s)
         if self.weights_loaded.startswith("none"): start_as_identity(self.backbone)
 
     def forward(self, x: Tensor) -> Tensor: return self.head(self.drop(self.backbone(x)))
