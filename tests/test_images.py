@@ -24,7 +24,7 @@ from fer_nb.artifacts import CLASSES, ArtifactError, Box, FerError, GateError, U
 from fer_nb.augment import Augment, augment_faces, batch_generator, draw_augment, normalise_unit, unit_batch
 from fer_nb.geometry import Geometry, normalise, prepare_face, prepare_pixels
 from fer_nb.images import load_cache
-from fer_nb.loading import FaceBatches, LazyFaces, PackedFaces, epoch_order, eval_loader, make_loaders
+from fer_nb.loading import FaceBatches, LazyFaces, PackedFaces, check_sizes, epoch_order, eval_loader, make_loaders
 from fer_nb.records import CacheIndex
 from tests.conftest import picture
 
@@ -385,6 +385,14 @@ def test_evaluation_is_fixed_whole_and_never_augmented(packed):
                                           ({"rank": 3}, "rank must be in 0..0")])
 def test_wrong_arguments(packed, bad, message):
     with pytest.raises(UsageError, match=message): FaceBatches(PackedFaces(packed.cache, packed.manifest.df), **bad)
+
+
+def test_a_size_that_no_epoch_reaches_is_refused():
+    assert check_sizes([[0, 24], [20, 32]], 32, 21) == check_sizes([[0, 24], [20, 32]], 32) == ((0, 24), (20, 32))
+    for epochs in (1, 20):
+        with pytest.raises(UsageError, match=f"sizes begin 32 px with epoch 20, and there are only {epochs} epochs"):
+            check_sizes([[0, 24], [20, 32]], 32, epochs)
+    assert check_sizes([], 32, 1) == ()
 
 
 def test_training_and_validation_share_one_geometry(packed):
