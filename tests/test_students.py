@@ -245,6 +245,9 @@ def test_split_supervision_needs_an_ensemble(tmp_path, data):
     with pytest.raises(UsageError, match="give fused or split"): distillation.supervision_files(str(folder), "both")
     with pytest.raises(UsageError, match="give an ensemble's softlabels"): distillation.supervision_files("", "split")
     assert [p.name for p in distillation.supervision_files(str(folder))] == ["softlabels.npz"]
+    for kind in ("fused", "split"):  # the run's folder, in which the softlabels folder stands
+        with pytest.raises(UsageError, match=r"t holds no softlabels.npz: give the softlabels folder of a teacher or an ensemble"):
+            distillation.supervision_files(str(folder.parent), kind)
 
 
 def test_votes_are_shares_and_rows_without_keep_their_label():
