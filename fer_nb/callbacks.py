@@ -92,6 +92,7 @@ class TrainConfig:
         if self.amp == "fp16" and not self.device.startswith("cuda"):
             raise UsageError(f"amp fp16 needs a CUDA device, and device is '{self.device}': give amp='no'")
         if self.accumulate < 1: raise UsageError(f"accumulate is {self.accumulate}: give at least 1")
+        if not self.warmup_epochs >= 0: raise UsageError(f"warmup_epochs is {self.warmup_epochs}: give at least 0")
         if not 0 <= self.momentum < 1: raise UsageError(f"momentum is {self.momentum}: give a number from 0 to below 1")
 
     def fingerprint(self, **more) -> str:

@@ -22,7 +22,7 @@ from fastai.data.core import DataLoaders
 from fastai.learner import Learner, ValueMetric
 from torch import nn
 
-from .artifacts import BLUE, CLASSES, GREEN, ORANGE, PINK, GateError, read_npz, sha256_file
+from .artifacts import BLUE, CLASSES, GREEN, ORANGE, PINK, GateError, UsageError, read_npz, sha256_file
 from .audit import audit_manifest, validate_manifest
 from .calibration import accuracy, macro_f1, nll
 from fer_nb.callbacks import (
@@ -82,7 +82,9 @@ def check_settings(
     config: TrainConfig,
     **identity,  # whatever else decides the weights, as it will be given to `train`
 ):
-    "Refuse other settings than those that a run was begun with, before anything in its folder is touched."
+    "Refuse settings that never reach their learning rate, or others than a run was begun with, before its folder is touched."
+    if config.warmup_epochs > config.epochs:
+        raise UsageError(f"warmup_epochs is {config.warmup_epochs:g} of {config.epochs} epochs: the learning rate would never be reached")
     path = Path(run_dir)/"checkpoint_last.pt"
     if not path.is_file(): return keep_weights(run_dir)
     last = load_checkpoint(path, ("rows", "fingerprint"))

@@ -553,6 +553,7 @@ def test_folds_are_disjoint_whole_and_stratified(data, folds, seed):
 
 
 def test_no_folds_hold_out_the_validation_rows_and_wrong_ones_are_refused(data):
+    with pytest.raises(UsageError, match="fold is 2, and folds is 0"): leave_out(data, 2, 0, 7)
     kept, held = leave_out(data, 0, 0, 1)
     assert kept is data and list(held.rows["id"]) == list(data.own_val.rows["id"])
     for fold, folds in ((5, 5), (-1, 5), (0, 1), (0, -2)):

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fer_nb import callbacks
-from fer_nb.artifacts import GateError
+from fer_nb.artifacts import GateError, UsageError
 from fer_nb.callbacks import TrainConfig, choose_amp, load_checkpoint, seed_everything
 from fer_nb.loading import FaceBatches, eval_loader
 from fer_nb.records import TrainingHistory
@@ -183,6 +183,15 @@ def test_a_kill_beside_the_first_best_pt_leaves_a_run_that_can_be_trained(tmp_pa
     run(tmp_path / "killed")
     a, b = (load_checkpoint(tmp_path / d / "best.pt") for d in ("whole", "killed"))
     assert a["meta"] == b["meta"] and all(torch.equal(v, b["model"][k]) for k, v in a["model"].items())
+
+
+def test_a_warm_up_that_never_ends_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="warmup_epochs is -1"): TrainConfig(warmup_epochs=-1)
+    with pytest.raises(UsageError, match="warmup_epochs is nan"): TrainConfig(warmup_epochs=float("nan"))
+    with pytest.raises(UsageError, match="warmup_epochs is 2.5 of 2 epochs: the learning rate would never be reached"):
+        check_settings(tmp_path, TrainConfig(epochs=2, warmup_epochs=2.5))
+    for warmup in (0, 0.5, 2): check_settings(tmp_path, TrainConfig(epochs=2, warmup_epochs=warmup))
+    assert callbacks.lr_factor(19, 20, 20) == 1  # all of the run warms up: the rate is reached in its last step
 
 
 def test_weights_whose_last_checkpoint_was_not_kept_are_not_overwritten(tmp_path):
