@@ -92,6 +92,7 @@ class TrainConfig:
         if self.amp == "fp16" and not self.device.startswith("cuda"):
             raise UsageError(f"amp fp16 needs a CUDA device, and device is '{self.device}': give amp='no'")
         if self.accumulate < 1: raise UsageError(f"accumulate is {self.accumulate}: give at least 1")
+        if not self.warmup_epochs >= 0: raise UsageError(f"warmup_epochs is {self.warmup_epochs}: give at least 0")
         if not 0 <= self.momentum < 1: raise UsageError(f"momentum is {self.momentum}: give a number from 0 to below 1")
 
     def fingerprint(self, **more) -> str:
@@ -456,12 +457,16 @@ class Checkpoint(Callback):
         h, s = self.learn.history, self.learn.step_order
         now = h.rows[-1]
         if now is h.best:
+            if not (self.run_dir/"checkpoint_last.pt").is_file(): self._save_last([], 0)  # best.pt never stands alone
             which = {k: now[k] for k in ("epoch", "valid_macro_f1")}
             save_checkpoint(self.run_dir/"best.pt", model=self.learn.observe.validated.state_dict(), meta=self.meta | which)
+        self._save_last(h.rows, s.step)
+
+    def _save_last(self, rows: list[dict], step: int):
         callbacks = {c.name: c.state_dict() for c in self.learn.cbs if hasattr(type(c), "state_dict")}
         save_checkpoint(self.run_dir/"checkpoint_last.pt", model=self.model.state_dict(), meta=self.meta,
-                        optimizer=self.opt.opt.state_dict(), callbacks=callbacks, scaler=s.scaler.state_dict(), step=s.step,
-                        rows=h.rows, fingerprint=self.fingerprint)
+                        optimizer=self.opt.opt.state_dict(), callbacks=callbacks, scaler=self.learn.step_order.scaler.state_dict(),
+                        step=step, rows=rows, fingerprint=self.fingerprint)
 
 # %% ../nbs/02b_callbacks.ipynb #02b-callbacks-051
 def load_matching(

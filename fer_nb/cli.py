@@ -193,18 +193,14 @@ def teacher_train(a):
 
 def teacher_export(a):
     if a.shard and a.merge: raise UsageError("--shard and --merge don't go with one another")
+    from fer_nb.shards import export_shard, export_teacher, merge_softlabels
+    where = a.manifest, a.cache
     if a.shard or a.merge:
-        from fer_nb.shards import export_shard, merge_softlabels
-        where = a.run_dir, *([] if a.merge else [a.shard]), a.manifest, a.cache
-        return print(merge_softlabels(*where) if a.merge else f"part: {_short(export_shard(*where))}")
-    from fer_nb.records import RunArgs
-    from fer_nb.runs import notebook_parameters, notebook_path
-    known = notebook_parameters(notebook_path("03_teachers"))
-    used = {k: v for k, v in RunArgs.load(a.run_dir).parameters.items() if k in known}
-    given = {k: v for k, v in (("manifest_dir", a.manifest), ("cache_dir", a.cache)) if v}
-    for k, flag in (("manifest_dir", "--manifest"), ("cache_dir", "--cache")):
-        if k not in used | given: raise UsageError(f"{a.run_dir}/args.json names no {k}: give {flag}")
-    _stage("03_teachers", a.run_dir, used | given)
+        return print(merge_softlabels(a.run_dir, *where) if a.merge else f"part: {_short(export_shard(a.run_dir, a.shard, *where))}")
+    from fer_nb.callbacks import best_device
+    from fer_nb.gates import gates
+    with hold(a.run_dir): print(export_teacher(a.run_dir, *where, best_device()))
+    print(f"\n{gates(a.run_dir)}")
 
 
 def _stage(name, out, parameters):

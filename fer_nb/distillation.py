@@ -143,6 +143,8 @@ def supervision_files(softlabels: str, supervision: str = "fused") -> list[Path]
     if supervision not in ("fused", "split"): raise UsageError(f"supervision is '{supervision}': give fused or split")
     if supervision == "split" and not softlabels: raise UsageError("supervision is 'split': give an ensemble's softlabels folder")
     if not softlabels: return []
+    if not (Path(softlabels)/"softlabels.npz").is_file():
+        raise UsageError(f"{softlabels} holds no softlabels.npz: give the softlabels folder of a teacher or an ensemble")
     split = [Path(softlabels).parent/"split_targets.npz"] if supervision == "split" else []
     if split and not split[0].is_file(): raise UsageError(f"{split[0]} is missing: split supervision needs an exported ensemble")
     return [Path(softlabels)/"softlabels.npz", *split]

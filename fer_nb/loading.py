@@ -80,8 +80,9 @@ def epoch_order(
 def check_sizes(
     sizes,  # (first epoch, pixels), ...
     own: int,  # pixels, the geometry's
+    total: int | None = None,  # epochs of the run, all of whose phases must be reached
 ) -> tuple:  # the same, as tuples of int
-    "Phases in order, which begin with epoch 0 and end at the geometry's own size; or none."
+    "Phases in order, which begin with epoch 0, end at the geometry's own size and are all reached; or none."
     try: phases = tuple((int(epoch), int(pixels)) for epoch, pixels in sizes)
     except (TypeError, ValueError):
         raise UsageError(f"sizes {sizes!r}: give pairs (first epoch, pixels), such as [[0, 40], [20, {own}]]") from None
@@ -90,6 +91,8 @@ def check_sizes(
     if epochs[0] != 0 or sorted(set(epochs)) != list(epochs) or pixels[-1] != own or not 16 <= min(pixels) <= max(pixels) <= own:
         raise UsageError(f"sizes {[list(p) for p in phases]}: begin with epoch 0, go on in order, with 16 to {own} px, "
                          f"and end with {own} px, the size of the packed faces")
+    late = next((p for p in phases if total is not None and p[0] >= total), None)
+    if late: raise UsageError(f"sizes begin {late[1]} px with epoch {late[0]}, and there are only {total} epochs, counted from 0")
     return phases
 
 # %% ../nbs/02a_images_loading.ipynb #02a-loading-013

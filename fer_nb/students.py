@@ -44,7 +44,7 @@ def start_from(
     if not checkpoint: return require_backbone(backbone_guard(own, model.state_dict(), STUDENT_BACKBONE, STUDENT_BACKBONE))
     ckpt = load_checkpoint(checkpoint)
     if data: require_origin(checkpoint, ckpt["meta"], data.dataset_index_id, data.convention, origin, data.conventions)
-    if (stride := ckpt["meta"].get("stem_stride", 2)) != (own_stride := set_stem_stride(model)):
+    if (stride := ckpt["meta"].get("stem_stride") or 2) != (own_stride := set_stem_stride(model)):
         raise GateError(f"{checkpoint} was trained with stem_stride {stride}, this student has {own_stride}: give both the same")
     guard = backbone_guard(own, ckpt["model"], STUDENT_BACKBONE, ckpt["meta"].get("backbone", "unknown"))
     load_matching(model, ckpt["model"], guard)

@@ -302,7 +302,7 @@ class Teacher(nn.Module):
         self.backbone, self.weights_loaded = make_backbone(arch, weights, img_size, model_args)
         self.stem_stride = set_stem_stride(self.backbone, stem_stride)
         self.drop = nn.Dropout(drop_rate)
-        self.head = ArcFaceHead(self.backbone.num_features, s=s)
+        self.head = ArcFaceHead(getattr(self.backbone, "head_hidden_size", None) or self.backbone.num_features, s=s)
         if self.weights_loaded.startswith("none"): start_as_identity(self.backbone)
 
     def forward(self, x: Tensor) -> Tensor: return self.head(self.drop(self.backbone(x)))
@@ -359,6 +359,7 @@ def leave_out(
 ) -> tuple[FaceData, PackedFaces]:  # what is trained on, what is held out
     "Split a fold off the training rows, stratified by label and whole in groups of identical pictures."
     rows = data.train.rows
+    if not folds and fold: raise UsageError(f"fold is {fold}, and folds is 0: give the number of folds as well")
     if not folds: return data, data.own_val
     if not 0 <= fold < folds or folds < 2: raise UsageError(f"fold is {fold} of {folds}: give fold 0 to folds - 1, and at least 2 folds")
     if np.bincount(data.train.labels).max() < folds: raise UsageError(f"folds is {folds}: no class has so many training rows")

@@ -19,12 +19,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fer_nb import augment, images
+from fer_nb import augment, images, runs
 from fer_nb.artifacts import CLASSES, ArtifactError, Box, FerError, GateError, UsageError, sha256_bytes
 from fer_nb.augment import Augment, augment_faces, batch_generator, draw_augment, normalise_unit, unit_batch
 from fer_nb.geometry import Geometry, normalise, prepare_face, prepare_pixels
 from fer_nb.images import load_cache
-from fer_nb.loading import FaceBatches, LazyFaces, PackedFaces, epoch_order, eval_loader, make_loaders
+from fer_nb.loading import FaceBatches, LazyFaces, PackedFaces, check_sizes, epoch_order, eval_loader, make_loaders
 from fer_nb.records import CacheIndex
 from tests.conftest import picture
 
@@ -385,6 +385,25 @@ def test_evaluation_is_fixed_whole_and_never_augmented(packed):
                                           ({"rank": 3}, "rank must be in 0..0")])
 def test_wrong_arguments(packed, bad, message):
     with pytest.raises(UsageError, match=message): FaceBatches(PackedFaces(packed.cache, packed.manifest.df), **bad)
+
+
+@pytest.mark.parametrize(("wrong", "says"), [
+    ({"erased": 0.5}, "augment.erased is no change that is known: did you mean erase"),
+    ({"blurring": 1}, "known: give some of flip, rotate"), ({"flip": 2}, "augment.flip is 2: Input should be less"),
+    ({"erase_area": [0.5, 0.1]}, "the smaller first"),
+    ({"erase_area": [-1, 0.1]}, "the smaller first"), ({"erase_area": [0.1]}, "augment.erase_area is"), ({1: 2}, "augment.1 is no change")])
+def test_a_change_of_the_augmentation_that_is_none_is_refused_in_a_sentence(wrong, says):
+    with pytest.raises(UsageError) as e: augment.changed_augment(wrong)
+    assert says in str(e.value) and "pydantic" not in str(e.value) and "\n" not in str(e.value)
+    assert tuple(Augment.model_fields) == runs.CHANGES  # what the command line knows without torch
+
+
+def test_a_size_that_no_epoch_reaches_is_refused():
+    assert check_sizes([[0, 24], [20, 32]], 32, 21) == check_sizes([[0, 24], [20, 32]], 32) == ((0, 24), (20, 32))
+    for epochs in (1, 20):
+        with pytest.raises(UsageError, match=f"sizes begin 32 px with epoch 20, and there are only {epochs} epochs"):
+            check_sizes([[0, 24], [20, 32]], 32, epochs)
+    assert check_sizes([], 32, 1) == ()
 
 
 def test_training_and_validation_share_one_geometry(packed):

@@ -3,9 +3,14 @@ import cv2
 import numpy as np
 import pytest
 
+from fer_nb import integrity, training
+from fer_nb.artifacts import CLASSES, read_npz
+from fer_nb.callbacks import save_checkpoint
 from fer_nb.cli import main
+from fer_nb.records import Calibration
 from fer_nb.shards import Shard, shard_of
 from fer_nb.synthetic import write_dataset
+from fer_nb.teachers import Teacher
 
 
 @pytest.fixture()
@@ -54,3 +59,46 @@ def test_parts_cover_all_rows_once():
             assert [i for p in parts for i in p] == list(range(count))
             assert max(map(len, parts)) - min(map(len, parts)) <= 1
     assert shard_of("2/3") == Shard(2, 3)
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    "What somebody keeps of a teacher: best.pt and args.json, without checkpoint_last.pt; and its manifest and cache, moved elsewhere."
+    d = tmp_path_factory.mktemp("kept")
+    where = training.embedded_data(d/"data", n=140, img_size=32)
+    data, run = training.open_data(*where), d/"teacher"
+    settings = dict(manifest_dir="M/manifests", cache_dir="M/cache", train_view="hq_train", train_source="", arch="test_resnet", stage="A",
+                    seed=7, folds=3, fold=1, epochs=2, weights="gone.pth", weights_loaded="gone.pth")
+    integrity.write_provenance(run, "teacher", settings, 7, training.training_environment("cpu"))
+    save_checkpoint(run/"best.pt", model=Teacher("test_resnet").state_dict(), meta={
+        "classes": list(CLASSES), "backbone": "test_resnet", "head": "arcface", "stage": "A", "geometry": data.geometry.to_dict(),
+        "dataset_index_id": data.dataset_index_id})
+    return run, data, [str(w) for w in where]
+
+
+def test_a_teacher_is_exported_and_never_trained(kept, capsys):
+    run, data, (manifest, cache) = kept
+    before = {p.name: p.read_bytes() for p in run.iterdir()}
+    assert main(["teacher", "export", str(run)]) == 2 and "'M/manifests' does not exist: give --manifest" in capsys.readouterr().err
+    assert main(["teacher", "export", str(run), "--manifest", manifest, "--cache", cache]) == 0
+    assert {name: (run/name).read_bytes() for name in before} == before  # weights and settings
+    soft = read_npz(run/"softlabels"/"softlabels.npz")
+    assert len(soft["ids"]) == len(data.train) + len(data.val) + len(data.test)
+    assert Calibration.load(run).model_name == "test_resnet stage A seed 7" and (run/"hash_manifest.json").is_file()
+    assert set(read_npz(run/"out_of_fold.npz")["ids"]) < set(data.train.rows["id"])  # the fold that it left out
+    assert not (run/"history.csv").exists() and not (run/"checkpoint_last.pt").exists()
+
+
+def test_an_export_without_weights_or_of_another_dataset_is_refused(kept, tmp_path, capsys):
+    run, _, where = kept
+    other = training.embedded_data(tmp_path/"other", n=70, img_size=32, seed=3)
+    before = {p.name: p.read_bytes() for p in run.iterdir() if p.is_file()}
+    assert main(["teacher", "export", str(run), "--manifest", str(other[0]), "--cache", str(other[1])]) == 1
+    assert "give its own manifest" in capsys.readouterr().err
+    assert {p.name: p.read_bytes() for p in run.iterdir() if p.is_file()} == before
+    (tmp_path/"empty").mkdir()
+    (tmp_path/"empty"/"args.json").write_bytes((run/"args.json").read_bytes())
+    for more in ([], ["--shard", "1/2"]):
+        assert main(["teacher", "export", str(tmp_path/"empty"), "--manifest", where[0], "--cache", where[1], *more]) == 1
+        assert "best.pt is missing" in capsys.readouterr().err
+    assert [p.name for p in (tmp_path/"empty").iterdir()] == ["args.json"]

@@ -28,6 +28,7 @@ from fer_nb.manifests import labels_of, load_manifest
 from fer_nb.records import SelectiveReport
 from fer_nb.students import start_from
 from fer_nb.training import predict
+from tests.conftest import ROOT
 
 logits = hnp.arrays(np.float64, (4, 7), elements=st.floats(-30, 30, width=32))
 huge = hnp.arrays(np.float64, (4, 7), elements=st.sampled_from([-1000.0, -64.0, 0.0, 64.0, 1000.0]))
@@ -244,6 +245,9 @@ def test_split_supervision_needs_an_ensemble(tmp_path, data):
     with pytest.raises(UsageError, match="give fused or split"): distillation.supervision_files(str(folder), "both")
     with pytest.raises(UsageError, match="give an ensemble's softlabels"): distillation.supervision_files("", "split")
     assert [p.name for p in distillation.supervision_files(str(folder))] == ["softlabels.npz"]
+    for kind in ("fused", "split"):  # the run's folder, in which the softlabels folder stands
+        with pytest.raises(UsageError, match=r"t holds no softlabels.npz: give the softlabels folder of a teacher or an ensemble"):
+            distillation.supervision_files(str(folder.parent), kind)
 
 
 def test_votes_are_shares_and_rows_without_keep_their_label():
@@ -366,6 +370,20 @@ def test_foreign_starting_weights_are_refused_before_any_is_loaded(data, tmp_pat
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
     save_checkpoint(tmp_path / "best.pt", model=before, meta={"classes": [*CLASSES[::-1]], "backbone": distillation.STUDENT_BACKBONE})
     with pytest.raises(GateError, match="another class order"): start_from(model, tmp_path / "best.pt")
+
+
+def test_a_student_whose_meta_says_stride_0_can_be_gone_on_from(tmp_path):
+    "0 asks for the network's own stride, 2: older runs wrote down what was asked, runs of today write what the network has."
+    model = distillation.make_student(stem_stride=0)
+    meta = {"classes": list(CLASSES), "backbone": distillation.STUDENT_BACKBONE}
+    for said in ({}, {"stem_stride": None}, {"stem_stride": 0}, {"stem_stride": teachers.set_stem_stride(model)}):
+        save_checkpoint(tmp_path / "best.pt", model=model.state_dict(), meta=meta | said)
+        assert start_from(distillation.make_student(), tmp_path / "best.pt").passed
+        with pytest.raises(GateError, match="stem_stride 2, this student has 1"):
+            start_from(distillation.make_student(stem_stride=1), tmp_path / "best.pt")
+    run = "".join("".join(c["source"]) for c in json.loads((ROOT/"nbs"/"05_students.ipynb").read_text())["cells"])
+    assert run.index("stem_stride = teachers.set_stem_stride(student)") < run.index("stem_stride=(stem_stride, 2)") < run.index(
+        '"stem_stride": stem_stride')
 
 
 # ---- any checkpoint on any view ----

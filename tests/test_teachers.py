@@ -439,6 +439,16 @@ def test_every_teacher_from_scratch_starts_so_and_a_loaded_one_does_not(tmp_path
     assert zeroed(fresh) and all(zeroed(fresh)) and not any(zeroed(loaded))
 
 
+@pytest.mark.parametrize(("arch", "width"), [
+    ("resnet18", 512), ("tf_efficientnet_b3", 1536), ("tf_efficientnet_lite0", 1280), ("convnext_tiny", 768),
+    ("vit_small_patch16_224", 384), ("mobilenetv3_large_100", 1280), ("vgg11", 4096)])
+def test_the_head_fits_what_a_backbone_gives(arch, width):
+    "Trained teachers keep the shapes that they have; backbones that widen behind their pooling can be trained as well."
+    with torch.device("meta"):
+        teacher = Teacher(arch).eval()
+        assert teacher.head.weight.shape == (7, width) and teacher.backbone(torch.zeros(2, 3, 224, 224)).shape == (2, width)
+
+
 # ---- a small dataset: stages, folds, export ----
 
 @pytest.fixture(scope="module")
@@ -543,6 +553,7 @@ def test_folds_are_disjoint_whole_and_stratified(data, folds, seed):
 
 
 def test_no_folds_hold_out_the_validation_rows_and_wrong_ones_are_refused(data):
+    with pytest.raises(UsageError, match="fold is 2, and folds is 0"): leave_out(data, 2, 0, 7)
     kept, held = leave_out(data, 0, 0, 1)
     assert kept is data and list(held.rows["id"]) == list(data.own_val.rows["id"])
     for fold, folds in ((5, 5), (-1, 5), (0, 1), (0, -2)):

@@ -12,11 +12,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from fer_nb import callbacks
-from fer_nb.artifacts import GateError
+from fer_nb.artifacts import GateError, UsageError
 from fer_nb.callbacks import TrainConfig, choose_amp, load_checkpoint, seed_everything
 from fer_nb.loading import FaceBatches, eval_loader
 from fer_nb.records import TrainingHistory
-from fer_nb.training import resume_point, train
+from fer_nb.training import check_settings, resume_point, train
 from tests.conftest import ROOT
 
 RUN = """
@@ -75,7 +75,7 @@ def test_killed_at_a_random_step_and_resumed_is_bit_equal(tmp_path):
     whole = finish(tmp_path / "whole")
     process = start(tmp_path / "killed", delay=0.2)
     last = tmp_path / "killed" / "checkpoint_last.pt"
-    while not last.exists() and process.poll() is None: time.sleep(0.05)
+    while process.poll() is None and not (last.exists() and load_checkpoint(last, ("rows",))["rows"]): time.sleep(0.05)
     time.sleep(random.uniform(0.0, 2.0))  # somewhere inside a later epoch
     process.send_signal(signal.SIGKILL); process.wait()
     done = len(load_checkpoint(last, ("rows",))["rows"])
@@ -161,6 +161,46 @@ def test_auto_precision_is_chosen_once_a_run(tmp_path, monkeypatch):
     seconds["bf16"] = 3.0  # a busy moment
     assert choose_amp("auto", net, shape) == "no" and choose_amp("auto", net, shape, run_dir=tmp_path) == "bf16"
     assert choose_amp("no", net, shape, run_dir=tmp_path) == "no"  # what is asked for by name is done
+
+
+@pytest.mark.parametrize("until", ["best.pt", "checkpoint_last.pt"])
+def test_a_kill_beside_the_first_best_pt_leaves_a_run_that_can_be_trained(tmp_path, monkeypatch, until):
+    "Killed before best.pt is written, and after it but before the first epoch stands in checkpoint_last.pt."
+    data, config = Faces(40), TrainConfig(epochs=2, warmup_epochs=0, seed=1)
+    def run(folder): train(small_net(), FaceBatches(data, 20, train=True, seed=1), eval_loader(data), ce, config, folder, {}, bar=False)
+    run(tmp_path / "whole")
+    save = callbacks.save_checkpoint
+
+    def killed(path, **content):
+        if path.name == until and content.get("rows", [1]): raise KeyboardInterrupt
+        save(path, **content)
+
+    monkeypatch.setattr(callbacks, "save_checkpoint", killed)
+    with pytest.raises(KeyboardInterrupt): run(tmp_path / "killed")
+    monkeypatch.undo()
+    assert (tmp_path / "killed" / "best.pt").exists() == (until == "checkpoint_last.pt")
+    check_settings(tmp_path / "killed", config)
+    run(tmp_path / "killed")
+    a, b = (load_checkpoint(tmp_path / d / "best.pt") for d in ("whole", "killed"))
+    assert a["meta"] == b["meta"] and all(torch.equal(v, b["model"][k]) for k, v in a["model"].items())
+
+
+def test_a_warm_up_that_never_ends_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="warmup_epochs is -1"): TrainConfig(warmup_epochs=-1)
+    with pytest.raises(UsageError, match="warmup_epochs is nan"): TrainConfig(warmup_epochs=float("nan"))
+    with pytest.raises(UsageError, match="warmup_epochs is 2.5 of 2 epochs: the learning rate would never be reached"):
+        check_settings(tmp_path, TrainConfig(epochs=2, warmup_epochs=2.5))
+    for warmup in (0, 0.5, 2): check_settings(tmp_path, TrainConfig(epochs=2, warmup_epochs=warmup))
+    assert callbacks.lr_factor(19, 20, 20) == 1  # all of the run warms up: the rate is reached in its last step
+
+
+def test_weights_whose_last_checkpoint_was_not_kept_are_not_overwritten(tmp_path):
+    data, config = Faces(40), TrainConfig(epochs=1, warmup_epochs=0, seed=1)
+    (tmp_path / "best.pt").write_bytes(b"somebody's")
+    with pytest.raises(GateError, match="holds weights that this would overwrite: give another folder"): check_settings(tmp_path, config)
+    with pytest.raises(GateError, match="holds weights that this would overwrite"):
+        train(small_net(), FaceBatches(data, 20, train=True, seed=1), eval_loader(data), ce, config, tmp_path, {}, bar=False)
+    assert [p.name for p in tmp_path.iterdir()] == ["best.pt"] and (tmp_path / "best.pt").read_bytes() == b"somebody's"
 
 
 def test_every_epochs_validation_logits_are_kept_and_best_follows_the_rule(tmp_path):

@@ -56,6 +56,15 @@ WRONG = """
 2 teacher train -p optimizer rmsprop
 2 teacher train -p amp fp8
 2 teacher train -p augment 7
+2 teacher train -p augment {{"erased":0.5}}
+2 teacher train -p batch_size 1
+2 teacher train -p warmup_epochs -1
+2 teacher train -p scale 0
+2 teacher train -p scale -1
+2 teacher train -p margin -1
+2 teacher train -p margin 5
+2 teacher train -p margin_ramp -1
+2 teacher train -p stage C
 2 teacher train --parameters [1]
 2 teacher train --parameters {{
 2 teacher train --parameters {deep}
@@ -84,6 +93,11 @@ WRONG = """
 2 student train -p negl 3
 2 student train -p stage KD
 2 student train --supervision both
+2 student train -p warmup_epochs -1
+2 student train -p label_smoothing -0.1
+2 student train -p label_smoothing 1.0
+2 student train -p rows -5
+2 student train -p batch_size 1
 2 student train --out {file}
 2 student evaluate {empty}
 1 student evaluate {none} --manifest {empty} --cache {empty}
