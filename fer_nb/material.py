@@ -231,7 +231,7 @@ def name_export(m: Material, folder: Path):
         raise GateError(f"the report's reference '{m.ledger.told(folder/'through_detector.json')}' is of another model than the export "
                         "beside it: judge this one behind its detector")
     rows = seen["rows"]
-    first = next((r for r in rows if r["convention"] == report.convention), rows[0])
+    first = min([r for r in rows if r["convention"] == report.convention] or rows, key=lambda r: r["missed"])
     at = {"detector": first["detector"], "width": first["width"], "source": first["source"]}
     for way in ("direct", "through_found", "through_all"):
         for k in ("accuracy", "macro_f1"): name(f"through.{way}.{k}", folder/"through_detector.json", "rows", at, way, k)

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+from fontTools.ttLib import TTFont
 
 from fer_nb.artifacts import FerError, GateError, UsageError, read_json, write_json, write_text
 from fer_nb.cli import main
@@ -430,6 +431,23 @@ def test_scores_behind_a_detector_are_of_the_export(run):
     m = Material(run)
     assert "is of the weights" in {x.file: x.reason for x in m.checklist.lines if not x.go}["through_detector.json"]
     with pytest.raises(GateError, match="onnx/through_detector.json' is of another model"): name_all(m)
+
+
+def test_the_detector_of_the_summary_is_that_which_misses_least(run):
+    path = run/"onnx"/"through_detector.json"
+    seen = read_json(path)
+    for rows in (seen["rows"], seen["rows"][::-1]):
+        write_json(path, seen | {"rows": rows})
+        m = Material(run)
+        name_all(m)
+        assert m.ledger.number("through.missed") == str(min(r["missed"] for r in rows)) and m.ledger.number("through.detector") == "yunet"
+
+
+def test_the_chinese_font_has_every_character_of_the_page():
+    text = "".join((ROOT/p).read_text(encoding="utf-8") for p in ("report/_summary_zh.qmd", "fer_nb/pack_blocks.py"))
+    for path in (ROOT/"fer_nb"/"static").glob("*.otf"):
+        held = TTFont(path).getBestCmap()
+        assert [c for c in sorted(set(text)) if ord(c) >= 0x2E80 and ord(c) not in held] == [], f"{path.name}: run workflow/font.py"
 
 
 def test_what_no_block_can_use_is_told_with_the_block(run, tmp_path):
