@@ -290,10 +290,10 @@ def _judge_export(j: _Judge):
 
 # %% ../nbs/01_integrity_gates.ipynb #01-gates-s02
 def _judge_session(j: _Judge):
-    "A live session: whole, and with the scores of its own frames."
+    "A live session: whole, and scored by its own confusion matrix."
     j.ask("the session is whole, frame after frame", "per_frame.csv", broken_session)
     if find_artifact(j.folder, ScoreResults.filename):
-        j.ask("its scores are those of its frames", ScoreResults.filename, untrue_session)
+        j.ask("its scores are those of its confusion matrix", ScoreResults.filename, untrue_session)
 
 # %% ../nbs/01_integrity_gates.ipynb #01-gates-w04
 def _judge_root(j: _Judge, manifests, trainings):

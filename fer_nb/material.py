@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCORES', 'folders_of', 'require_whole', 'exported_run', 'Material', 'short_arms', 'arm_runs', 'name_data',
-           'name_model', 'name_export', 'require_own_arms', 'name_gain', 'name_session', 'name_date', 'name_all']
+           'name_model', 'name_export', 'require_own_arms', 'name_gain', 'require_own_scores', 'name_session',
+           'name_date', 'name_all']
 
 # %% ../nbs/09f_material.ipynb #09f-002
 from collections.abc import Iterator
@@ -17,13 +18,15 @@ from fastcore.basics import patch
 
 from .arms import arm_labels
 from .artifacts import GateError, UsageError, convention_of
-from .evidence import EnsembleMetrics, ExportReport
+from .evidence import EnsembleMetrics, ExportReport, ScoreResults
 from .gates import Checklist, gates
 from .integrity import teacher_folder
 from .leaves import leaves_of, travels
 from .records import HashManifest, RunArgs
 from .references import Ledger
 from .report import Run, find_ensembles, find_runs
+from .scoring import score_results
+from .sessions import load_session
 
 # %% ../nbs/09f_material.ipynb #09f-005
 _STEPS = ("begin", "train", "report", "seal")  # of every training run
@@ -306,6 +309,17 @@ def name_gain(m: Material, convention: str):
                 m.ledger.name(f"{stage.lower()}.{metric}.{k}", path, at | {"metric": metric}, k, form="pt")
         m.ledger.name(f"{stage.lower()}.seeds", path, at | {"metric": "macro_f1"}, "n_seeds", form="d")
 
+# %% ../nbs/09f_material.ipynb #09f-026t
+def require_own_scores(m: Material, folder: Path):
+    "Refuse a session's scores that are not those of its frames."
+    kept, now = ScoreResults.load(folder), score_results(load_session(folder), resamples=2)[0]
+    def counted(r): return {"frames": r.frames, "scored_frames": r.scored_frames, "confusion": r.confusion} | {
+        f"{kind}.{k}": x and round(x.value, 6) for kind in ("shown", "raw") for k in ("accuracy", "macro_f1")
+        for x in [getattr(getattr(r, kind), k)]}
+    wrong = [k for k, v in counted(kept).items() if v != counted(now)[k]] if kept.truth == now.truth else []
+    if wrong: raise GateError(f"the report's reference '{m.ledger.told(folder/ScoreResults.filename)}#{wrong[0]}' is not what the "
+                              "session's frames say: score it again (fer-nb score)")
+
 # %% ../nbs/09f_material.ipynb #09f-026
 def name_session(m: Material, folder: Path):
     "Names of a live session."
@@ -352,7 +366,10 @@ def name_all(m: Material) -> set[str]:  # stages that are there
     require_own_arms(m)
     name_gain(m, first)
     there |= {s for s in ("kd", "dkd") if f"{s}.seeds" in m.ledger.names}
-    if scored := [s for s in m.found["session"] if (s/"score_results.json").is_file()]: name_session(m, scored[0]); there.add("demo")
+    if scored := [s for s in m.found["session"] if (s/"score_results.json").is_file()]:
+        require_own_scores(m, scored[0])
+        name_session(m, scored[0])
+        there.add("demo")
     there |= {f"lent.{kind}" for kind in m.lent} | ({"several"} if len(m.conventions) > 1 else set())
     return there | _later_stages(m)
 

@@ -257,5 +257,5 @@ def another_model_behind_the_detector(run):
     seen.save(run/"onnx")
 
 
-@attack("shown.accuracy is 0.99, and its frames say")
+@attack("shown.accuracy is 0.99, and its confusion matrix says")
 def a_session_that_scored_better(run): edit(run/"demo"/"first"/"score_results.json", shown__accuracy__value=0.99)

@@ -47,7 +47,7 @@ def test_notebook_is_executed_small_and_clean(path):
 
 
 LAZY = {("deploy", "students"), ("runs", "teachers"),  # a .pt needs torch; an .onnx, which most people have, must do without
-        ("surprises", "nl_verdicts"), ("facts", "scoring"), ("facts", "sessions"),  # a gate counts a session's frames again
+        ("surprises", "nl_verdicts"),
         ("runs", "manifests"),  # scipy takes a second, and only folders of one's own are counted before a run
         *(("pack_blocks", m) for m in ("nl_verdicts", "phase", "noise_study", "webcams"))}  # most reports hold none of these studies
 

@@ -34,6 +34,7 @@ from fer_nb.exporting import (
 )
 from fer_nb.geometry import Geometry
 from fer_nb.latency import answers, bench, compare_accuracy, measure_latency, plain_export
+from fer_nb.leaves import check_seal
 from fer_nb.manifests import labels_of, load_manifest
 from fer_nb.records import RunArgs
 from fer_nb.run_report import report_run
@@ -419,8 +420,9 @@ def test_export_with_a_dataset(own_run, traced, dataset):
     test, labels = packed_faces(*dataset, "test_all_sources", Geometry(size=48))
     assert result.parity.n == len(test) == len(labels) and test.shape[1:] == (48, 48, 3)
     assert sorted(p.name for p in out.iterdir()) == [
-        *(f"answers_{p}.npz" for p in sorted(PRECISIONS)),
+        *(f"answers_{p}.npz" for p in sorted(PRECISIONS)), "hash_manifest.json",
         *(f"model_{p}.onnx" for p in sorted(PRECISIONS)), "onnx_export_report.json", "onnx_parity.json"]
+    assert set(check_seal(out).files) == {p.name for p in out.iterdir()} - {"hash_manifest.json"}
     assert "test_all_sources" in str(result) and "model_int8.onnx" in str(result)
     assert ExportReport.load(out).files["int8"].calibration_faces == 32
     some, _ = packed_faces(*dataset, "hq_train", Geometry(size=48), 10, seed=4)

@@ -433,6 +433,15 @@ def test_scores_behind_a_detector_are_of_the_export(run):
     with pytest.raises(GateError, match="onnx/through_detector.json' is of another model"): name_all(m)
 
 
+def test_a_sessions_scores_are_those_of_its_frames(run):
+    session = shutil.copytree(OLDER/"demo"/"first", run/"demo"/"first")
+    name_all(Material(run))
+    scores = read_json(session/"score_results.json")
+    scores["confusion"][3][3] += 1
+    write_json(session/"score_results.json", scores)
+    with pytest.raises(GateError, match="score_results.json#confusion' is not what the session's frames say"): name_all(Material(run))
+
+
 def test_the_detector_of_the_summary_is_that_which_misses_least(run):
     path = run/"onnx"/"through_detector.json"
     seen = read_json(path)
