@@ -177,6 +177,7 @@ def open_start(
     if path in STUDENTS.values() and path.with_suffix(".safetensors").is_file(): path = path.with_suffix(".safetensors")
     if path.is_dir(): path = path/"best.pt"
     openers = {".pt": load_model, ".safetensors": load_trainable, ".onnx": lambda p: unfold_student(p, faces)}
-    if path.suffix not in openers: raise UsageError(f"{path.name}: give a run's folder, or a file that ends in {', '.join(openers)}")
+    if path.suffix not in openers:
+        raise UsageError(f"{path.name}: give {', '.join(STUDENTS)}, a run's folder, or a file that ends in {', '.join(openers)}")
     if not path.is_file(): raise ArtifactError(path, "is missing", expected="weights to go on from")
     return *openers[path.suffix](path), path

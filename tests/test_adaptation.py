@@ -351,6 +351,7 @@ def test_a_file_of_tensors_gives_the_same_answers(shipped, tmp_path):
     assert all(torch.equal(v, held[k]) for k, v in again.state_dict().items())
     assert about["convention"] == meta["convention"] and (tmp_path/"w.safetensors").stat().st_size < 18e6
     with pytest.raises(ArtifactError, match="is missing"): open_start(tmp_path/"none.safetensors")
+    with pytest.raises(UsageError, match="FER2013: give ferplus, fer2013, a run's folder, or a file"): open_start("FER2013")
 
 
 def test_the_unfolded_student_is_the_shipped_one(shipped):

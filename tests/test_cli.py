@@ -12,15 +12,21 @@ from pathlib import Path
 import cv2
 import nbformat
 import numpy as np
+import onnx
 import pytest
+import yaml
+from onnx import TensorProto, helper, numpy_helper
 from tqdm.auto import tqdm
 
 from fer_nb import cli
-from fer_nb.artifacts import write_npz
+from fer_nb.artifacts import CLASSES, GateError, UsageError, write_npz
 from fer_nb.calibration import simulate_logits
+from fer_nb.deploy import Predictor
+from fer_nb.race import Rival, open_rival, race, read_rivals
 from fer_nb.runs import run_notebook
 from fer_nb.sessions import simulate_session
 from fer_nb.synthetic import make_timeline
+from fer_nb.training import embedded_data
 from tests.conftest import ROOT
 
 
@@ -238,6 +244,69 @@ def test_a_race_without_what_it_needs_is_refused_in_one_line(wrong, words, tmp_p
     assert cli.main(["bench", "fer2013", *wrong]) == 2
     said = capsys.readouterr().err.strip().splitlines()
     assert len(said) == 1 and words in said[0]
+
+
+@pytest.fixture
+def rival(tmp_path):
+    "A function that writes another tool's model, which answers any face with these seven numbers and the face's own light."
+    def rival(answers, light=0.0, last="Identity", **words):
+        weights = numpy_helper.from_array(np.full((48*48, 7), light, np.float32), "w")
+        bias = numpy_helper.from_array(np.array([answers], np.float32), "b")
+        steps = [("Flatten", ["face"], "flat"), ("MatMul", ["flat", "w"], "lit"), ("Add", ["lit", "b"], "sum"), (last, ["sum"], "out")]
+        nodes = [helper.make_node(op, ins, [out]) for op, ins, out in steps]
+        shapes = {"face": ["n", 1, 48, 48], "out": ["n", 7]}
+        ends = [[helper.make_tensor_value_info(k, TensorProto.FLOAT, shape)] for k, shape in shapes.items()]
+        onnx.save(helper.make_model(helper.make_graph(nodes, "other", *ends, [weights, bias]),
+                                    opset_imports=[helper.make_opsetid("", 17)], ir_version=9), tmp_path/"other.onnx")
+        return Rival(name="other", file=str(tmp_path/"other.onnx"), classes=CLASSES, size=48, **words)
+    return rival
+
+
+SURE, BLACK, GREY = [0.94, *[0.01]*6], np.zeros((48, 48), np.uint8), np.full((48, 48), 99, np.uint8)
+
+
+def test_a_rivals_logits_are_not_taken_for_probabilities(rival):
+    assert open_rival(rival(SURE))(GREY).argmax() == 0
+    for raw in ([3.1, -1, 0.2, 0, 0, 0, 0], [2.0, *[0.0]*6], [0.5, *[0.0]*6], [1.1, -0.1, *[0.0]*5]):
+        with pytest.raises(GateError, match=r"^other: answers a face .* are no probabilities: give gives: logits$"): open_rival(rival(raw))
+        assert np.exp(open_rival(rival(raw, gives="logits"))(GREY)).sum() == pytest.approx(1)
+    open_rival(rival([0.9405, *[0.0105]*5, -0.0005]))  # rounded by eight bits
+    ask = open_rival(rival(SURE, light=1e-3))  # a black face's answer is right
+    with pytest.raises(GateError, match="give gives: logits"): ask(GREY)
+
+
+def test_a_rival_that_answers_with_no_number_is_named(rival):
+    for raw in ([np.nan]*7, [np.inf, *[0.0]*6], [-np.inf, np.inf, *[0.0]*5]):
+        for gives in ("logits", "probabilities"):
+            with pytest.raises(GateError, match=r"^other: answers a face with (nan|inf|-inf), which is no number: look at scale"):
+                open_rival(rival(raw, gives=gives))
+    ask = open_rival(rival(np.ones(7), light=-1e-3, last="Log", gives="logits"))  # the logarithm of what is below 0 for all but dark faces
+    assert np.isfinite(ask(BLACK)).all()
+    with pytest.raises(GateError, match="other: answers a face with nan"): ask(GREY)
+
+
+def test_a_race_is_refused_before_anybody_has_answered_every_row(rival, tmp_path, monkeypatch):
+    manifest_dir, _ = embedded_data(tmp_path/"data", n=80, seed=4)
+    rival(SURE, light=1e-3)
+    (tmp_path/"rivals.yaml").write_text(yaml.safe_dump([{"name": "other", "file": "other.onnx", "classes": list(CLASSES), "size": 48}]))
+    asked = []
+    class Counted(Predictor):
+        def __call__(self, pictures, *args, **kwargs):
+            asked.append(len(pictures))
+            return super().__call__(pictures, *args, **kwargs)
+    monkeypatch.setattr("fer_nb.race.Predictor", Counted)
+    with pytest.raises(GateError, match="^other: .* give gives: logits"):
+        race(["fer2013"], tmp_path/"rivals.yaml", manifest_dir, convention="synthetic", progress=False)
+    assert sum(asked) <= 8
+
+
+@pytest.mark.parametrize(("words", "told"), [
+    ("scale: .nan", "scale Input should be a finite number"), ("scale: .inf", "scale Input should be a finite number"),
+    ("scale: 0", "scale is 0: every face would look the same"), ("shift: -.inf", "shift Input should be a finite number")])
+def test_a_list_of_models_has_numbers_that_a_pixel_can_be_scaled_by(words, told, tmp_path):
+    (tmp_path/"m.onnx").write_bytes(b"")
+    (tmp_path/"rivals.yaml").write_text(f"[{{name: a, file: m.onnx, size: 48, classes: [{', '.join(CLASSES)}], {words}}}]")
+    with pytest.raises(UsageError, match=f"rivals.yaml: model 1: {told}"): read_rivals(tmp_path/"rivals.yaml")
 
 
 @pytest.mark.parametrize("terminal", [False, True])
