@@ -2,11 +2,13 @@
 import cv2
 import numpy as np
 import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
 
-from fer_nb import integrity, training
+from fer_nb import callbacks, integrity, training
 from fer_nb.artifacts import CLASSES, read_npz
-from fer_nb.callbacks import save_checkpoint
 from fer_nb.cli import main
+from fer_nb.loading import eval_loader
 from fer_nb.records import Calibration
 from fer_nb.shards import Shard, shard_of
 from fer_nb.synthetic import write_dataset
@@ -70,7 +72,13 @@ def kept(tmp_path_factory):
     settings = dict(manifest_dir="M/manifests", cache_dir="M/cache", train_view="hq_train", train_source="", arch="test_resnet", stage="A",
                     seed=7, folds=3, fold=1, epochs=2, weights="gone.pth", weights_loaded="gone.pth")
     integrity.write_provenance(run, "teacher", settings, 7, training.training_environment("cpu"))
-    save_checkpoint(run/"best.pt", model=Teacher("test_resnet").state_dict(), meta={
+    callbacks.seed_everything(7)
+    teacher = Teacher("test_resnet").eval()  # which knows something: a classifier fitted to random features
+    (x, y), (xv, yv) = (training.predict(teacher.backbone, eval_loader(part))[:2] for part in (data.train, data.val))
+    x = np.concatenate([x, xv])
+    fitted = LogisticRegression(C=10, fit_intercept=False, max_iter=2000).fit(x/np.linalg.norm(x, axis=1, keepdims=True), [*y, *yv])
+    teacher.head.weight.data = torch.from_numpy(fitted.coef_).float()
+    callbacks.save_checkpoint(run/"best.pt", model=teacher.state_dict(), meta={
         "classes": list(CLASSES), "backbone": "test_resnet", "head": "arcface", "stage": "A", "geometry": data.geometry.to_dict(),
         "dataset_index_id": data.dataset_index_id})
     return run, data, [str(w) for w in where]
