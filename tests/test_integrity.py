@@ -300,11 +300,17 @@ def test_an_export_is_judged_by_its_proofs_and_its_files(tmp_path):
     report = {**common, "opset": 18, "precision": ["fp32"], "input_shape": ["batch", 3, 8, 8], "geometry": {}, "versions": {},
               "files": {"fp32": {"file": "model_fp32.onnx", "sha256": sha256, "bytes": 7}}, "parity_check": check}
     write_json(tmp_path / "onnx_export_report.json", report)
+    assert [x.reason for x in gates(tmp_path).lines if not x.go] == [f"hash_manifest.json: is missing: {tmp_path.name} is unfinished; "
+                                                                     "run its stage again"]
+    seal_folder(tmp_path, "d-1")
     assert gates(tmp_path).go
     write_json(tmp_path / "onnx_export_report.json", {**report, "parity_check": {**check, "pass": False}})
+    assert "was changed after its folder was sealed" in [x for x in gates(tmp_path).lines if not x.go][-1].reason
+    seal_folder(tmp_path, "d-1")
     assert [x.question for x in gates(tmp_path).lines if not x.go] == ["the export computes what PyTorch computes"]
     write_json(tmp_path / "onnx_export_report.json", report)
     (tmp_path / "model_fp32.onnx").write_bytes(b"others")
+    seal_folder(tmp_path, "d-1")
     bad = [x for x in gates(tmp_path).lines if not x.go]
     assert [x.reason for x in bad] == ["model_fp32.onnx (fp32) is not the file that was compared"]
     (tmp_path / "onnx_parity.json").unlink()
