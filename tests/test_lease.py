@@ -134,7 +134,7 @@ def test_a_need_that_only_left_out_counts_when_it_is_done(call, tmp_path):
     ("[{name: a, notebook: n, need: [b]}]", [], "has 'need', which is none of name, notebook, parameters, needs, for"),
     ("[{name: 'a{', notebook: n}]", [], "'a{' can't be filled in"), ("[{name: ../a, notebook: n}]", [], "is no name of a folder below"),
     ("[{name: a, notebook: n, parameters: {day: 2025-01-02}}]", [], "a: its parameters are no JSON"),
-    ([TRAINS | {"notebook": "05_student"}], [], "students/CE: unknown notebook '05_student': give one of"),
+    ([TRAINS | {"notebook": "05_student"}], [], "students/CE: unknown notebook '05_student': did you mean 05_students?"),
     ([TRAINS, FOUR | {"parameters": {"nane": "x"}}], [], "ensembles/four: 04_ensembles has no parameter 'nane'")])
 def test_what_can_not_be_run_is_refused_in_one_sentence_before_anything_starts(call, tmp_path, plan, more, words):
     rc, told = call(plan, *([] if "--set" in more else ["--set", "epochs=2"]), *more)
