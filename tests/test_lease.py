@@ -174,7 +174,7 @@ def test_a_failed_run_is_told_with_its_log(lease, tmp_path, capsys):
 def test_the_plan_of_the_reference_asks_for_parameters_that_exist(lease, monkeypatch):
     monkeypatch.setattr("fer_nb.runs.PLACES", ())  # its folders are not here
     words = dict.fromkeys(("manifests", "cache", "weights", "device", "out"), "x") | {"amp": "no"} | dict.fromkeys(
-        ("epochs", "teacher_epochs", "scratch_epochs", "scratch_batch", "scratch_lr"), 1)
+        ("epochs", "teacher_epochs", "scratch_epochs", "scratch_batch", "scratch_lr"), 2)
     runs = lease.expand(yaml.safe_load((ROOT/"workflow"/"lease.yaml").read_text()), words)
     assert len(runs) == 4 + 4 + 2 + 12
     for r in runs: check_parameters(notebook_path(r["notebook"]), r["parameters"])
