@@ -130,7 +130,6 @@ CHANGES = ("flip", "rotate", "scale", "translate", "brightness", "contrast", "er
 
 def _odd_value(name: str, value, p: Parameter) -> str:  # "" where it may be
     "What is wrong with a parameter's value."
-    from difflib import get_close_matches
     kind = type(p.default)
     number = kind in (int, float) and type(value) in ((int,) if kind is int else (int, float)) and abs(value) < 1e300  # nan is not
     if kind in (int, float) and not number: return f"give a {'whole ' if kind is int else ''}number"
@@ -140,7 +139,7 @@ def _odd_value(name: str, value, p: Parameter) -> str:  # "" where it may be
         return f"give {f'{LEAST[name]} or more' if value < LEAST.get(name, -math.inf) else f'{MOST[name]} or less'}"
     if p.choices and value not in p.choices: return f"give one of {', '.join(p.choices)}"
     if name == "augment" and (unknown := [str(k) for k in value if k not in CHANGES]):
-        near = get_close_matches(unknown[0], CHANGES, 1)
+        near = difflib.get_close_matches(unknown[0], CHANGES, 1)
         meant = f"did you mean {near[0]}? " if near else ""
         return f"augment.{unknown[0]} is no change that is known: {meant}give some of {', '.join(CHANGES)}"
     return "it does not exist" if name in PLACES and value and not Path(value).exists() else ""
